@@ -1,0 +1,45 @@
+# ImgAE-Dx. `make` alone prints what there is.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+DATA   ?= synthetic
+OUT    ?= runs
+# What one comparison trains with; ARGS come after it and so win.
+QUICK  := $(if $(filter synthetic,$(DATA)),--samples 150 --epochs 2 --batch-size 4 --no-augment,)
+ARGS   ?=
+EVAL_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train compare evaluate test clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  DATA=folder-or-csv  what to train and test on (default: the built-in phantom)'
+	@echo '  ARGS="--epochs 5"   more flags for train.py;  EVAL_ARGS="..." for evaluate.py'
+	@echo '  OUT=runs  PYTHON=python3  VENV=.venv'
+
+# The stamp is made only once pip has succeeded, so that a broken install is tried again.
+$(VENV)/.installed: requirements.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+setup: $(VENV)/.installed ## make .venv and install what requirements.txt names
+
+train: setup ## train the U-Net
+	$(PY) train.py --model unet --data "$(DATA)" --output-dir "$(OUT)" $(ARGS)
+
+compare: setup ## train both models on the same data and budget, test and compare them
+	$(PY) train.py --model both --data "$(DATA)" --output-dir "$(OUT)" --reuse $(QUICK) $(ARGS)
+	$(PY) evaluate.py "$(OUT)/unet" "$(OUT)/reversed_ae" $(EVAL_ARGS)
+
+evaluate: setup ## test and compare the runs there are
+	$(PY) evaluate.py $(wildcard $(OUT)/unet $(OUT)/reversed_ae) $(EVAL_ARGS)
+
+test: setup ## run the tests
+	$(PY) -m pip install --quiet --disable-pip-version-check 'pydicom>=3.0'
+	$(PY) -m pytest -q tests $(ARGS)
+
+clean: ## remove caches (never runs, never .venv)
+	rm -rf __pycache__ tests/__pycache__ .pytest_cache build

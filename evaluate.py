@@ -1,0 +1,932 @@
+"""Test trained runs, compare them, or score new images.
+
+    python evaluate.py runs/unet                          on the test split of its own data
+    python evaluate.py runs/unet runs/reversed_ae         both, and the comparison
+    python evaluate.py runs/unet --data other_xrays       an external test
+    python evaluate.py runs/unet --image film.png         score new images, with heatmaps
+"""
+
+import os
+import sys
+
+from config import UserError, command_line, load_config, make_parser, run_command
+
+
+def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
+    """Keyword arguments for `evaluate` or `predict` from the command line."""
+    parser = make_parser("evaluate.py", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, e.g. runs/unet")
+    parser.add_argument("--data", metavar="SPEC", help="other data to test on: synthetic, a folder "
+                        "or a CSV (default: what the run was trained on)")
+    parser.add_argument("--split", default="test", metavar="{test,val}",
+                        help="val: choose settings there, never on test (default: test)")
+    parser.add_argument("--samples", type=int, metavar="N",
+                        help="at most N images, drawn evenly from both labels (default: all)")
+    parser.add_argument("--scorer", metavar="NAME", help="zscore, mse, mae, ssim, or all for a "
+                        "table of every one (default: zscore)")
+    parser.add_argument("--image", metavar="PATH", help="score this image, or every image in "
+                        "this folder, instead of testing")
+    parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
+                        "in the run folder)")
+    parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="(default: 16)")
+    arguments = vars(parser.parse_args(command_line() if argv is None else argv))
+    for name in ("samples", "batch_size"):
+        if arguments[name] is not None and arguments[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {arguments[name]} is less than 1")
+    return arguments
+
+
+if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
+    if status := run_command(parse_arguments, "evaluate.py"):
+        sys.exit(status)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
+
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor, nn
+
+from config import Config
+from data import (
+    ABNORMAL,
+    IMAGE_SUFFIXES,
+    NORMAL,
+    BadImage,
+    ImageStream,
+    Sample,
+    Source,
+    decode_image,
+    describe,
+    open_source,
+    read_splits,
+    split_samples,
+    to_float,
+)
+from models import DEFAULT_SCORER, SCORERS, AnomalyScorer, create_model, ssim_map
+from train import Progress, autocast, choose_device, choose_precision, load_checkpoint, place
+
+RESAMPLES = 1000
+NAMES = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+PEAK_TOLERANCE = 0.03  # of the image side: how far beside a lesion a map's peak may lie
+
+
+@dataclasses.dataclass
+class Run:
+    """A trained model with its calibrated scorer, ready to score."""
+
+    folder: Path
+    name: str  # for tables and figures
+    config: Config
+    model: nn.Module
+    scorer: AnomalyScorer
+    device: torch.device
+    precision: str
+    fingerprint: str  # of the data it was trained on
+
+    @torch.inference_mode()
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B,1,H,W] to (images, reconstructions), both fp32 in [0,1] on the device."""
+        images = to_float(images, self.device)
+        with autocast(self.device, self.precision):
+            return images, self.model(images).float()
+
+
+def load_run(path: str | Path, device: str = "auto") -> Run:
+    """The run in a folder, from its best.pt. UserError if there is none, or it is unfinished."""
+    folder = Path(path)
+    if folder.suffix == ".pt":
+        raise UserError(f"{folder}: give the run folder, not a checkpoint")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no run folder there; train one with python train.py")
+    state = load_checkpoint(folder / "best.pt")
+    config = Config(**state["config"])
+    if not state["scorer"]:
+        raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
+                        f"go on with: python train.py --model {config.model} --resume {folder} "
+                        f"(--epochs {state['epoch']} ends it now)")
+    where, _ = choose_device(device)
+    precision, _ = choose_precision(config.precision, where)
+    model = create_model(config.model, config)
+    model.load_state_dict(state["model"])
+    scorer = AnomalyScorer(config.image_size)
+    scorer.load_state_dict(state["scorer"])
+    name = NAMES[config.model]
+    if folder.resolve().name != config.model:
+        name += f" ({folder.resolve().name})"
+    if state["precision"] != precision:
+        print(f"note      {folder} was calibrated in {state['precision']} and scores in "
+              f"{precision} here: scores differ a little")
+    return Run(folder, name, config, place(model, where, precision).eval(), scorer, where,
+               precision, state["data_fingerprint"])
+
+
+# ----------------------------------------------------------------------------------------------
+# Statistics
+
+
+def weighted_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of scores [n] against labels [n] in {0,1} under each row of weights [R,n]: [R].
+
+    The probability that an abnormal image scores higher than a normal one, ties counting half.
+    NaN where a row has no image of one label left.
+    """
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    w, y = weights[:, order], labels[order]
+    positive = np.add.reduceat(w * y, starts, axis=1)
+    negative = np.add.reduceat(w * (1 - y), starts, axis=1)
+    below = np.cumsum(negative, axis=1) - negative
+    with np.errstate(invalid="ignore"):
+        return (positive * (below + negative / 2)).sum(1) / (positive.sum(1) * negative.sum(1))
+
+
+def weighted_average_precision(
+    scores: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Average precision under each row of weights [R,n]: [R]; equal scores enter together."""
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf))
+    w, y = weights[:, order], labels[order]
+    gained = np.add.reduceat(w * y, starts, axis=1)
+    positive = np.cumsum(gained, axis=1)
+    called = np.cumsum(np.add.reduceat(w, starts, axis=1), axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.where(called > 0, positive / called, 0.0)
+        return (gained * precision).sum(1) / positive[:, -1]
+
+
+def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
+                    seed: int = 0) -> np.ndarray:
+    """How often each image [n] is drawn when whole patients are drawn with replacement: [R,n]."""
+    names, of_image = np.unique(np.asarray(patients), return_inverse=True)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    weights = np.empty((resamples, len(of_image)), dtype=np.float32)
+    for row in weights:
+        drawn = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+        row[:] = drawn[of_image]
+    return weights
+
+
+def bootstrap(metric: Callable[..., np.ndarray], scores: np.ndarray, labels: np.ndarray,
+              weights: np.ndarray) -> np.ndarray:
+    """The metric under each row of weights [R,n]: [R]; a few rows at a time, to save memory."""
+    parts = np.array_split(weights, max(1, weights.size // 4_000_000))
+    return np.concatenate([metric(scores, labels, part) for part in parts])
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Central 95 % of bootstrap values, NaNs left out."""
+    values = values[np.isfinite(values)]
+    low, high = np.quantile(values, (0.025, 0.975)) if len(values) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
+    """A plain sentence on the AUROC difference b - a and its 95 % interval."""
+    better, worse = (name_b, name_a) if difference >= 0 else (name_a, name_b)
+    if difference < 0:
+        difference, low, high = -difference, -high, -low
+    clear = "a clear difference" if low > 0 else "no clear difference"
+    return (f"{better} scores {difference:.3f} higher than {worse}, 95 % interval {low:.3f} to "
+            f"{high:.3f}: {clear}.")
+
+
+class TrivialScores:
+    """Scores that need no training worth the name. A model that does not beat them is no use.
+
+    reference: normal training images, uint8 [n,1,H,W]; without them the scores that compare an
+    image with these are left out.
+    """
+
+    def __init__(self, reference: np.ndarray | None) -> None:
+        self.mean = None
+        if reference is not None:
+            flat = reference.reshape(len(reference), -1) / np.float32(255)
+            self.mean = flat.mean(0)
+            self.pca = PCA(min(32, len(flat) - 1), random_state=0).fit(flat)
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Name -> scores [B] of uint8 images [B,1,H,W]."""
+        x = images[:, 0] / np.float32(255)
+        flat = x.reshape(len(x), -1)
+        rows, columns = np.abs(np.diff(x, axis=1)), np.abs(np.diff(x, axis=2))
+        scores = {
+            "mean intensity": flat.mean(1),
+            "standard deviation": flat.std(1),
+            "local contrast": rows.mean((1, 2)) + columns.mean((1, 2)),
+        }
+        if self.mean is not None:
+            back = self.pca.inverse_transform(self.pca.transform(flat))
+            scores["distance to mean normal"] = np.square(flat - self.mean).mean(1)
+            scores["PCA reconstruction error"] = np.square(flat - back).mean(1)
+        return scores
+
+
+# ----------------------------------------------------------------------------------------------
+# Scoring a set of images
+
+
+@dataclasses.dataclass
+class Scored:
+    """What one run makes of a set of images; arrays have one entry an image."""
+
+    samples: list[Sample]
+    scores: dict[str, np.ndarray]  # scorer -> [n]
+    trivial: dict[str, np.ndarray]
+    mse: np.ndarray  # of the reconstruction
+    ssim: np.ndarray
+    bad: dict[str, str]  # images that could not be read
+    pixel_auroc: float | None = None  # for data with masks
+    peaks: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # (finding, hit)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.array([s.label for s in self.samples])
+
+
+def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
+                  trivial: TrivialScores | None, batch_size: int = 16) -> Scored:
+    """Score images with every scorer; `scorer` gives the maps that are held against masks."""
+    stream = ImageStream(source, samples, run.config.image_size, batch_size, memory_bytes=0)
+    scores: dict[str, list] = {name: [] for name in SCORERS}
+    baselines: dict[str, list] = {}
+    mse, ssim, order, peaks = [], [], [], []
+    pixels, in_lesion = [], []
+    bar = Progress(len(samples), f"scoring with {run.name}")
+    for images, positions in stream:
+        x, reconstruction = run.reconstruct(images)
+        for name in SCORERS:
+            maps = run.scorer.anomaly_map(name, x, reconstruction)
+            scores[name].append(run.scorer.score(name, maps).cpu().double().numpy())
+            if name == scorer:
+                for i, map_ in zip(positions.tolist(), maps[:, 0].cpu().numpy(), strict=True):
+                    mask = lesion_mask(source, samples[i], run.config.image_size)
+                    if mask is not None:
+                        pixels.append(map_.ravel().astype(np.float32))
+                        in_lesion.append(mask.ravel())
+                        if mask.any():
+                            peaks.append((samples[i].finding, peak_in_lesion(map_, mask)))
+        mse.append((x - reconstruction).square().mean((1, 2, 3)).cpu().numpy())
+        ssim.append(ssim_map(x, reconstruction).mean((1, 2, 3)).cpu().numpy())
+        for name, values in (trivial(images.numpy()) if trivial else {}).items():
+            baselines.setdefault(name, []).append(values)
+        order += positions.tolist()
+        bar.update(len(images))
+    bar.close()
+    if not order:
+        raise UserError(f"--data {source.spec}: none of the {len(samples)} images could be read")
+    if not all(np.isfinite(np.concatenate(v)).all() for v in scores.values()):
+        raise UserError(f"{run.folder}: its scores are not finite numbers; train it again")
+    pixel_auroc = None
+    if peaks:
+        truth = np.concatenate(in_lesion)
+        thin = max(1, len(truth) // 5_000_000)  # more pixels would change no digit shown
+        pixel_auroc = float(roc_auc_score(truth[::thin], np.concatenate(pixels)[::thin]))
+    seen = [samples[i] for i in order]
+    trivial_scores = {k: np.concatenate(v) for k, v in baselines.items()}
+    if trivial and len({s.view for s in seen}) > 1 and any(s.view.startswith("AP") for s in seen):
+        is_ap = [s.view.startswith("AP") for s in seen]
+        trivial_scores["is it an AP film"] = np.array(is_ap, dtype=float)
+    return Scored(seen, {k: np.concatenate(v) for k, v in scores.items()}, trivial_scores,
+                  np.concatenate(mse), np.concatenate(ssim), stream.bad, pixel_auroc, peaks)
+
+
+def lesion_mask(source: Source, sample: Sample, size: int) -> np.ndarray | None:
+    """Mask of a sample; all False for a normal image of a source that has masks."""
+    mask = source.mask(sample, size)
+    if mask is None and sample.label == NORMAL and getattr(source, "masks", None):
+        return np.zeros((size, size), dtype=bool)
+    return mask
+
+
+def peak_in_lesion(map_: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether the map's highest pixel lies in the mask or within 3 % of the side beside it."""
+    y, x = np.unravel_index(map_.argmax(), map_.shape)
+    rows, columns = np.nonzero(mask)
+    reach = PEAK_TOLERANCE * len(mask)
+    return bool((np.square(rows - y) + np.square(columns - x)).min() <= reach**2)
+
+
+def draw_evenly(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """At most `limit` samples, as evenly from both labels as there are; always the same ones."""
+    if limit is None or limit >= len(samples):
+        return samples
+    groups = [[s for s in samples if s.label == label] for label in (NORMAL, ABNORMAL)]
+    rng = np.random.Generator(np.random.PCG64(0))
+    small = min(groups, key=len)
+    n_small = min(len(small), limit // 2)
+    kept: set[str] = set()
+    for group in groups:
+        n = n_small if group is small else min(len(group), limit - n_small)
+        kept |= {group[i].key for i in rng.permutation(len(group))[:n]}
+    return [s for s in samples if s.key in kept]
+
+
+def samples_to_score(run: Run, source: Source, split: str) -> tuple[list[Sample], bool, list[str]]:
+    """(samples, whether this is an external test, notes) for a run on a source.
+
+    The run's own split.csv decides on the data it was trained on. Of other data the prescribed
+    test split is taken, or everything where there is none.
+    """
+    splits = read_splits(run.folder / "split.csv")
+    own = (source.fingerprint() == run.fingerprint
+           or os.path.abspath(source.spec) == os.path.abspath(run.config.data))
+    if own:
+        wanted = getattr(splits, split)
+        there = {s.key for s in source.samples}
+        notes = []
+        if gone := [s.key for s in wanted if s.key not in there]:
+            notes.append(f"{len(gone)} images of split.csv are no longer there, e.g. {gone[0]}")
+        if split == "val":
+            notes.append("the thresholds come from these very validation normals")
+        return [s for s in wanted if s.key in there], False, notes
+    if split == "val":
+        raise UserError("--split val: only on the data that the run was trained on")
+    chosen = [s for s in source.samples if s.split == "test"] or source.samples
+    # The same data under another path, with a few images more or fewer: what was trained on
+    # must not be tested on. Names that coincide by chance are far fewer than half.
+    seen = {(s.key, s.patient, s.label) for s in splits.train + splits.val}
+    fresh = [s for s in chosen if (s.key, s.patient, s.label) not in seen]
+    if len(chosen) - len(fresh) > len(seen) / 2:
+        return fresh, True, [f"{len(chosen) - len(fresh)} images left out: the run was trained or "
+                             "validated on images of these names"]
+    return chosen, True, []
+
+
+def training_reference(run: Run, source: Source) -> np.ndarray:
+    """Up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores."""
+    train = read_splits(run.folder / "split.csv").train
+    stream = ImageStream(source, train[:: max(1, math.ceil(len(train) / 400))],
+                         run.config.image_size, 64, memory_bytes=0, stop_on_bad=False)
+    return np.concatenate([images.numpy() for images, _ in stream])
+
+
+# ----------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def result_folder(run: Run, source: Source, split: str) -> Path:
+    """<run>/eval/<data name>, made; with a digest added if other data of that name is there."""
+    name = source.name if split == "test" else f"{source.name}-val"
+    folder = run.folder / "eval" / name
+    with contextlib.suppress(OSError, ValueError):
+        there = json.loads((folder / "metrics.json").read_text())
+        if there["data_fingerprint"] != source.fingerprint():
+            folder = folder.with_name(f"{name}-{source.fingerprint()[:6]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def measure(run: Run, scored: Scored, scorer: str, weights: np.ndarray) -> dict[str, object]:
+    """The metrics of one run with one scorer; None where the labels do not allow a figure."""
+    scores, labels = scored.scores[scorer], scored.labels
+    sick, well = scores[labels == ABNORMAL], scores[labels == NORMAL]
+    threshold90, threshold95 = (run.scorer.threshold(scorer, s) for s in (0.90, 0.95))
+    result: dict[str, object] = {
+        "auroc": None, "auroc_ci": None, "average_precision": None, "average_precision_ci": None,
+        "sensitivity_at_90_specificity": float((sick > threshold90).mean()) if len(sick) else None,
+        "sensitivity_at_95_specificity": float((sick > threshold95).mean()) if len(sick) else None,
+        "threshold": threshold95,
+        "specificity_at_threshold": float((well <= threshold95).mean()) if len(well) else None,
+        "n_normal": len(well), "n_abnormal": len(sick),
+        "n_patients": len({s.patient for s in scored.samples}),
+        "n_validation_normals": len(run.scorer.normal_scores[scorer]),
+        "score_mean_normal": float(well.mean()) if len(well) else None,
+        "score_mean_abnormal": float(sick.mean()) if len(sick) else None,
+    }
+    if len(sick) and len(well):
+        once = np.ones((1, len(labels)))
+        result["auroc"] = float(weighted_auroc(scores, labels, once)[0])
+        result["auroc_ci"] = interval(bootstrap(weighted_auroc, scores, labels, weights))
+        result["average_precision"] = float(weighted_average_precision(scores, labels, once)[0])
+        result["average_precision_ci"] = interval(
+            bootstrap(weighted_average_precision, scores, labels, weights))
+        result["auroc_by_finding"] = by_finding(scored, scores)
+    return result
+
+
+def by_finding(scored: Scored, scores: np.ndarray) -> dict[str, dict[str, float]]:
+    """AUROC of each kind of finding against all normals; {} where findings are not known."""
+    labels = scored.labels
+    findings = np.array([s.finding for s in scored.samples])
+    table = {}
+    for finding, count in Counter(findings[labels == ABNORMAL]).most_common(12):
+        if finding:
+            chosen = (labels == NORMAL) | ((findings == finding) & (labels == ABNORMAL))
+            auroc = weighted_auroc(scores[chosen], labels[chosen], np.ones((1, chosen.sum())))
+            table[str(finding)] = {"auroc": float(auroc[0]), "n": int(count)}
+    return table
+
+
+def best_direction(scores: np.ndarray, labels: np.ndarray) -> float:
+    """AUROC of a trivial score in whichever direction is better: the most that can be claimed."""
+    auroc = float(weighted_auroc(scores, labels, np.ones((1, len(labels))))[0])
+    return max(auroc, 1 - auroc)
+
+
+def evaluate(
+    runs: str | Path | Sequence[str | Path], data: str | None = None, split: str = "test",
+    samples: int | None = None, scorer: str | None = None, device: str = "auto",
+    batch_size: int = 16,
+) -> list[dict[str, object]]:
+    """Test runs on the test split of their data (or on other `data`); the metrics of each run.
+
+    Prints the tables and writes <run>/eval/<data name>/, and for several runs comparison.* in
+    the folder above them.
+    """
+    paths = [runs] if isinstance(runs, str | Path) else list(runs)
+    whole_grid, scorer = scorer == "all", DEFAULT_SCORER if scorer in (None, "all") else scorer
+    if scorer not in SCORERS:
+        raise UserError(f"--scorer {scorer}: not one of {', '.join((*SCORERS, 'all'))}")
+    if split not in ("test", "val"):
+        raise UserError(f"--split: {split!r} is not one of test, val")
+    results, all_scored, sources = [], [], []
+    loaded = [load_run(path, device) for path in paths]
+    if len({run.name for run in loaded}) < len(loaded):
+        for run in loaded:
+            run.name = f"{NAMES[run.config.model]} ({run.folder})"
+    source, trivial, weights, compared = None, None, None, []
+    for run in loaded:
+        config = run.config if data is None else dataclasses.replace(
+            run.config, data=data, samples=None)
+        source = open_source(config)
+        chosen, external, notes = samples_to_score(run, source, split)
+        chosen = draw_evenly(chosen, samples)
+        if not chosen:
+            raise UserError(f"--data {source.spec}: no images to score in its {split} split")
+        if compared and [s.key for s in chosen] != compared:
+            raise UserError(f"{run.folder} and {paths[0]} cannot be compared: their test images "
+                            "differ; name common data with --data")
+        if not compared:
+            compared = [s.key for s in chosen]
+            print(f"testing   {source.title}")
+            if external:
+                print(f"          external test: trained on {run.config.data}, nothing is fitted "
+                      "to these images")
+            for reason, count in source.left_out.most_common():
+                print(f"          left out: {count:,} {reason}")
+            for note in notes:
+                print(f"          note: {note}")
+            try:
+                own_source = open_source(run.config) if external else source
+                trivial = TrivialScores(training_reference(run, own_source))
+            except UserError as error:
+                if not external:
+                    raise
+                print(f"          note: two trivial scores are left out ({error})")
+                trivial = TrivialScores(None)
+        scored = score_samples(run, source, chosen, scorer, None if all_scored else trivial,
+                               batch_size)
+        if weights is None or len(scored.samples) != weights.shape[1]:
+            weights = patient_weights([s.patient for s in scored.samples])
+        metrics = measure(run, scored, scorer, weights)
+        well = scored.labels == NORMAL
+        metrics |= {
+            "reconstruction_mse": float(scored.mse[well].mean()) if well.any() else None,
+            "reconstruction_ssim": float(scored.ssim[well].mean()) if well.any() else None,
+            "scorer": scorer, "data": source.title, "external": external, "split": split,
+            "data_fingerprint": source.fingerprint(), "trained_on": run.config.data,
+            "model": run.config.model, "unreadable": scored.bad,
+            "left_out": dict(source.left_out),
+        }
+        if metrics["auroc"] is not None:
+            metrics["baselines"] = {k: best_direction(v, scored.labels)
+                                    for k, v in (all_scored or [scored])[0].trivial.items()}
+        if scored.pixel_auroc is not None:
+            metrics["pixel_auroc"] = scored.pixel_auroc
+            metrics["peak_in_lesion"] = float(np.mean([hit for _, hit in scored.peaks]))
+            metrics["peak_tolerance"] = PEAK_TOLERANCE
+        if whole_grid:
+            metrics["scorers"] = {k: measure(run, scored, k, weights) for k in SCORERS}
+        folder = result_folder(run, source, split)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_scores(run, scored, folder / "scores.csv")
+        draw_roc([(run.name, scored, metrics)], scorer, folder / "roc.png")
+        draw_histogram(run.name, scored, metrics, folder / "histogram.png")
+        draw_examples(run, source, scored, metrics, folder / "examples.png")
+        results.append(metrics)
+        all_scored.append(scored)
+        sources.append(source)
+        print(f"written   {folder}/: metrics.json, scores.csv, roc.png, histogram.png, "
+              "examples.png")
+    print()
+    table = results_table([run.name for run in loaded], results)
+    print(table)
+    for key, reason in all_scored[0].bad.items():
+        print(f"skipped   {key}: {reason}")
+    if len(loaded) > 1:
+        compare(loaded, sources, all_scored, results, weights, table)
+    return results
+
+
+def results_table(names: list[str], results: list[dict]) -> str:
+    """The results as aligned text: models, scorers if asked for, trivial scores, findings."""
+    first = results[0]
+    lines = [f"{first['data']}",
+             f"{first['n_normal']} normal and {first['n_abnormal']} abnormal {first['split']} "
+             f"images of {first['n_patients']} patients; scorer {first['scorer']}; thresholds from "
+             f"{first['n_validation_normals']} validation normals"]
+    if first["auroc"] is None:
+        for name, r in zip(names, results, strict=True):
+            lines.append(f"{name}: threshold {r['threshold']:.3f}, specificity reached "
+                         f"{share(r['specificity_at_threshold'])}, sensitivity "
+                         f"{share(r['sensitivity_at_95_specificity'])}")
+        lines.append("AUROC needs both normal and abnormal images: not computed.")
+        return "\n".join(lines)
+    lines += ["", f"{'':<28}{'AUROC':>6}  {'95 % interval':<15}{'AP':>6}{'sens@90%':>10}"
+                  f"{'sens@95%':>10}{'spec reached':>14}"]
+
+    def row(name: str, r: dict) -> str:
+        low, high = r["auroc_ci"]
+        return (f"{name:<28}{r['auroc']:>6.3f}  {f'{low:.3f} to {high:.3f}':<15}"
+                f"{r['average_precision']:>6.3f}{share(r['sensitivity_at_90_specificity']):>10}"
+                f"{share(r['sensitivity_at_95_specificity']):>10}"
+                f"{share(r['specificity_at_threshold']):>14}")
+
+    for name, r in zip(names, results, strict=True):
+        lines.append(row(name, r))
+        lines += [row(f"  {scorer}", g) for scorer, g in r.get("scorers", {}).items()]
+    lines.append("trivial scores, each in its better direction:")
+    lines += [f"  {k:<26}{v:>6.3f}" for k, v in first["baselines"].items()]
+    if first["auroc_by_finding"]:
+        lines += ["", f"{'AUROC by finding':<28}" + "".join(f"{n[:14]:>15}" for n in names)]
+        for finding, entry in first["auroc_by_finding"].items():
+            label = f"  {finding[:18]} ({entry['n']})"
+            lines.append(f"{label:<28}" + "".join(
+                f"{r['auroc_by_finding'][finding]['auroc']:>15.3f}" for r in results))
+    if "pixel_auroc" in first:
+        lines.append(f"{'pixel AUROC':<28}" + "".join(
+            f"{r['pixel_auroc']:>15.3f}" for r in results))
+        lines.append(f"{'map peak in lesion':<28}" + "".join(
+            f"{share(r['peak_in_lesion']):>15}" for r in results)
+            + f"   (within {PEAK_TOLERANCE:.0%} of the image side)")
+    drift = [r["specificity_at_threshold"] for r in results]
+    if min(drift) < 0.90:
+        lines.append(f"Careful: the threshold set for 95 % specificity reaches {share(min(drift))} "
+                     "on these normals. They differ from the validation normals.")
+    return "\n".join(lines)
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def write_scores(run: Run, scored: Scored, file: Path) -> None:
+    """One row an image: what it is, and its score by every scorer."""
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["key", "patient", "label", "finding", "view", *scored.scores,
+                         *(f"{name}_percentile" for name in scored.scores)])
+        percentiles = [run.scorer.percentile(name, torch.from_numpy(v)).tolist()
+                       for name, v in scored.scores.items()]
+        for i, s in enumerate(scored.samples):
+            writer.writerow([s.key, s.patient, s.label, s.finding, s.view,
+                             *(f"{v[i]:.6g}" for v in scored.scores.values()),
+                             *(f"{p[i]:.1f}" for p in percentiles)])
+
+
+def compare(runs: list[Run], sources: list[Source], scored: list[Scored], results: list[dict],
+            weights: np.ndarray, table: str) -> None:
+    """comparison.md, .csv and .png in the folder above the runs, and the verdict on screen."""
+    folder = runs[0].folder.resolve().parent
+    costs = [training_cost(run) for run in runs]
+    lines = []
+    for run, cost in zip(runs, costs, strict=True):
+        lines.append(f"{run.name}: {cost['parameters']:,} parameters, trained {cost['epochs']} "
+                     f"epochs in {cost['minutes']:.1f} min, {cost['images_per_second']:.1f} "
+                     "images/s")
+    verdicts = []
+    if results[0]["auroc"] is not None:
+        labels = scored[0].labels
+        for a in range(len(runs)):
+            for b in range(a + 1, len(runs)):
+                one, two = (bootstrap(weighted_auroc, scored[i].scores[results[i]["scorer"]],
+                                      labels, weights) for i in (a, b))
+                verdicts.append(verdict(runs[a].name, runs[b].name,
+                                        results[b]["auroc"] - results[a]["auroc"],
+                                        *interval(two - one)))
+    print("\n".join(["", *lines, *verdicts]))
+    text = ["# Comparison", "", f"Tested on: {results[0]['data']}. Trained on: "
+            f"{results[0]['trained_on']}.", "", "```", table, "```", "",
+            *(f"- {line}" for line in lines), "", *verdicts, "",
+            f"Intervals: {RESAMPLES} bootstrap resamples of patients; differences are paired. "
+            "Research use only, not for diagnosis.", ""]
+    (folder / "comparison.md").write_text("\n".join(text), encoding="utf-8")
+    columns = ("auroc", "average_precision", "sensitivity_at_90_specificity",
+               "sensitivity_at_95_specificity", "specificity_at_threshold", "threshold",
+               "reconstruction_mse", "reconstruction_ssim", "n_normal", "n_abnormal", "scorer")
+    with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["run", *columns, "auroc_low", "auroc_high", *costs[0]])
+        for run, r, cost in zip(runs, results, costs, strict=True):
+            writer.writerow([run.folder.name, *(r[c] for c in columns),
+                             *(r["auroc_ci"] or ("", "")), *cost.values()])
+    draw_comparison(runs, sources, scored, results, folder / "comparison.png")
+    print(f"written   {folder}/: comparison.md, comparison.csv, comparison.png")
+
+
+def training_cost(run: Run) -> dict[str, float]:
+    """Parameters, epochs, minutes and images a second of a run's training."""
+    with open(run.folder / "log.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    return {"parameters": sum(p.numel() for p in run.model.parameters()), "epochs": len(rows),
+            "minutes": sum(float(r["seconds"]) for r in rows) / 60,
+            "images_per_second": float(np.mean([float(r["images_per_second"]) for r in rows]))}
+
+
+# ----------------------------------------------------------------------------------------------
+# Pictures
+
+
+def plain_axes(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_roc(axes: Axes, entries: list[tuple[str, Scored, dict]], scorer: str) -> None:
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
+    for (name, scored, metrics), colour in zip(entries, COLOURS * 3, strict=False):
+        if metrics["auroc"] is None:
+            axes.text(0.5, 0.5, "needs normal and abnormal images", ha="center")
+            continue
+        fpr, tpr, _ = roc_curve(scored.labels, scored.scores[scorer])
+        low, high = metrics["auroc_ci"]
+        axes.plot(fpr, tpr, color=colour, linewidth=2,
+                  label=f"{name}: {metrics['auroc']:.3f} ({low:.3f} to {high:.3f})")
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
+             title="ROC, with AUROC and its 95 % interval", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", frameon=False, fontsize=9)
+    plain_axes(axes)
+
+
+def plot_histogram(axes: Axes, name: str, scored: Scored, metrics: dict) -> None:
+    scores, labels = scored.scores[metrics["scorer"]], scored.labels
+    bins = np.linspace(scores.min(), max(np.quantile(scores, 0.995), scores.min() + 1e-9), 31)
+    clipped = np.minimum(scores, bins[-1])  # the last bar takes what lies beyond
+    for label, text, colour in ((NORMAL, "normal", COLOURS[0]), (ABNORMAL, "abnormal", COLOURS[1])):
+        if (labels == label).any():
+            axes.hist(clipped[labels == label], bins, color=colour, alpha=0.6, label=text)
+    axes.axvline(metrics["threshold"], color="black", linestyle="--", linewidth=1.2,
+                 label="threshold (95 % of\nvalidation normals)")
+    axes.set(xlabel=f"anomaly score ({metrics['scorer']})", ylabel="images", title=name)
+    axes.legend(frameon=False, fontsize=9)
+    plain_axes(axes)
+
+
+def draw_roc(entries: list[tuple[str, Scored, dict]], scorer: str, file: Path) -> None:
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    plot_roc(figure.subplots(), entries, scorer)
+    figure.savefig(file, dpi=120)
+
+
+def draw_histogram(name: str, scored: Scored, metrics: dict, file: Path) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    plot_histogram(figure.subplots(), name, scored, metrics)
+    figure.savefig(file, dpi=120)
+
+
+def example_positions(scored: Scored, metrics: dict, each: int) -> list[tuple[str, int]]:
+    """(why, position) of the highest, the borderline and the lowest scores, no image twice."""
+    scores = scored.scores[metrics["scorer"]]
+    orders = {"highest": np.argsort(-scores),
+              "borderline": np.argsort(np.abs(scores - metrics["threshold"])),
+              "lowest": np.argsort(scores)}
+    chosen: dict[int, str] = {}
+    for why, order in orders.items():
+        fresh = [int(i) for i in order if int(i) not in chosen][:each]
+        chosen |= dict.fromkeys(fresh, why)
+    return [(why, i) for i, why in chosen.items()]
+
+
+def show_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=9)
+
+
+def show_map(axes: Axes, image: np.ndarray, map_: np.ndarray, top: float,
+             mask: np.ndarray | None = None) -> object:
+    """The anomaly map over the image: opaque where it is high. Returns what a colour bar needs."""
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+    shown = axes.imshow(map_, cmap="inferno", vmin=0, vmax=top,
+                        alpha=np.clip(map_ / top, 0, 1) * 0.85)
+    if mask is not None and mask.any():
+        axes.contour(mask, [0.5], colors="#56B4E9", linewidths=1)
+    axes.set(xticks=[], yticks=[])
+    return shown
+
+
+def pictures(run: Run, source: Source, samples: list[Sample],
+             scorer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images, reconstructions, anomaly maps), each [n,H,W], of a few samples."""
+    size = run.config.image_size
+    images = torch.stack([torch.from_numpy(decode_image(source.read(s), size).copy())[None]
+                          for s in samples])
+    x, reconstruction = run.reconstruct(images)
+    maps = run.scorer.anomaly_map(scorer, x, reconstruction)
+    return tuple(t[:, 0].cpu().numpy() for t in (x, reconstruction, maps))
+
+
+def map_top(maps: np.ndarray) -> float:
+    """Upper end of the colour scale: common to all maps shown beside each other."""
+    return max(float(np.quantile(maps, 0.998)), 1e-6)
+
+
+def describe_sample(sample: Sample) -> str:
+    return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
+
+
+def draw_examples(run: Run, source: Source, scored: Scored, metrics: dict, file: Path) -> None:
+    """Input, reconstruction and map of the three highest, borderline and lowest scores."""
+    picks = example_positions(scored, metrics, 3)
+    samples = [scored.samples[i] for _, i in picks]
+    images, reconstructions, maps = pictures(run, source, samples, metrics["scorer"])
+    top = map_top(maps)
+    figure = Figure(figsize=(1.5 * len(picks) + 1.2, 5.6), layout="constrained")
+    axes = figure.subplots(3, len(picks), squeeze=False)
+    for column, (why, i) in enumerate(picks):
+        score = scored.scores[metrics["scorer"]][i]
+        show_image(axes[0][column], images[column],
+                   f"{why}\n{describe_sample(samples[column])}\nscore {score:.3g}")
+        show_image(axes[1][column], reconstructions[column])
+        mask = lesion_mask(source, samples[column], run.config.image_size)
+        shown = show_map(axes[2][column], images[column], maps[column], top, mask)
+    for row, text in enumerate(("input", "reconstruction", "anomaly map")):
+        axes[row][0].set_ylabel(text)
+    figure.colorbar(shown, ax=axes[2], label=metrics["scorer"], shrink=0.9)
+    figure.suptitle(f"{run.name} on {metrics['data']}; threshold {metrics['threshold']:.3g}",
+                    fontsize=10)
+    figure.savefig(file, dpi=120)
+
+
+def draw_comparison(runs: list[Run], sources: list[Source], scored: list[Scored],
+                    results: list[dict], file: Path) -> None:
+    """ROC and histograms of all runs above, the same example cases through every model below."""
+    scorer = results[0]["scorer"]
+    cases = comparison_cases(scored[0], scorer)
+    figure = Figure(figsize=(4.2 * (1 + len(runs)), 4.4 + 1.9 * len(cases)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[4.4, 1.9 * len(cases)])
+    axes = upper.subplots(1, 1 + len(runs))
+    entries = [(r.name, s, m) for r, s, m in zip(runs, scored, results, strict=True)]
+    plot_roc(axes[0], entries, scorer)
+    for ax, run, s, m in zip(axes[1:], runs, scored, results, strict=True):
+        plot_histogram(ax, run.name, s, m)
+    samples = [scored[0].samples[i] for i in cases]
+    grid = lower.subplots(len(cases), 1 + 2 * len(runs), squeeze=False)
+    for r, (run, source, s) in enumerate(zip(runs, sources, scored, strict=True)):
+        images, reconstructions, maps = pictures(run, source, samples, scorer)
+        top = map_top(maps)
+        for row, sample in enumerate(samples):
+            if r == 0:
+                show_image(grid[row][0], images[row], "input" if row == 0 else "")
+                grid[row][0].set_ylabel(describe_sample(sample), fontsize=9)
+            show_image(grid[row][1 + 2 * r], reconstructions[row],
+                       f"{run.name}\nreconstruction" if row == 0 else "")
+            mask = lesion_mask(source, sample, run.config.image_size)
+            shown = show_map(grid[row][2 + 2 * r], images[row], maps[row], top, mask)
+            grid[row][2 + 2 * r].set_title(f"score {s.scores[scorer][cases[row]]:.3g}", fontsize=9)
+        lower.colorbar(shown, ax=[grid[row][2 + 2 * r] for row in range(len(cases))],
+                       label=scorer, shrink=min(1.0, 3 / len(cases)))
+    upper.suptitle(f"Tested on {results[0]['data']}, {results[0]['n_normal']} normal and "
+                   f"{results[0]['n_abnormal']} abnormal images", fontsize=11)
+    figure.savefig(file, dpi=110)
+
+
+def comparison_cases(scored: Scored, scorer: str) -> list[int]:
+    """Up to six positions: the middle-scoring image of each common finding, and of the normals.
+
+    The middle one, so that the picture shows what is usual and nothing is picked by hand.
+    """
+    scores = scored.scores[scorer]
+    groups: dict[str, list[int]] = {}
+    for i, s in enumerate(scored.samples):
+        groups.setdefault(describe_sample(s), []).append(i)
+    common = sorted(groups.values(), key=len, reverse=True)[:6]
+    return [sorted(group, key=lambda i: scores[i])[len(group) // 2] for group in common]
+
+
+# ----------------------------------------------------------------------------------------------
+# Prediction
+
+
+def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
+            scorer: str | None = None, device: str = "auto") -> list[dict[str, object]]:
+    """Score an image file, or every image in a folder; one row of results an image.
+
+    Writes NAME_heatmap.png (input, reconstruction, map), NAME_map.npy (the map, float32 [H,W])
+    and predictions.csv to `out`, by default <run>/predictions. Unreadable images of a folder are
+    named and left out.
+    """
+    loaded = load_run(run, device)
+    scorer = scorer or DEFAULT_SCORER
+    if scorer not in SCORERS:
+        raise UserError(f"--scorer {scorer}: not one of {', '.join(SCORERS)}")
+    path = Path(image)
+    if not path.exists():
+        raise UserError(f"--image {image}: there is nothing at {path.resolve()}")
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
+                   ) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--image {image}: no images in this folder")
+    folder = Path(out) if out else loaded.folder / "predictions"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    threshold = loaded.scorer.threshold(scorer, 0.95)
+    names = [f.relative_to(path).as_posix() if path.is_dir() else f.name for f in files]
+    stems = [name.rpartition(".")[0].replace("/", "__") for name in names]
+    if len(set(stems)) < len(stems):  # film.png and film.jpg: keep them apart
+        stems = [name.replace("/", "__") for name in names]
+    rows, skipped = [], []
+    bar = Progress(len(files), "scoring")
+    for file, name, stem in zip(files, names, stems, strict=True):
+        try:
+            pixels = decode_image(file.read_bytes(), loaded.config.image_size)
+        except (BadImage, OSError) as error:
+            if not path.is_dir():
+                raise UserError(f"--image {file}: cannot be read as an image ({error})") from None
+            skipped.append(f"skipped   {name}: {error}")
+            continue
+        x, reconstruction = loaded.reconstruct(torch.from_numpy(pixels.copy())[None, None])
+        maps = loaded.scorer.anomaly_map(scorer, x, reconstruction)
+        score = loaded.scorer.score(scorer, maps).cpu().double()
+        row = {"image": name, "score": round(float(score), 6),
+               "percentile_among_normals": round(
+                   float(loaded.scorer.percentile(scorer, score)[0]), 1),
+               "threshold": round(threshold, 6),
+               "verdict": "abnormal" if float(score) > threshold else "normal"}
+        rows.append(row)
+        np.save(folder / f"{stem}_map.npy", maps[0, 0].cpu().numpy().astype(np.float32))
+        picture = folder / f"{stem}_heatmap.png"
+        draw_prediction(loaded, row, x, reconstruction, maps, scorer, picture)
+        bar.update(1)
+    bar.close()
+    print("\n".join(skipped) or "", end="\n" if skipped else "")
+    if not rows:
+        raise UserError(f"--image {image}: none of its {len(files)} images could be read")
+    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    width = min(60, max(len(r["image"]) for r in rows))
+    for r in rows[:40]:
+        print(f"{r['image']:<{width}}  score {r['score']:.4g}  higher than or equal to "
+              f"{r['percentile_among_normals']:.0f} % of normals  {r['verdict']} "
+              f"(threshold {r['threshold']:.4g})")
+    if len(rows) > 40:
+        print(f"... and {len(rows) - 40} more in predictions.csv")
+    print(f"{loaded.name} trained on {loaded.config.data}; abnormal means: above 95 % of "
+          f"{len(loaded.scorer.normal_scores[scorer])} validation normals. Not a diagnosis.")
+    print(f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, predictions.csv")
+    return rows
+
+
+def draw_prediction(run: Run, row: dict, x: Tensor, reconstruction: Tensor, maps: Tensor,
+                    scorer: str, file: Path) -> None:
+    """Input, reconstruction and heatmap side by side.
+
+    The colour scale ends where the map's own peak lies, or at twice the threshold if that is
+    more, so that a normal image does not glow.
+    """
+    image, back, map_ = (t[0, 0].cpu().numpy() for t in (x, reconstruction, maps))
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    axes = figure.subplots(1, 3)
+    show_image(axes[0], image, "input")
+    show_image(axes[1], back, "reconstruction")
+    shown = show_map(axes[2], image, map_, max(float(map_.max()), 2 * row["threshold"]))
+    axes[2].set_title("anomaly map", fontsize=9)
+    figure.colorbar(shown, ax=axes[2], label=scorer)
+    figure.suptitle(f"{row['image']}: score {row['score']:.4g}, percentile "
+                    f"{row['percentile_among_normals']:.0f} among normals, {row['verdict']} at "
+                    f"threshold {row['threshold']:.4g} ({run.name})", fontsize=10)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    image, out = arguments.pop("image"), arguments.pop("out")
+    if image is None:
+        evaluate(**arguments)
+    elif len(arguments["runs"]) > 1:
+        raise UserError("--image: give one run")
+    else:
+        predict(arguments["runs"][0], image, out, arguments["scorer"], arguments["device"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, "evaluate.py"))

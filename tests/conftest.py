@@ -1,0 +1,47 @@
+"""Small things that several test files need. Nothing here touches the network or shared data."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import Config
+from train import train
+
+# Networks this small gain nothing by threads, and lose much where other work wants the cores.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+TINY = {"width": 4, "image_size": 32, "latent_dim": 8, "samples": 64, "epochs": 2,
+        "batch_size": 16, "device": "cpu"}
+
+
+def tiny(tmp: Path, **settings: object) -> Config:
+    """A configuration that trains in a second."""
+    return Config(**(TINY | {"output_dir": str(tmp)} | settings))
+
+
+def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40)) -> None:
+    """A smooth random grey picture of (width, height)."""
+    rng = np.random.RandomState(seed)
+    small = Image.fromarray(rng.randint(0, 256, (5, 5)).astype(np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small.resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="session")
+def xrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 70 normal and 12 abnormal images and no prescribed split."""
+    root = tmp_path_factory.mktemp("data") / "xrays"
+    for i in range(82):
+        write_image(root / ("normal" if i < 70 else "abnormal") / f"{i:03d}.png", i)
+    return root
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Run folders of both models, trained a little on the phantom."""
+    return train(tiny(tmp_path_factory.mktemp("runs"), model="both"))

@@ -1,0 +1,128 @@
+"""How settings reach the program, and what a mistake in them is answered with."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config as config_module
+from config import Config, UserError, flag, load_config, parse_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_flag_beats_the_environment_beats_a_file_beats_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"epochs": 3, "seed": 3, "latent_dim": 3}))
+    environ = {"IMGAE_EPOCHS": "2", "IMGAE_SEED": "2", "HOME": "/"}
+    config = parse_config(["--config", str(file), "--epochs", "1"], environ=environ)
+    assert (config.epochs, config.seed, config.latent_dim, config.width) == (1, 2, 3, 64)
+
+
+def test_every_field_is_a_flag_an_environment_variable_and_a_file_key(tmp_path: Path) -> None:
+    samples = {"model": "both", "objective": "plain", "schedule": "constant", "optimizer": "sgd",
+               "device": "cpu", "precision": "fp32", "data": "x", "output_dir": "y",
+               "augment": False, "reuse": True, "resume": "auto", "dropout": 0.5,
+               "learning_rate": 0.5, "min_delta": 0.5, "memory_limit_gb": 0.5}
+    values = {f.name: samples.get(f.name, 48) for f in dataclasses.fields(Config)}
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags.append(flag(name) if value else "--no-" + name)
+        else:
+            flags += [flag(name), str(value)]
+    assert parse_config(flags, environ={}) == Config(**values)
+    environ = {"IMGAE_" + k.upper(): str(v) for k, v in values.items()}
+    assert parse_config([], environ=environ) == Config(**values)
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(values))
+    assert load_config(file) == Config(**values)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_settings_can_be_toml(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("epochs = 7\naugment = false\nlearning_rate = 1\n")
+    config = load_config(file)
+    assert (config.epochs, config.augment, config.learning_rate) == (7, False, 1.0)
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--epohs", "3"], "did you mean --epochs"),
+    (["--epochs", "-1"], "--epochs: -1 is not a whole number of at least 1"),
+    (["--epochs", "1.5"], "--epochs: '1.5' is not a whole number"),
+    (["--model", "vgg"], "--model: 'vgg' is not one of unet, reversed_ae, both"),
+    (["--learning-rate", "nan"], "--learning-rate: nan is not a number"),
+    (["--learn", "1"], "unknown flag --learn"),
+    (["--config", "/no/such.json"], "/no/such.json: cannot be read"),
+    (["surplus"], "surplus"),
+])
+def test_a_wrong_flag_is_one_line_that_says_what_is_legal(argv: list[str], says: str) -> None:
+    with pytest.raises(UserError, match="^[^\n]*$") as error:
+        parse_config(argv, environ={})
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ('{"epoch": 3}', "no setting epoch; did you mean epochs?"),
+    ('{"epochs": "3"}', "epochs: '3' is not a whole number"),
+    ('{"augment": 1}', "augment: 1 is not true or false"),
+    ("{", "not valid JSON"),
+    ("[]", "a table of settings is wanted"),
+])
+def test_a_wrong_file_is_one_line_that_names_file_and_key(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse_config(["--config", str(file)], environ={})
+    assert says in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_wrong_environment_variable_is_named() -> None:
+    with pytest.raises(UserError, match=r"IMGAE_EPOCS.*IMGAE_EPOCHS"):
+        parse_config([], environ={"IMGAE_EPOCS": "3"})
+    with pytest.raises(UserError, match="IMGAE_AUGMENT: 'maybe'"):
+        parse_config([], environ={"IMGAE_AUGMENT": "maybe"})
+
+
+def test_resume_takes_the_settings_of_the_run_but_flags_still_win(tmp_path: Path) -> None:
+    run = tmp_path / "unet"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"width": 8, "epochs": 5, "output_dir": "other"}))
+    argv = ["--output-dir", str(tmp_path), "--resume", "--epochs", "9"]
+    config = parse_config(argv, environ={})
+    assert (config.width, config.epochs, config.output_dir) == (8, 9, str(tmp_path))
+    assert parse_config(["--resume", str(run)], environ={}).width == 8
+    both = parse_config([*argv, "--model", "both"], environ={})
+    assert (both.width, both.model) == (8, "both")
+    with pytest.raises(UserError, match="a path belongs to one model"):
+        parse_config(["--resume", str(run), "--model", "both"], environ={})
+
+
+def test_a_notebook_kernels_arguments_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = "/usr/lib/python3/dist-packages/colab_kernel_launcher.py"
+    monkeypatch.setattr(sys, "argv", [kernel, "-f", "/root/kernel.json"])
+    assert parse_config(environ={}) == Config()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "4"])
+    assert parse_config(environ={}).epochs == 4
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_and_mistakes_are_answered_without_loading_torch(script: str) -> None:
+    code = (f"import runpy, sys\nsys.argv = [{script!r}, {{}}]\n"
+            f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+            "except SystemExit as e: print('exit', e.code, 'torch' in sys.modules)")
+    for arguments, status in (("'--help'", 0), ("'--no-such-flag', 'x'", 2)):
+        done = subprocess.run([sys.executable, "-c", code.format(arguments)], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert f"exit {status} False" in done.stdout, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_config_is_importable_without_torch_and_numpy() -> None:
+    assert not {"torch", "numpy"} & set(vars(config_module))

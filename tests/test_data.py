@@ -1,0 +1,557 @@
+"""Sources, layouts, splits, decoding, the stream, and the phantom's frozen difficulty."""
+
+import hashlib
+import io
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, write_image
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+import data
+from config import Config, UserError
+from data import (
+    ABNORMAL,
+    NORMAL,
+    PHANTOM_KINDS,
+    BadImage,
+    FolderSource,
+    ImageStream,
+    PhantomSource,
+    Sample,
+    augment,
+    create_dataloaders,
+    decode_image,
+    describe,
+    draw_phantom,
+    epoch_order,
+    read_splits,
+    recognise_layout,
+    split_for_training,
+    split_samples,
+    write_splits,
+)
+from evaluate import TrivialScores
+
+# ----------------------------------------------------------------------------------------------
+# The phantom
+
+
+def test_the_phantoms_difficulty_is_frozen() -> None:
+    digest = hashlib.sha256()
+    for kind in (None, *PHANTOM_KINDS):
+        for index, size in ((7, 64), (200_003, 128)):
+            image, mask = draw_phantom(index, size, seed=3, kind=kind)
+            digest.update(image.tobytes() + mask.tobytes())
+    assert digest.hexdigest() == (
+        "b5f08261ace90ce166b7df45903393f193f71faaaab032697a5481b2795244b8")
+
+
+def test_an_anomaly_differs_from_its_twin_in_the_mask_and_hardly_elsewhere() -> None:
+    for i, kind in enumerate(PHANTOM_KINDS * 4):
+        image, mask = draw_phantom(500 + i, 64, kind=kind)
+        twin, none = draw_phantom(500 + i, 64)
+        change = np.abs(image.astype(int) - twin)
+        assert not none.any() and 5 < mask.sum() < 0.3 * mask.size
+        assert change[mask].mean() > 10, kind
+        assert change[~mask].max() < 0.1 * 255, kind
+
+
+def test_the_same_patient_at_another_size_is_the_same_anatomy() -> None:
+    small = np.stack([draw_phantom(i, 64)[0].ravel() for i in range(8)])
+    large = np.stack([draw_phantom(i, 128)[0].reshape(64, 2, 64, 2).mean((1, 3)).ravel()
+                      for i in range(8)])
+    alike = np.corrcoef(small, large)[:8, 8:]  # [i,j]: film i at 64 against film j at 128
+    assert (alike.argmax(1) == np.arange(8)).all() and alike.diagonal().min() > 0.9
+
+
+def test_an_unknown_kind_of_anomaly_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind must be"):
+        draw_phantom(0, kind="fracture")
+
+
+def test_trivial_scores_do_not_solve_the_phantom() -> None:
+    source = PhantomSource(250, 64)
+
+    def images(samples: list[Sample]) -> np.ndarray:
+        return np.concatenate([x.numpy() for x, _ in ImageStream(source, samples, 64, 50)])
+
+    parts = split_samples(source.samples)
+    labels = [s.label for s in parts.test]
+    for name, scores in TrivialScores(images(parts.train))(images(parts.test)).items():
+        auroc = roc_auc_score(labels, scores)
+        assert max(auroc, 1 - auroc) < 0.75, name
+
+
+def test_phantom_masks_belong_to_the_images_that_are_read() -> None:
+    source = PhantomSource(4, 64)
+    sick = next(s for s in source.samples if s.finding == "opacity")
+    image, mask = draw_phantom(int(sick.patient), 64, kind="opacity")
+    assert np.array_equal(decode_image(source.read(sick), 64), image)
+    assert np.array_equal(source.mask(sick, 64), mask)
+
+
+# ----------------------------------------------------------------------------------------------
+# Layouts
+
+
+def layout(names: list[str], texts: dict[str, str] | None = None) -> tuple[data.Layout, Counter]:
+    left_out: Counter = Counter()
+    names = sorted([*names, *(texts or {})])
+    return recognise_layout(names, lambda n: (texts or {})[n], "here", left_out), left_out
+
+
+def test_kermany_is_recognised_with_patients_findings_and_split() -> None:
+    found, left_out = layout([
+        "chest_xray/train/NORMAL/IM-0115-0001.jpeg",
+        "chest_xray/train/NORMAL/NORMAL2-IM-0115-0001.jpeg",
+        "chest_xray/train/PNEUMONIA/person7_bacteria_29.jpeg",
+        "chest_xray/test/PNEUMONIA/person7_virus_3.jpeg",
+        "chest_xray/chest_xray/train/NORMAL/IM-0115-0001.jpeg",
+        "__MACOSX/chest_xray/train/NORMAL/._IM-0115-0001.jpeg",
+        "chest_xray/.DS_Store"])
+    rows = [(s.patient, s.label, s.finding, s.split) for s in found.samples]
+    assert sorted(rows) == [
+        ("IM-0115", 0, "", "train"), ("NORMAL2-IM-0115", 0, "", "train"),
+        ("person7_bacteria", 1, "bacteria", "train"), ("person7_virus", 1, "virus", "test")]
+    assert left_out == {"copies inside the archive": 2}
+
+
+NIH = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+       "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\n"
+       "00000001_000.png,Cardiomegaly|Emphysema,0,1,058Y,M,PA,2682,2749,0.143,0.143,\n"
+       "00000001_001.png,No Finding,1,1,058Y,M,AP,2682,2749,0.143,0.143,\n"
+       "00000002_000.png,No Finding,0,2,581Y,F,PA,2500,2048,0.171,0.171,\n"
+       "00000003_000.png,Hernia,0,3,081Y,F,PA,2582,2991,0.143,0.143,\n")
+
+
+def test_nih_is_read_by_column_name_with_its_official_lists() -> None:
+    found, left_out = layout(
+        ["images_001/images/00000001_000.png", "images_001/images/00000001_001.png",
+         "images_002/images/00000002_000.png"],
+        {"Data_Entry_2017.csv": NIH, "test_list.txt": "00000002_000.png\n",
+         "train_val_list.txt": "00000001_000.png\n00000001_001.png\n"})
+    rows = [(s.key[-16:], s.patient, s.label, s.finding, s.view, s.split) for s in found.samples]
+    assert rows == [("00000001_000.png", "1", 1, "Cardiomegaly|Emphysema", "PA", "train"),
+                    ("00000001_001.png", "1", 0, "", "AP", "train"),
+                    ("00000002_000.png", "2", 0, "", "PA", "test")]
+    assert left_out == {"listed in the table but not there": 1}
+
+
+def test_covid_rules_keep_frontal_xrays_with_a_stated_finding() -> None:
+    table = ("Patientid,offset,finding,view,modality,folder,filename\n"
+             "1,0,\"COVID-19, ARDS\",PA,X-ray,images,a.png\n"
+             "2,0,Pneumonia/Viral/COVID-19,AP Supine,X-ray,images,b.jpg\n"
+             "3,0,No Finding,AP,X-ray,images,c.png\n"
+             "4,0,No Finding,L,X-ray,images,d.png\n"
+             "5,0,No Finding,PA,CT,images,e.png\n"
+             "6,0,todo,PA,X-ray,images,f.png\n"
+             "7,0,SARS,PA,X-ray,images,gone.png\n"
+             "3,0,No Finding,AP,X-ray,images,c.png\n")
+    names = [f"images/{n}" for n in ("a.png", "b.jpg", "c.png", "d.png", "e.png", "f.png")]
+    found, left_out = layout(names, {"metadata.csv": table})
+    assert [(s.key, s.patient, s.label) for s in found.samples] == [
+        ("images/a.png", "1", 1), ("images/b.jpg", "2", 1), ("images/c.png", "3", 0)]
+    assert sum(left_out.values()) == 5 and left_out["not an X-ray"] == 1
+
+
+def test_stray_images_and_masks_beside_a_normal_folder_are_not_abnormal() -> None:
+    found, left_out = layout(["overview.png", "normal/a.png", "sick/b.png", "masks/b.png"])
+    assert [s.key for s in found.samples] == ["normal/a.png", "sick/b.png"]
+    assert sum(left_out.values()) == 2
+
+
+def test_a_csv_header_in_quotes_is_read(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text('"path","label"\n"a.png","0"\n')
+    assert FolderSource(str(tmp_path / "list.csv")).samples[0].label == NORMAL
+
+
+def test_class_folders_need_a_normal_one_and_take_its_neighbours_as_abnormal() -> None:
+    found, left_out = layout(["train/good/a.png", "test/good/b.png", "test/scratch/c.png",
+                              "ground_truth/scratch/c_mask.png"])
+    assert [(s.key, s.label, s.finding, s.split) for s in found.samples] == [
+        ("test/good/b.png", 0, "", "test"), ("test/scratch/c.png", 1, "scratch", "test"),
+        ("train/good/a.png", 0, "", "train")]
+    assert sum(left_out.values()) == 1
+    with pytest.raises(UserError, match=r"no folder of normal images.*folders found: pictures"):
+        layout(["pictures/a.png", "pictures/b.png"])
+
+
+def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> None:
+    for i in range(3):
+        write_image(tmp_path / f"p/{i}.png", i)
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:20] = 255
+    Image.fromarray(mask).save(tmp_path / "p/mask.png")
+    (tmp_path / "list.csv").write_text(
+        "\ufeffPath,Label,patient,split,mask\np/0.png,normal,A,train,\n./p/1.png,0,A,train,\n"
+        "p/2.png,Nodule,B,test,p/mask.png\n", encoding="utf-8")
+    source = FolderSource(str(tmp_path / "list.csv"))
+    assert [(s.key, s.patient, s.label, s.finding, s.split) for s in source.samples] == [
+        ("p/0.png", "A", 0, "", "train"), ("p/1.png", "A", 0, "", "train"),
+        ("p/2.png", "B", 1, "Nodule", "test")]
+    found = source.mask(source.samples[2], 32)
+    assert found[:16].all() and not found[16:].any() and source.mask(source.samples[0], 32) is None
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("path,finding\na.png,x\n", "list.csv has no column label"),
+    ("name,label\na.png,0\n", "list.csv has no column path"),
+    ("path,label\na.png,0\nb.png,0\n", "1 of the 2 files it lists are not there"),
+    ("path,label\na.png,\n", "row 2: path or label is empty"),
+    ("path,label\na.png,7\n", "label 7 is neither 0"),
+    ("path,label\na.png,0\na.png,0\n", "row 3: a.png is listed twice"),
+    ("path,label,split\na.png,0,dev\n", "split 'dev' is not one of"),
+    ("path,label,mask\na.png,1,gone.png\n", "1 of the 2 files it lists are not there"),
+])
+def test_a_wrong_csv_is_one_line_that_names_it(tmp_path: Path, text: str, says: str) -> None:
+    write_image(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        FolderSource(str(tmp_path / "list.csv"))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_empty_and_odd_places_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    for name, says in (("nowhere", "nothing at"), ("empty", "no images in it"),
+                       ("notes.txt", "neither a folder nor a CSV")):
+        with pytest.raises(UserError, match=says):
+            FolderSource(str(tmp_path / name))
+
+
+def test_too_few_normals_say_what_to_do_instead(tmp_path: Path) -> None:
+    for i in range(19):
+        write_image(tmp_path / "normal" / f"{i}.png", i)
+    source = FolderSource(str(tmp_path))
+    with pytest.raises(UserError, match=r"19 normal images are too few.*evaluate\.py"):
+        split_for_training(source, Config(data=str(tmp_path)))
+
+
+# ----------------------------------------------------------------------------------------------
+# Splits
+
+
+def many(n: int, label: int, patients: int, split: str = "", tag: str = "") -> list[Sample]:
+    return [Sample(f"{tag}{label}-{i:04d}", f"{tag}{i % patients}", label, split=split)
+            for i in range(n)]
+
+
+def test_patients_are_never_shared_and_train_is_normal() -> None:
+    samples = many(600, NORMAL, 150) + many(200, ABNORMAL, 220)  # many patients have both
+    parts = split_samples(samples)
+    patients = [{s.patient for s in p} for p in parts[:3]]
+    assert not patients[0] & patients[1] and not patients[0] & patients[2]
+    assert not patients[1] & patients[2]
+    assert all(s.label == NORMAL for s in parts.train)
+    counts = [len(parts.train), len(parts.normals("val")), len(parts.normals("test"))]
+    assert sum(counts) == 600 and 90 <= counts[2] <= 140 and 35 <= counts[1] <= 65
+    assert any(s.label for s in parts.val) and any(s.label for s in parts.test)
+    assert parts[:3] == split_samples(samples)[:3]
+
+
+def test_test_takes_its_share_of_the_normals_where_patients_have_many_abnormal_images() -> None:
+    samples = many(100, NORMAL, 100) + many(400, ABNORMAL, 100)
+    parts = split_samples(samples)
+    assert len(parts.normals("test")) == 20 and len(parts.train) == 60
+
+
+def test_a_split_that_leaves_no_training_images_is_one_line(tmp_path: Path) -> None:
+    for i in range(60):
+        write_image(tmp_path / "test" / "normal" / f"{i}.png", i)
+    with pytest.raises(UserError, match="60 normal images leave 0 for training"):
+        split_for_training(FolderSource(str(tmp_path)), Config(data=str(tmp_path)))
+
+
+def test_a_changed_prescribed_split_is_other_data(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    prints = set()
+    for split in ("train", "test"):
+        (tmp_path / "list.csv").write_text(f"path,label,split\na.png,0,{split}\n")
+        prints.add(FolderSource(str(tmp_path / "list.csv")).fingerprint())
+    assert len(prints) == 2
+
+
+def test_an_official_test_split_is_respected_and_a_tiny_official_validation_is_not() -> None:
+    samples = (many(300, NORMAL, 300, "train", "a") + many(100, ABNORMAL, 100, "train", "b")
+               + many(8, NORMAL, 8, "val", "c") + many(50, NORMAL, 50, "test", "d")
+               + many(3, NORMAL, 3, "train", "d"))  # three train images of test patients
+    parts = split_samples(samples)
+    assert {s.key for s in parts.test} == {s.key for s in samples if s.split == "test"}
+    assert len(parts.normals("val")) == 30 and sum(s.label for s in parts.val) == 100
+    assert len(parts.train) == 270
+    assert "3 images left out of training" in parts.notes[0] and "too small" in parts.notes[1]
+
+
+def test_an_official_validation_split_of_some_size_is_used() -> None:
+    samples = many(200, NORMAL, 200, "train", "a") + many(60, NORMAL, 60, "val", "c")
+    parts = split_samples(samples + many(20, NORMAL, 20, "test", "d"))
+    assert len(parts.val) == 60 and len(parts.train) == 200
+
+
+def test_samples_limits_training_and_never_moves_an_image() -> None:
+    samples = many(2000, NORMAL, 2000, "train") + many(50, NORMAL, 50, "test", "t")
+    whole, part = split_samples(samples), split_samples(samples, 300)
+    assert len(part.train) == 300 and len(part.val) == 100
+    assert {s.key for s in part.train} <= {s.key for s in whole.train}
+    assert {s.key for s in part.val} <= {s.key for s in whole.val} and part.test == whole.test
+    assert "only" in split_samples(samples, 9999).notes[0]
+
+
+def test_splits_survive_their_file(tmp_path: Path) -> None:
+    parts = split_samples(many(100, NORMAL, 50) + many(30, ABNORMAL, 60))
+    write_splits(parts, tmp_path / "split.csv")
+    again = read_splits(tmp_path / "split.csv")
+    for name in ("train", "val", "test"):
+        assert [(s.key, s.patient, s.label) for s in getattr(again, name)] == [
+            (s.key, s.patient, s.label) for s in getattr(parts, name)]
+    (tmp_path / "split.csv").write_text("key,split\na,train\n")
+    with pytest.raises(UserError, match=r"split\.csv: not a readable table"):
+        read_splits(tmp_path / "split.csv")
+
+
+def test_identical_files_in_two_splits_are_reported(tmp_path: Path) -> None:
+    for i in range(60):
+        write_image(tmp_path / "train" / "normal" / f"{i}.png", i)
+    write_image(tmp_path / "test" / "normal" / "copy.png", 11)
+    write_image(tmp_path / "test" / "abnormal" / "other.png", 900)
+    source = FolderSource(str(tmp_path))
+    notes = split_for_training(source, Config(data=str(tmp_path))).notes
+    assert any(n.startswith("1 pairs of identical files") and "11.png" in n for n in notes), notes
+
+
+def test_the_table_of_the_data_names_counts_and_sizes(xrays: Path) -> None:
+    source = FolderSource(str(xrays))
+    text = describe(source, split_for_training(source, Config(data=str(xrays))))
+    assert str(xrays) in text and "40x40" in text and "abnormal 12" in text
+
+
+# ----------------------------------------------------------------------------------------------
+# Decoding
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **how: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))  # 64x64, dark left, bright right
+
+
+def test_grey_colour_palette_and_transparency_come_out_the_same() -> None:
+    grey = Image.fromarray(RAMP)
+    opaque = Image.fromarray(np.dstack([RAMP] * 3 + [np.full_like(RAMP, 90)]))
+    palette = Image.fromarray((RAMP // 4).astype(np.uint8), "P")
+    palette.putpalette([v for i in range(64) for v in (4 * i,) * 3])
+    for image in (grey, grey.convert("RGB"), opaque, grey.convert("LA"), palette):
+        assert np.array_equal(decode_image(encoded(image), 64), RAMP), image.mode
+    assert np.abs(decode_image(encoded(grey, "JPEG", quality=95), 64) - RAMP.astype(int)).max() < 8
+
+
+def test_sixteen_bit_grey_is_scaled_not_saturated() -> None:
+    full = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    twelve = Image.fromarray((RAMP.astype(np.uint32) * 4095 // 255).astype(np.uint16))
+    assert np.array_equal(decode_image(encoded(full), 64), RAMP)
+    assert np.array_equal(decode_image(encoded(twelve), 64), RAMP)
+    bright = Image.fromarray(np.array([[0, 65535]] * 2, np.uint16))
+    assert decode_image(encoded(bright), 2).tolist() == [[0, 255]] * 2
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned = decode_image(encoded(Image.fromarray(RAMP), exif=exif), 64)
+    assert np.array_equal(turned, RAMP[:, ::-1])
+
+
+def test_a_non_square_image_is_stretched_whole() -> None:
+    wide = np.zeros((50, 200), np.uint8)
+    wide[:, :100], wide[:, -4:] = 80, 255  # a bright right edge that a crop would lose
+    out = decode_image(encoded(Image.fromarray(wide)), 50)
+    assert out.shape == (50, 50) and (out[:, :24] == 80).all()
+    assert (out[:, -1] > 200).all() and (out[:, 26:48] == 0).all()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no image",
+    lambda b: b[:100] + b"\0" * 400])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damaged_files_are_bad_images(kind: str, damage: object) -> None:
+    noise = np.random.RandomState(0).randint(0, 256, (64, 64)).astype(np.uint8)
+    with pytest.raises(BadImage):
+        decode_image(damage(encoded(Image.fromarray(noise), kind)), 32)
+
+
+def test_an_image_of_absurd_size_is_refused_before_it_is_decoded() -> None:
+    png = bytearray(encoded(Image.fromarray(RAMP)))
+    png[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in the header
+    import zlib
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    with pytest.raises(BadImage, match="pixels"):
+        decode_image(bytes(png), 32)
+
+
+def dicom(photometric: str, **tags: object) -> bytes:
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    ds = FileDataset("x", {}, file_meta=meta, preamble=b"\0" * 128)
+    ds.Rows, ds.Columns, ds.SamplesPerPixel = 64, 64, 1
+    ds.PhotometricInterpretation = photometric
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+    for tag, value in tags.items():
+        setattr(ds, tag, value)
+    ds.PixelData = (RAMP.astype(np.uint16) * 16).tobytes()
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, ds)
+    return buffer.getvalue()
+
+
+def test_dicom_is_scaled_inverted_and_windowed() -> None:
+    expected = np.rint(RAMP * (255 / 252))
+    assert np.abs(decode_image(dicom("MONOCHROME2"), 64) - expected).max() <= 1
+    assert np.abs(255.0 - decode_image(dicom("MONOCHROME1"), 64) - expected).max() <= 1
+    windowed = decode_image(dicom("MONOCHROME2", WindowCenter=1000, WindowWidth=500,
+                                  RescaleSlope=1, RescaleIntercept=-500), 64)
+    low, high = (RAMP * 16.0 - 500 < 740), (RAMP * 16.0 - 500 > 1260)
+    assert (windowed[low] == 0).all() and (windowed[high] == 255).all()
+    assert 0 < windowed[~low & ~high].mean() < 255
+
+
+def test_dicom_without_pydicom_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"\0" * 128 + b"DICM" + b"\0" * 100
+    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    with pytest.raises(UserError, match="pip install pydicom"):
+        decode_image(content, 32)
+
+
+# ----------------------------------------------------------------------------------------------
+# The stream
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 5000])
+def test_an_epochs_order_is_a_permutation_and_depends_on_seed_and_epoch_alone(count: int) -> None:
+    order = epoch_order(count, 1, 2)
+    assert sorted(order) == list(range(count))
+    assert np.array_equal(order, epoch_order(count, 1, 2))
+    if count > 10:
+        assert not np.array_equal(order, epoch_order(count, 1, 3))
+        assert not np.array_equal(order, epoch_order(count, 2, 2))
+        assert np.abs(np.diff(order)).min() >= 1 and (np.abs(np.diff(order)) == 1).mean() < 0.35
+
+
+def test_validation_is_complete_and_training_drops_a_different_rest_each_epoch() -> None:
+    source = PhantomSource(70, 32)
+    samples = source.samples[:70]
+    plain = ImageStream(source, samples, 32, 16)
+    assert torch.cat([p for _, p in plain]).tolist() == list(range(70)) and len(plain) == 5
+    stream = ImageStream(source, samples, 32, 16, seed=1)
+    seen = []
+    for epoch in range(2):
+        stream.set_epoch(epoch)
+        seen.append(torch.cat([p for _, p in stream]).tolist())
+        assert len(seen[-1]) == 64 == len(set(seen[-1])) and len(stream) == 4
+    assert set(seen[0]) != set(seen[1])
+
+
+def test_batches_hold_the_right_pixels_in_any_epoch(xrays: Path) -> None:
+    source = FolderSource(str(xrays))
+    for memory in (1 << 30, 20 * 32 * 32, 0):  # all kept, some kept, none kept
+        stream = ImageStream(source, source.samples, 32, 9, seed=0, memory_bytes=memory)
+        for epoch in range(2):
+            stream.set_epoch(epoch)
+            for images, positions in stream:
+                assert images.dtype == torch.uint8 and images.shape[1:] == (1, 32, 32)
+                for image, position in zip(images, positions.tolist(), strict=True):
+                    expected = decode_image(source.read(source.samples[position]), 32)
+                    assert np.array_equal(image[0].numpy(), expected)
+
+
+class Counting(PhantomSource):
+    reads = 0
+
+    def read(self, sample: Sample) -> bytes:
+        type(self).reads += 1
+        return super().read(sample)
+
+
+def test_what_fits_in_memory_is_read_once() -> None:
+    source = Counting(40, 32)
+    stream = ImageStream(source, source.samples[:40], 32, 8, seed=0)
+    for epoch in range(3):
+        stream.set_epoch(epoch)
+        list(stream)
+    assert Counting.reads == 40
+
+
+def test_leaving_early_ends_the_threads_and_reads_little() -> None:
+    Counting.reads = 0
+    source = Counting(400, 32)
+    before = threading.active_count()
+    stream = iter(ImageStream(source, source.samples[:400], 32, 8, memory_bytes=0))
+    next(stream)
+    stream.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("decode"):
+            thread.join(timeout=10)
+    assert threading.active_count() == before
+    assert Counting.reads <= 8 * 3
+
+
+def test_a_bad_image_is_skipped_counted_and_named_and_many_stop_the_run(tmp_path: Path) -> None:
+    for i in range(40):
+        write_image(tmp_path / "normal" / f"{i:02d}.png", i)
+    (tmp_path / "normal" / "07.png").write_bytes(b"broken")
+    source = FolderSource(str(tmp_path))
+    stream = ImageStream(source, source.samples, 32, 8)
+    for _ in range(2):
+        assert sum(len(x) for x, _ in stream) == 39
+        assert list(stream.bad) == ["normal/07.png"]
+    for i in (1, 2, 3):
+        (tmp_path / "normal" / f"{i:02d}.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"3 of 40 images cannot be read, more than 5%"):
+        list(ImageStream(source, source.samples, 32, 8))
+
+
+def test_loaders_in_two_lines(xrays: Path) -> None:
+    loaders = create_dataloaders(tiny(xrays.parent, data=str(xrays), samples=None))
+    images, positions = next(iter(loaders.train))
+    assert images.shape == (16, 1, 32, 32)
+    assert all(loaders.train.dataset.samples[i].label == NORMAL for i in positions)
+    assert all(s.label == NORMAL for s in loaders.val.dataset.samples)
+    assert any(s.label == ABNORMAL for s in loaders.test.dataset.samples)
+
+
+def test_augmentation_is_seeded_small_and_keeps_the_range() -> None:
+    images = torch.from_numpy(np.stack([draw_phantom(i, 64)[0] for i in range(16)]))
+    images = images[:, None].float() / 255
+
+    def generator(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    out = augment(images, generator(0))
+    assert torch.equal(out, augment(images, generator(0)))
+    assert not torch.equal(out, augment(images, generator(1)))
+    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
+    # A bright spot in the middle ends up within what shift, turn and scale allow, and turned
+    # images stay upright: about half are mirrored, none is upside down.
+    spot = torch.zeros(200, 1, 64, 64)
+    spot[:, :, 30:34, 30:34] = 0.5
+    spot[:, :, 4:8, 56:60] = 1.0  # top right
+    moved = augment(spot, generator(2))[:, 0]
+    y, x = np.unravel_index(moved.flatten(1).argmax(1).numpy(), (64, 64))
+    assert y.max() < 16 and 60 < (x > 32).sum() < 140
+    assert (np.minimum(x, 63 - x) < 16).all()

@@ -1,0 +1,313 @@
+"""The figures that are reported, the files that are written, and scoring of new images."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, write_image
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import evaluate as evaluate_module
+from config import UserError
+from data import Sample, read_splits
+from evaluate import (
+    draw_evenly,
+    evaluate,
+    interval,
+    load_run,
+    parse_arguments,
+    patient_weights,
+    peak_in_lesion,
+    predict,
+    verdict,
+    weighted_auroc,
+    weighted_average_precision,
+)
+from train import load_checkpoint, save_checkpoint, train
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_and_average_precision_agree_with_scikit_learn(ties: bool) -> None:
+    rng = np.random.RandomState(0)
+    labels = rng.randint(0, 2, 200)
+    scores = labels + rng.randn(200) * 1.5
+    if ties:
+        scores = np.round(scores)
+    weights = rng.randint(0, 4, (5, 200)).astype(float)
+    for ours, theirs in ((weighted_auroc, roc_auc_score),
+                         (weighted_average_precision, average_precision_score)):
+        expected = [theirs(labels, scores, sample_weight=w) for w in weights]
+        assert ours(scores, labels, weights) == pytest.approx(expected, abs=1e-9)
+
+
+def test_auroc_without_one_label_is_not_a_number() -> None:
+    assert np.isnan(weighted_auroc(np.arange(3.0), np.zeros(3), np.ones((1, 3)))[0])
+
+
+def test_the_bootstrap_draws_patients_not_images() -> None:
+    patients = ["a"] * 5 + ["b", "c", "d"]
+    weights = patient_weights(patients, 500)
+    assert (weights[:, :5] == weights[:, :1]).all()
+    assert (weights[:, [0, 5, 6, 7]].sum(1) == 4).all()
+    assert weights[:, 0].mean() == pytest.approx(1, abs=0.15)
+    assert np.array_equal(weights, patient_weights(patients, 500))
+
+
+def test_the_interval_of_clustered_images_is_wider_than_if_they_were_independent() -> None:
+    rng = np.random.RandomState(1)
+    labels = np.repeat(rng.randint(0, 2, 40), 10)
+    scores = labels + np.repeat(rng.randn(40) * 1.5, 10)
+    widths = []
+    for patients in (np.repeat(np.arange(40), 10), np.arange(400)):
+        low, high = interval(weighted_auroc(scores, labels, patient_weights(patients.astype(str))))
+        widths.append(high - low)
+    assert widths[0] > 2 * widths[1]
+
+
+@pytest.mark.parametrize(("difference", "low", "high", "says"), [
+    (0.10, 0.05, 0.15, "B scores 0.100 higher than A, 95 % interval 0.050 to 0.150: a clear"),
+    (-0.10, -0.15, -0.05, "A scores 0.100 higher than B, 95 % interval 0.050 to 0.150: a clear"),
+    (0.03, -0.01, 0.07, "B scores 0.030 higher than A, 95 % interval -0.010 to 0.070: no clear"),
+    (-0.03, -0.07, 0.01, "A scores 0.030 higher than B, 95 % interval -0.010 to 0.070: no clear"),
+])
+def test_the_verdict_names_the_better_and_says_whether_it_is_clear(
+    difference: float, low: float, high: float, says: str
+) -> None:
+    assert verdict("A", "B", difference, low, high).startswith(says)
+
+
+def test_a_peak_counts_in_the_lesion_or_just_beside_it() -> None:
+    mask = np.zeros((100, 100), bool)
+    mask[20:30, 20:30] = True
+    for (y, x), hit in (((25, 25), True), ((32, 25), True), ((33, 25), False), ((80, 80), False)):
+        map_ = np.zeros((100, 100))
+        map_[y, x] = 1
+        assert peak_in_lesion(map_, mask) is hit
+
+
+def test_a_limited_test_is_drawn_evenly_and_always_the_same() -> None:
+    samples = [Sample(str(i), str(i), int(i >= 90)) for i in range(100)]
+    chosen = draw_evenly(samples, 40)
+    assert len(chosen) == 40 and sum(s.label for s in chosen) == 10
+    assert chosen == draw_evenly(samples, 40) and draw_evenly(samples, None) is samples
+
+
+KEYS = {"auroc", "auroc_ci", "average_precision", "sensitivity_at_90_specificity",
+        "sensitivity_at_95_specificity", "threshold", "n_normal", "n_abnormal",
+        "specificity_at_threshold", "reconstruction_mse", "reconstruction_ssim", "scorer", "data"}
+
+
+def test_evaluation_writes_metrics_scores_and_pictures(
+    runs: list[Path], capsys: pytest.CaptureFixture
+) -> None:
+    (metrics,) = evaluate(runs[0])
+    folder = runs[0] / "eval" / "synthetic"
+    assert {p.name for p in folder.iterdir()} == {"metrics.json", "scores.csv", "roc.png",
+                                                  "histogram.png", "examples.png"}
+    saved = json.loads((folder / "metrics.json").read_text())
+    assert set(saved) >= KEYS and saved["auroc"] == metrics["auroc"]
+    assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "zscore")
+    assert "not real X-rays" in saved["data"] and not saved["external"]
+    # The figures must follow from the scores in the table beside them.
+    with open(folder / "scores.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    labels = np.array([int(r["label"]) for r in rows])
+    scores = np.array([float(r["zscore"]) for r in rows])
+    assert roc_auc_score(labels, scores) == pytest.approx(saved["auroc"], abs=1e-3)
+    low, high = saved["auroc_ci"]
+    assert low < saved["auroc"] < high
+    threshold = load_run(runs[0]).scorer.threshold("zscore", 0.95)
+    assert saved["threshold"] == threshold
+    assert (scores[labels == 1] > threshold).mean() == pytest.approx(
+        saved["sensitivity_at_95_specificity"], abs=0.011)
+    assert 0 <= saved["pixel_auroc"] <= 1 and 0 <= saved["peak_in_lesion"] <= 1
+    assert set(saved["auroc_by_finding"]) == {"opacity", "nodule", "effusion", "missing", "doubled"}
+    text = capsys.readouterr().out
+    assert "not real X-rays" in text and "PCA reconstruction error" in text
+    for name in ("roc.png", "histogram.png", "examples.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 300
+
+
+def test_two_runs_are_compared_on_the_same_images(
+    runs: list[Path], capsys: pytest.CaptureFixture
+) -> None:
+    results = evaluate(runs, scorer="all")
+    text = capsys.readouterr().out
+    assert "clear difference" in text and "parameters, trained 2 epochs" in text
+    above = runs[0].parent
+    with open(above / "comparison.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [r["run"] for r in rows] == ["unet", "reversed_ae"]
+    assert [float(r["auroc"]) for r in rows] == [r["auroc"] for r in results]
+    assert set(results[0]["scorers"]) == {"zscore", "mse", "mae", "ssim"}
+    page = (above / "comparison.md").read_text()
+    assert "not real X-rays" in page and "clear difference" in page and "not for diagnosis" in page
+    with Image.open(above / "comparison.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_a_rerun_gives_the_same_figures(runs: list[Path]) -> None:
+    assert evaluate(runs[0], samples=40)[0] == evaluate(runs[0], samples=40)[0]
+
+
+def test_validation_may_be_looked_at_without_touching_test(runs: list[Path]) -> None:
+    (metrics,) = evaluate(runs[0], split="val")
+    assert metrics["split"] == "val" and metrics["specificity_at_threshold"] >= 0.95
+    assert (runs[0] / "eval" / "synthetic-val" / "metrics.json").exists()
+
+
+def test_an_external_test_says_so_and_overwrites_nothing(
+    runs: list[Path], xrays: Path, capsys: pytest.CaptureFixture
+) -> None:
+    evaluate(runs[0], samples=40)
+    before = (runs[0] / "eval" / "synthetic" / "metrics.json").read_bytes()
+    (metrics,) = evaluate(runs[0], data=str(xrays))
+    assert metrics["external"] and (metrics["n_normal"], metrics["n_abnormal"]) == (70, 12)
+    assert "external test: trained on synthetic" in capsys.readouterr().out
+    assert (runs[0] / "eval" / "xrays" / "metrics.json").exists()
+    assert (runs[0] / "eval" / "synthetic" / "metrics.json").read_bytes() == before
+
+
+def test_normals_alone_give_no_auroc_but_a_specificity(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for i in range(6):
+        write_image(tmp_path / "normal" / f"{i}.png", i)
+    (metrics,) = evaluate(runs[0], data=str(tmp_path))
+    assert metrics["auroc"] is None and metrics["n_abnormal"] == 0
+    assert metrics["specificity_at_threshold"] is not None
+    assert "not computed" in capsys.readouterr().out
+
+
+def test_own_data_is_tested_on_the_test_split_of_split_csv_alone(
+    tmp_path: Path, xrays: Path
+) -> None:
+    (folder,) = train(tiny(tmp_path, data=str(xrays), samples=None, epochs=1))
+    (metrics,) = evaluate(folder)
+    parts = read_splits(folder / "split.csv")
+    with open(folder / "eval" / "xrays" / "scores.csv", newline="") as f:
+        assert {r["key"] for r in csv.DictReader(f)} == {s.key for s in parts.test}
+    assert metrics["n_abnormal"] == 12
+    # The same images under another name are still the same data.
+    copy = tmp_path / "copy"
+    shutil.copytree(xrays, copy)
+    assert evaluate(folder, data=str(copy))[0]["external"] is False
+
+
+def test_training_images_are_never_tested_on_under_another_path(
+    tmp_path: Path, xrays: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (folder,) = train(tiny(tmp_path, data=str(xrays), samples=None, epochs=1))
+    grown = tmp_path / "grown"
+    shutil.copytree(xrays, grown)
+    write_image(grown / "normal" / "new.png", 1000)
+    evaluate(folder, data=str(grown))
+    parts = read_splits(folder / "split.csv")
+    with open(folder / "eval" / "grown" / "scores.csv", newline="") as f:
+        tested = {r["key"] for r in csv.DictReader(f)}
+    assert not tested & {s.key for s in parts.train + parts.val} and "normal/new.png" in tested
+    assert "images left out: the run was trained or validated" in capsys.readouterr().out
+
+
+def test_an_external_test_works_without_the_training_data_and_keeps_results_apart(
+    tmp_path: Path, xrays: Path, capsys: pytest.CaptureFixture
+) -> None:
+    training = tmp_path / "training"
+    shutil.copytree(xrays, training)
+    (folder,) = train(tiny(tmp_path, data=str(training), samples=None, epochs=1))
+    shutil.rmtree(training)
+    for place, n in (("a", 3), ("b", 4)):
+        for i in range(n):
+            write_image(tmp_path / place / "films" / "normal" / f"x{i}.png", i)
+            write_image(tmp_path / place / "films" / "abnormal" / f"y{i}.png", 50 + i)
+        (metrics,) = evaluate(folder, data=str(tmp_path / place / "films"))
+        assert "PCA reconstruction error" not in metrics["baselines"]
+    assert "two trivial scores are left out" in capsys.readouterr().out
+    assert len(list((folder / "eval").iterdir())) == 2
+
+
+def test_runs_of_one_model_and_of_different_sizes_can_be_compared(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (other,) = train(tiny(tmp_path, image_size=48, epochs=1))
+    evaluate([runs[0], other], samples=40)
+    assert f"U-Net ({runs[0]})" in capsys.readouterr().out
+
+
+def test_runs_on_different_data_are_not_compared(
+    runs: list[Path], tmp_path: Path, xrays: Path
+) -> None:
+    other = train(tiny(tmp_path, data=str(xrays), samples=None, epochs=1))
+    with pytest.raises(UserError, match=r"cannot be compared.*--data"):
+        evaluate([runs[0], *other])
+
+
+def test_prediction_gives_score_percentile_verdict_and_maps(
+    runs: list[Path], xrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    images = tmp_path / "new"
+    shutil.copytree(xrays / "abnormal", images)
+    (images / "broken.png").write_bytes(b"x")
+    rows = predict(runs[0], images, tmp_path / "out")
+    assert len(rows) == 12
+    out = capsys.readouterr().out
+    assert "skipped   broken.png" in out and "Not a diagnosis" in out
+    threshold = load_run(runs[0]).scorer.threshold("zscore", 0.95)
+    for row in rows:
+        assert row["verdict"] == ("abnormal" if row["score"] > threshold else "normal")
+        map_ = np.load(tmp_path / "out" / row["image"].replace(".png", "_map.npy"))
+        assert map_.shape == (32, 32) and map_.dtype == np.float32
+        top = np.sort(map_.ravel())[-10:].mean()  # 1 % of 1,024 pixels
+        assert row["score"] == pytest.approx(top, rel=1e-3)
+        assert (tmp_path / "out" / row["image"].replace(".", "_heatmap.")).exists()
+    with open(tmp_path / "out" / "predictions.csv", newline="") as f:
+        assert [r["image"] for r in csv.DictReader(f)] == [r["image"] for r in rows]
+    alone = predict(runs[0], images / rows[3]["image"])
+    assert alone[0]["score"] == pytest.approx(rows[3]["score"], rel=1e-5)
+    assert (images / rows[3]["image"]).read_bytes() == (
+        xrays / "abnormal" / rows[3]["image"]).read_bytes()
+    assert (runs[0] / "predictions" / rows[3]["image"].replace(".", "_heatmap.")).exists()
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda run, tmp: evaluate(tmp / "nowhere"), "there is no run folder there"),
+    (lambda run, tmp: evaluate(run / "best.pt"), "give the run folder"),
+    (lambda run, tmp: evaluate(run, scorer="magic"), "--scorer magic: not one of"),
+    (lambda run, tmp: evaluate(run, data=str(tmp / "gone")), "there is nothing at"),
+    (lambda run, tmp: predict(run, tmp / "gone.png"), "there is nothing at"),
+    (lambda run, tmp: predict(run, tmp), "no images in this folder"),
+    (lambda run, tmp: predict(run, Path(__file__)), "cannot be read as an image"),
+    (lambda run, tmp: evaluate(run, split="train"), "--split: 'train'"),
+    (lambda run, tmp: evaluate(run, device="gpu"), "--device: 'gpu' is not one of"),
+    (lambda run, tmp: parse_arguments(["r", "--samples", "0"]), "--samples: 0 is less than 1"),
+])
+def test_bad_input_is_one_clear_line(
+    runs: list[Path], tmp_path: Path, call: object, says: str
+) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+        call(runs[0], tmp_path)
+    assert says in str(error.value)
+
+
+def test_an_unfinished_run_is_not_evaluated(runs: list[Path], tmp_path: Path) -> None:
+    state = load_checkpoint(runs[0] / "best.pt")
+    (tmp_path / "unet").mkdir()
+    save_checkpoint(dict(state) | {"scorer": None}, tmp_path / "unet" / "best.pt")
+    with pytest.raises(UserError, match=r"training has not finished.*--resume"):
+        evaluate(tmp_path / "unet")
+
+
+def test_calibrated_scores_travel_with_the_weights(runs: list[Path]) -> None:
+    run = load_run(runs[1])
+    parts = read_splits(runs[1] / "split.csv")
+    source = evaluate_module.open_source(dataclasses.replace(run.config))
+    scored = evaluate_module.score_samples(run, source, parts.normals("val"), "mse", None)
+    again = torch.from_numpy(np.sort(scored.scores["mse"]))
+    assert torch.allclose(again, run.scorer.normal_scores["mse"], rtol=1e-5)

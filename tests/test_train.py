@@ -1,0 +1,383 @@
+"""Training runs: what they leave behind, how they resume, and what they refuse."""
+
+import csv
+import dataclasses
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny, write_image
+
+import train as train_module
+from config import Config, UserError, load_config, parse_config
+from train import learning_rate_at, load_checkpoint, save_checkpoint, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def same_state(a: object, b: object) -> bool:
+    """Bitwise equality of nested checkpoints."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+def run_script(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | environ)
+
+
+def test_a_run_leaves_what_it_promises_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (folder,) = train(tiny(tmp_path, keep_every=2))
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.json", "split.csv", "log.csv", "last.pt", "best.pt", "epoch2.pt",
+                     "curves.png"}
+    rows = log_of(folder)
+    assert list(rows[0]) == ["epoch", "step", "train_loss", "val_loss", "learning_rate",
+                             "images_per_second", "seconds", "peak_memory_mb"]
+    assert [(r["epoch"], r["step"]) for r in rows] == [("1", "4"), ("2", "8")]
+    assert all(float(r["peak_memory_mb"]) > 0 for r in rows)
+    text = capsys.readouterr().out
+    assert "BUILT-IN PHANTOM" in text.splitlines()[0]
+    for words in ("settings  model unet", "device    cpu (as asked)", "train        64         0",
+                  "model     unet, ", f"python evaluate.py {folder}"):
+        assert words in text
+    assert load_config(folder).epochs == 2
+    best = load_checkpoint(folder / "best.pt")
+    assert "optimizer" not in best and len(best["scorer"]["normal_scores"]["mse"]) == 100
+
+
+@pytest.mark.parametrize("settings", [
+    {"model": "reversed_ae"}, {"objective": "plain"}, {"precision": "bf16"},
+    {"optimizer": "adamw", "augment": False},
+    {"optimizer": "sgd", "schedule": "constant", "learning_rate": 0.01}])
+def test_training_lowers_the_loss(tmp_path: Path, settings: dict) -> None:
+    (folder,) = train(tiny(tmp_path, epochs=4, batch_size=8, **settings))
+    losses = [float(r["train_loss"]) for r in log_of(folder)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (folder,) = train(tiny(tmp_path / name, seed=seed))
+        weights.append(load_checkpoint(folder / "best.pt")["model"])
+    assert same_state(weights[0], weights[1]) and not same_state(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("model", ["unet", "reversed_ae"])
+def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = train(tiny(tmp_path / "whole", model=model, epochs=4))
+    monkeypatch.setattr(train_module, "validate", interrupt_at(3))
+    monkeypatch.setattr(train_module.time, "monotonic", jumping_clock())  # saves every epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path / "part", model=model, epochs=4))
+    monkeypatch.undo()
+    (part,) = train(tiny(tmp_path / "part", model=model, epochs=4, resume="auto"))
+    for name in ("last.pt", "best.pt"):
+        a, b = load_checkpoint(whole / name), load_checkpoint(part / name)
+        for key in a.keys() - {"config", "log"}:
+            assert same_state(a[key], b[key]), f"{name} {key}"
+    timings = ("images_per_second", "seconds", "peak_memory_mb")
+    strip = [[{k: v for k, v in r.items() if k not in timings} for r in log_of(f)]
+             for f in (whole, part)]
+    assert strip[0] == strip[1]
+
+
+def interrupt_at(call: int) -> object:
+    real, calls = train_module.validate, []
+
+    def validate(*arguments: object) -> float:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    return validate
+
+
+def jumping_clock() -> object:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 100
+        return now[0]
+
+    return clock
+
+
+def test_resume_with_more_epochs_goes_on_and_keeps_the_schedules_length(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    (folder,) = train(tiny(tmp_path, resume="auto", epochs=3))
+    rows = log_of(folder)
+    assert [r["epoch"] for r in rows] == ["1", "2", "3"]
+    assert float(rows[2]["learning_rate"]) == pytest.approx(0.02e-3)  # the end of 2 epochs' cosine
+    assert load_checkpoint(folder / "last.pt")["schedule_epochs"] == 2
+
+
+def test_resume_alone_starts_afresh_where_there_is_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (folder,) = train(tiny(tmp_path, resume="auto", epochs=1))
+    assert "starting afresh" in capsys.readouterr().out and (folder / "best.pt").exists()
+
+
+def test_resume_from_another_folder_brings_its_best_weights_along(tmp_path: Path) -> None:
+    (old,) = train(tiny(tmp_path / "old"))
+    best = load_checkpoint(old / "best.pt")
+    (new,) = train(tiny(tmp_path / "new", resume=str(old)))  # nothing left to train
+    assert same_state(load_checkpoint(new / "best.pt")["model"], best["model"])
+    assert log_of(new) == log_of(old)
+
+
+def test_resume_on_other_hardware_keeps_moments_and_weights_together(runs: list[Path]) -> None:
+    config = load_config(runs[0])
+    device = torch.device("cpu")
+    state = load_checkpoint(runs[0] / "last.pt")
+    model = train_module.place(train_module.create_model("unet", config), device, "bf16")
+    model.load_state_dict(state["model"])
+    optimizer = train_module.make_optimizer(config, model, device)
+    train_module.load_optimizer(optimizer, state["optimizer"])
+    for i, p in enumerate(model.parameters()):
+        moment = optimizer.state[p]["exp_avg"]
+        assert moment.stride() == p.stride()
+        assert torch.equal(moment, state["optimizer"]["state"][i]["exp_avg"])
+
+
+def test_resume_of_a_folder_goes_on_in_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = train(tiny(tmp_path / "here", epochs=1))
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(["--resume", "here/unet", "--epochs", "2"], environ={})
+    assert train(config)[0].resolve() == folder.resolve()
+    assert len(log_of(folder)) == 2 and not (tmp_path / "runs").exists()
+
+
+def test_resume_refuses_other_settings_with_the_list_of_differences(runs: list[Path]) -> None:
+    config = load_config(runs[0])
+    changed = dataclasses.replace(config, resume="auto", objective="plain", learning_rate=0.5)
+    with pytest.raises(UserError, match=r"--objective was 'denoise', is 'plain'.*--learning-rate"):
+        train(changed)
+
+
+def test_resume_refuses_changed_data(tmp_path: Path, xrays: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(xrays, copy)
+    settings = {"data": str(copy), "samples": None, "epochs": 1}
+    train(tiny(tmp_path, **settings))
+    write_image(copy / "normal" / "new.png", 999)
+    with pytest.raises(UserError, match="the images in .* have changed"):
+        train(tiny(tmp_path, **(settings | {"resume": "auto", "epochs": 2})))
+
+
+def test_starting_over_moves_the_old_run_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (folder,) = train(tiny(tmp_path, epochs=1))
+    before = (folder / "best.pt").read_bytes()
+    train(tiny(tmp_path, epochs=1, seed=5))
+    train(tiny(tmp_path, epochs=1, seed=6))
+    assert (tmp_path / "unet.1" / "best.pt").read_bytes() == before
+    assert (tmp_path / "unet.2" / "best.pt").exists()
+    assert f"moved to {tmp_path / 'unet.1'}" in capsys.readouterr().out
+
+
+def test_reuse_leaves_a_finished_run_alone_and_finishes_an_unfinished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train_module, "validate", interrupt_at(2))
+    monkeypatch.setattr(train_module.time, "monotonic", jumping_clock())
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path, reuse=True))
+    monkeypatch.undo()
+    (folder,) = train(tiny(tmp_path, reuse=True))
+    assert "after epoch 1" in capsys.readouterr().out
+    stamp = (folder / "best.pt").stat().st_mtime_ns
+    train(tiny(tmp_path, reuse=True))
+    assert (folder / "best.pt").stat().st_mtime_ns == stamp
+    assert "left as it is" in capsys.readouterr().out
+    train(tiny(tmp_path, reuse=True, seed=1))
+    assert (tmp_path / "unet.1").exists()
+
+
+def test_early_stopping_keeps_the_best_and_a_worse_epoch_never_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    losses = iter([0.5, 0.3, 0.295, 0.31, 0.4])
+    monkeypatch.setattr(train_module, "validate", lambda *a: next(losses))
+    (folder,) = train(tiny(tmp_path, epochs=9, patience=3, min_delta=0.01))
+    assert [float(r["val_loss"]) for r in log_of(folder)] == [0.5, 0.3, 0.295, 0.31, 0.4]
+    best = load_checkpoint(folder / "best.pt")
+    assert (best["epoch"], best["val_loss"]) == (2, 0.3)
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_the_validation_loss_is_the_objective_on_the_same_corruption_each_time(
+    tmp_path: Path
+) -> None:
+    from data import create_dataloaders
+    from models import create_model
+
+    config = tiny(tmp_path)
+    model, loaders = create_model("unet", config), create_dataloaders(config)
+    device = torch.device("cpu")
+    first, second = (train_module.validate(model, loaders.val, config, device, "fp32")
+                     for _ in range(2))
+    plain = dataclasses.replace(config, objective="plain")
+    assert first == second != train_module.validate(model, loaders.val, plain, device, "fp32")
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_module.objective_loss
+    monkeypatch.setattr(train_module, "objective_loss", lambda *a: real(*a) * float("nan"))
+    with pytest.raises(UserError, match="the loss is nan at epoch 1, step 1"):
+        train(tiny(tmp_path))
+
+
+def test_a_validation_loss_that_is_not_finite_stops_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "validate", lambda *a: float("nan"))
+    with pytest.raises(UserError, match="the validation loss is nan after epoch 1"):
+        train(tiny(tmp_path))
+
+
+def test_the_learning_rate_warms_up_falls_and_stays() -> None:
+    config = Config(learning_rate=1.0)
+    rates = [learning_rate_at(s, 100, config) for s in range(130)]
+    assert rates[0] == 0.2 and rates[4] == 1.0 and max(rates) == 1.0
+    assert rates[4:101] == sorted(rates[4:101], reverse=True)
+    assert rates[100:] == pytest.approx([0.02] * 30)
+    constant = dataclasses.replace(config, schedule="constant")
+    assert learning_rate_at(99, 100, constant) == 1.0
+
+
+# ----------------------------------------------------------------------------------------------
+# Checkpoints that are not what they should be
+
+
+def test_truncated_foreign_missing_and_other_models_checkpoints_are_refused(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    good = (runs[0] / "last.pt").read_bytes()
+    for name, content in (("cut.pt", good[: len(good) // 2]), ("empty.pt", b""),
+                          ("text.pt", b"not a checkpoint at all")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: not a readable checkpoint"):
+            load_checkpoint(tmp_path / name)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match=r"foreign\.pt: not a checkpoint of this project"):
+        load_checkpoint(tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="there is no checkpoint there"):
+        load_checkpoint(tmp_path / "gone.pt")
+    with pytest.raises(UserError, match="holds a unet, not a reversed_ae"):
+        load_checkpoint(runs[0] / "last.pt", "reversed_ae")
+    state = load_checkpoint(runs[0] / "last.pt")
+    save_checkpoint(dict(state) | {"format": 99}, tmp_path / "new.pt")
+    with pytest.raises(UserError, match="newer version"):
+        load_checkpoint(tmp_path / "new.pt")
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("write", [
+    lambda o, p: torch.save({"format": 1, "model": o, "config": {}}, p),
+    lambda o, p: p.write_bytes(pickle.dumps({"format": 1, "model": o, "config": {}}))])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(
+    tmp_path: Path, write: object
+) -> None:
+    evil = Evil()
+    evil.target = tmp_path / "ran"
+    write(evil, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not evil.target.exists()
+
+
+def test_best_weights_cannot_be_resumed(runs: list[Path]) -> None:
+    config = dataclasses.replace(load_config(runs[0]), resume=str(runs[0] / "best.pt"))
+    with pytest.raises(UserError, match="holds weights only"):
+        train(config)
+
+
+def test_a_failed_save_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pt"
+    save_checkpoint({"a": 1}, path)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_module.os, "fsync", fail)
+    with pytest.raises(UserError, match=r"x\.pt: cannot be written.*No space.*untouched"):
+        save_checkpoint({"a": 2}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ----------------------------------------------------------------------------------------------
+# From the command line
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--image-size", "100"], "--image-size 100: unet needs a multiple of 16"),
+    (["--data", "no/such/folder"], "--data no/such/folder: there is nothing at"),
+    (["--output-dir", "Makefile/x"], "Makefile/x/unet cannot be written"),
+    (["--resume", "no/such.pt"], "no/such.pt: there is no checkpoint there"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], says: str) -> None:
+    tiny_flags = ["--width", "4", "--latent-dim", "8", "--samples", "64"]
+    size = [] if "--image-size" in arguments else ["--image-size", "32"]
+    done = run_script("train.py", *tiny_flags, *size, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_where_there_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA device"):
+        train(Config(device="cuda"))
+
+
+def test_train_and_evaluate_as_a_user_runs_them(tmp_path: Path) -> None:
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in
+             dataclasses.asdict(tiny(tmp_path, epochs=1)).items()
+             if k in ("width", "image_size", "latent_dim", "samples", "epochs")]
+    done = run_script("train.py", "--model", "unet", *flags, IMGAE_OUTPUT_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    done = run_script("evaluate.py", str(tmp_path / "unet"))
+    assert done.returncode == 0, done.stderr
+    assert "AUROC" in done.stdout and (tmp_path / "unet/eval/synthetic/metrics.json").exists()
+
+
+def test_library_use_does_not_look_at_argv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["notebook", "--nonsense"])
+    assert train(tiny(tmp_path, epochs=1))[0].is_dir()
+    assert parse_config([], environ={}) == Config()
