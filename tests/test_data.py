@@ -500,14 +500,15 @@ def test_what_fits_in_memory_is_read_once() -> None:
 def test_leaving_early_ends_the_threads_and_reads_little() -> None:
     Counting.reads = 0
     source = Counting(400, 32)
-    before = threading.active_count()
+    others = set(threading.enumerate())  # of earlier tests, perhaps about to end
     stream = iter(ImageStream(source, source.samples[:400], 32, 8, memory_bytes=0))
     next(stream)
+    mine = set(threading.enumerate()) - others
+    assert mine
     stream.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("decode"):
-            thread.join(timeout=10)
-    assert threading.active_count() == before
+    for thread in mine:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in mine)
     assert Counting.reads <= 8 * 3
 
 
