@@ -53,12 +53,13 @@ class Config:
     dropout: float = knob(0.1, "dropout while training", low=0, high=0.9)
 
     # On what
-    data: str = knob("synthetic", "synthetic (built-in phantom), a folder of images, or a CSV")
+    data: str = knob("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "
+                     "kaggle:owner/name[/versions/N]")
     samples: int | None = knob(None, "normal training images; default: all, 400 on the phantom",
                                low=1)
     augment: bool = knob(True, "small random shifts, turns, flips, brightness and contrast")
-    memory_limit_gb: float = knob(4.0, "memory for decoded images; what does not fit is read again",
-                           low=0)
+    memory_limit_gb: float = knob(4.0, "most memory for images: in flight, being decoded, waiting, "
+                           "and kept for later epochs; what does not fit is read again", low=1e-3)
 
     # How
     epochs: int | None = knob(None, "passes over the training images in total, earlier ones "
@@ -79,6 +80,7 @@ class Config:
 
     # Where to, and from where
     output_dir: str = knob("runs", "parent of the run folders, which are named after the model")
+    checkpoint_minutes: float = knob(5.0, "how often last.pt is written within an epoch", low=0)
     keep_every: int | None = knob(None, "also keep the weights of every N-th epoch", low=1)
     resume: str | None = knob(None, "continue the newest checkpoint of the run folder, or PATH")
     reuse: bool = knob(False, "leave a finished run of the same settings as it is, and resume an "
@@ -87,6 +89,10 @@ class Config:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name), flag(f.name)))
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_limit_gb * 2**30)
 
 
 def flag(name: str) -> str:
@@ -281,6 +287,80 @@ def resumed_settings(config: Config) -> dict[str, object]:
     elif config.resume != "auto" and folder.name == settings.get("model"):
         settings["output_dir"] = str(folder.parent)  # go on in the folder that was named
     return settings
+
+
+# ----------------------------------------------------------------------------------------------
+# Credentials: found where the Kaggle client looks, and never stored, shown or logged
+
+
+NO_KAGGLE_KEY = """no Kaggle credentials found. On kaggle.com: Settings, API, Create New Token. Then
+    export KAGGLE_API_TOKEN=your_token                          (the newer kind, one text)
+    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind)
+or put {{"username": "your_name", "key": "your_key"}} in {file} (chmod 600);
+in Colab add the same names under Secrets. Images of your own need no account: --data FOLDER"""
+
+
+def kaggle_credentials() -> dict[str, str]:
+    """{"api_token": ...} or {"username": ..., "password": ...}, as kagglesdk's client takes them.
+
+    Looked for in the order of the official client: access token (environment, files), then
+    KAGGLE_USERNAME and KAGGLE_KEY, each overriding that part of kaggle.json; then Colab's
+    secrets. UserError that says what to put where if there is none.
+    """
+    try:
+        from kagglesdk import get_access_token_from_env
+
+        token, _ = get_access_token_from_env()
+    except ImportError:
+        raise UserError("--data kaggle: needs the kaggle package, 2.0 or newer: "
+                        "pip install -U kaggle") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = type(error).__name__
+        raise UserError(f"the Kaggle access token cannot be read ({reason})") from None
+    if token and token.strip():
+        return {"api_token": token.strip()}
+    file = kaggle_folder() / "kaggle.json"
+    found = {}
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            found = {k: str(found[k]) for k in ("username", "key")}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f'{file}: wanted is {{"username": "your_name", "key": "your_key"}}; '
+                            "download it again from kaggle.com, Settings, API") from None
+    names = {"username": "KAGGLE_USERNAME", "key": "KAGGLE_KEY"}
+    found |= {k: os.environ[name] for k, name in names.items() if os.environ.get(name)}
+    if not found and (colab := sys.modules.get("google.colab")):
+        if token := _colab_secret(colab, "KAGGLE_API_TOKEN"):
+            return {"api_token": token}
+        found = {k: v for k, name in names.items() if (v := _colab_secret(colab, name))}
+    if len(found) == 1:
+        missing = next(name for k, name in names.items() if k not in found)
+        raise UserError(f"Kaggle credentials: {missing} is missing beside its other half")
+    if not found:
+        raise UserError(NO_KAGGLE_KEY.format(file=file))
+    return {"username": found["username"], "password": found["key"]}
+
+
+def kaggle_folder() -> Path:
+    """Where the Kaggle client keeps kaggle.json."""
+    if folder := os.environ.get("KAGGLE_CONFIG_DIR"):
+        return Path(folder)
+    home = Path.home() / ".kaggle"
+    if home.exists() or sys.platform != "linux":
+        return home
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
+
+
+def _colab_secret(colab: types.ModuleType, name: str) -> str | None:
+    try:
+        return colab.userdata.get(name)
+    except Exception:  # not there, or this notebook has not been granted access to it
+        return None
+
+
+# ----------------------------------------------------------------------------------------------
+# Running a script
 
 
 def run_command(main: Callable[[], object], prog: str, when_interrupted: str = "") -> int:

@@ -1,35 +1,49 @@
 """Where images come from, how they are split, and how they reach the training loop.
 
-One road for every source: Source.read(sample) -> bytes -> decode_image -> uint8 [H,W]
+One road for every source: Source.fetch(samples) -> bytes -> decode_image -> uint8 [H,W]
 -> ImageStream -> batches uint8 [B,1,H,W]. Nothing on it knows where the bytes came from.
 
     from data import create_dataloaders
     loaders = create_dataloaders(Config(data="my_xrays"))    # loaders.train, .val, .test
 """
 
+import bisect
 import contextlib
+import copy
 import csv
+import errno
 import hashlib
 import io
 import math
 import os
+import queue
+import random
 import re
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import struct
+import sys
+import threading
+import warnings
+import zipfile
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import requests
 import torch
 import torch.nn.functional as F
+import urllib3
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from config import Config, UserError
+from config import Config, UserError, kaggle_credentials
 
 NORMAL, ABNORMAL = 0, 1
 SPLITS = ("train", "val", "test")
@@ -52,21 +66,76 @@ class Sample:
 
 
 class Source:
-    """A set of labelled images. Subclasses fill `samples` and say how to `read` one."""
+    """A set of labelled images. Subclasses fill the fields and say how to read one."""
 
     spec: str  # what --data said
     name: str  # short name, used for folders of results
     title: str  # one line: what this is
     samples: list[Sample]
     left_out: Counter  # reason -> number of images or rows that were left out
+    masks: dict[str, str] = {}  # image key -> name of its mask's file
+    threads = os.cpu_count() or 1  # that read and decode at the same time
+    version = ""  # tells a set from a later one of the same name, where the source knows
+
+    def read_file(self, name: str) -> bytes:
+        """A file's bytes. OSError or BadImage if they cannot be had."""
+        raise NotImplementedError
 
     def read(self, sample: Sample) -> bytes:
-        """The image file's bytes. OSError if it cannot be had."""
-        raise NotImplementedError
+        """The image file's bytes. OSError or BadImage if they cannot be had."""
+        return self.read_file(sample.key)
+
+    def read_text(self, name: str) -> str:
+        """A CSV or list among the files."""
+        try:
+            return self.read_file(name).decode("utf-8-sig", errors="replace")
+        except (OSError, BadImage) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--data {self.spec}: {name} cannot be read ({reason})") from None
 
     def mask(self, sample: Sample, size: int) -> np.ndarray | None:
         """Where the lesion is, bool [size,size]; None if the source does not know."""
-        return None
+        if sample.key not in self.masks:
+            return None
+        name = self.masks[sample.key]
+        try:
+            with Image.open(io.BytesIO(self.read_file(name))) as image:
+                mask = image.convert("L").point(lambda grey: 255 * (grey > 0))
+        except (OSError, ValueError, SyntaxError, BadImage) as error:
+            raise UserError(
+                f"--data {self.spec}: {name} cannot be read as a mask ({error})") from None
+        # Any lesion pixel counts, so that a small lesion does not vanish.
+        return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
+
+    def size_of(self, sample: Sample) -> int:
+        """Bytes of the file; 0 if that is not known before it is read."""
+        return 0
+
+    def digest(self, sample: Sample) -> bytes:
+        """Equal for files of equal size and content. OSError if the file cannot be had."""
+        return hashlib.blake2b(self.read(sample), digest_size=16).digest()
+
+    # What is fetched together: for sources where one request for several files is cheaper.
+
+    def blocks(self, samples: list[Sample]) -> np.ndarray:
+        """Number of the block that each sample is in, int64 [n]; each its own if it is all one."""
+        return np.arange(len(samples))
+
+    def cost(self, samples: list[Sample]) -> int:
+        """Bytes that `fetch` of these holds at most."""
+        return sum(self.size_of(s) for s in samples)
+
+    def fetch(self, samples: list[Sample],
+              halt: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
+        """Each of the samples, in any order, with its bytes or with what is wrong with it.
+
+        Ends early by Halted once `halt` is set.
+        """
+        for sample in samples:
+            try:
+                yield sample, self.read(sample)
+            except (OSError, BadImage) as error:
+                yield sample, error
 
     def fingerprint(self) -> str:
         """A short digest of names, patients, labels and prescribed splits: equal for equal data,
@@ -82,8 +151,7 @@ def open_source(config: Config) -> Source:
     if config.data == "synthetic":
         return PhantomSource(config.samples or PHANTOM_SAMPLES, config.image_size)
     if config.data.startswith("kaggle:"):
-        raise UserError(f"--data {config.data}: Kaggle data sets are not streamed yet; download "
-                        "and unpack it, then give the folder")
+        return open_kaggle(config.data)
     return FolderSource(config.data)
 
 
@@ -121,6 +189,9 @@ class PhantomSource(Source):
     def read(self, sample: Sample) -> bytes:
         image, _ = self._draw(sample, self.image_size)
         return b"P5 %d %d 255\n" % image.shape[::-1] + image.tobytes()  # a PGM file
+
+    def size_of(self, sample: Sample) -> int:
+        return 256 * self.image_size**2  # what drawing one holds: some 32 layers of float64
 
     def mask(self, sample: Sample, size: int) -> np.ndarray | None:
         return self._draw(sample, size)[1]
@@ -361,9 +432,9 @@ class FolderSource(Source):
                 folders[:] = sorted(d for d in folders if not d.startswith("."))
                 inside = PurePosixPath(Path(folder).relative_to(path).as_posix())
                 names += [str(inside / f) for f in files if not f.startswith(".")]
-            layout = recognise_layout(sorted(names), self._read_text, spec, self.left_out)
+            layout = recognise_layout(sorted(names), self.read_text, spec, self.left_out)
         elif path.suffix.lower() == ".csv":
-            layout = read_csv_of_paths(path.name, None, self._read_text, spec)
+            layout = read_csv_of_paths(path.name, None, self.read_text, spec)
             listed = [*(s.key for s in layout.samples), *layout.masks.values()]
             absent = [name for name in listed if not (self.root / name).is_file()]
             if absent:
@@ -376,26 +447,14 @@ class FolderSource(Source):
         self.samples, self.masks = layout.samples, layout.masks
         self.title = f"{layout.title} in {path.resolve()}"
 
-    def _read_text(self, name: str) -> str:
-        try:
-            return (self.root / name).read_text(encoding="utf-8-sig", errors="replace")
-        except OSError as error:
-            raise UserError(f"{self.root / name}: cannot be read ({error.strerror})") from None
+    def read_file(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
 
-    def read(self, sample: Sample) -> bytes:
-        return (self.root / sample.key).read_bytes()
-
-    def mask(self, sample: Sample, size: int) -> np.ndarray | None:
-        if sample.key not in self.masks:
-            return None
-        file = self.root / self.masks[sample.key]
+    def size_of(self, sample: Sample) -> int:
         try:
-            with Image.open(file) as image:
-                mask = image.convert("L").point(lambda grey: 255 * (grey > 0))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{file}: cannot be read as a mask ({error})") from None
-        # Any lesion pixel counts, so that a small lesion does not vanish.
-        return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
+            return (self.root / sample.key).stat().st_size
+        except OSError:  # a dangling link: found unreadable later on
+            return 0
 
 
 class Layout(NamedTuple):
@@ -413,10 +472,12 @@ def recognise_layout(
     UserError if the layout is not one of those known, with what was found instead.
     """
     # The Kermany archive holds itself a second time, and a Mac's shadow files.
-    copies = [n for n in names if "__MACOSX/" in n or n.startswith("chest_xray/chest_xray/")]
+    known = set(names)
+    copies = [n for n in names if "__MACOSX/" in n
+              or (n.startswith("chest_xray/") and n.removeprefix("chest_xray/") in known)]
     if copies:
         left_out["copies inside the archive"] += len(copies)
-        names = sorted(set(names) - set(copies))
+        names = sorted(known - set(copies))
     images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
     tables = {PurePosixPath(n).name: n for n in names if n.lower().endswith((".csv", ".txt"))}
     if not images:
@@ -484,11 +545,11 @@ _PATH = ("path", "file", "filename", "image", "image_path", "filepath")
 _LABEL = ("label", "class", "target")
 
 
-def _rows(text: str) -> list[dict[str, str]]:
+def _rows(text: str) -> Iterator[dict[str, str]]:
     """A CSV's rows with lower-case column names and stripped values."""
-    rows = list(csv.DictReader(io.StringIO(text)))
-    return [{(k or "").strip().lower(): (v or "").strip() for k, v in row.items()
-             if not isinstance(v, list)} for row in rows]
+    for row in csv.DictReader(io.StringIO(text)):
+        yield {(k or "").strip().lower(): (v or "").strip() for k, v in row.items()
+               if not isinstance(v, list)}
 
 
 def _has_columns(text: str, *wanted: tuple[str, ...]) -> bool:
@@ -592,6 +653,549 @@ def read_covid(
             samples[key] = Sample(key, row.get("patientid") or key, NORMAL if normal else ABNORMAL,
                                   "" if normal else row["finding"], row["view"])
     return Layout("covid-chestxray-dataset", sorted(samples.values(), key=lambda s: s.key))
+
+
+# ----------------------------------------------------------------------------------------------
+# Kaggle: the archive of a data set, read piece by piece over HTTP
+
+
+TIMEOUT = (10, 30)  # seconds: to connect; without a byte
+TRIES, FIRST_TRIES = 12, 4  # in a row, before giving up; fewer while nothing has worked yet
+LONGEST_WAIT = 600  # seconds; a server that asks for more is not waited for
+# Neighbours in the archive are fetched together: at most so many bytes or files, over gaps of at
+# most GAP (a request costs about as much as so many bytes).
+BLOCK, BLOCK_FILES, GAP, CHUNK = 4 << 20, 32, 64 << 10, 256 << 10
+
+
+class Temporary(Exception):
+    """Something that may well succeed when it is tried again, `after` seconds if that is known."""
+
+    def __init__(self, reason: str, after: float | None = None, progress: bool = False) -> None:
+        super().__init__(reason)
+        self.after, self.progress = after, progress
+
+
+class RangeRefused(Exception):
+    """The server does not give parts of a file."""
+
+
+def pause(seconds: float, halt: threading.Event | None) -> None:
+    """Wait; Halted if the iteration that this is for ends meanwhile."""
+    if (halt or threading.Event()).wait(seconds):
+        raise Halted
+
+
+class Wire:
+    """What Kaggle is asked, through its official client, and the ranges of a data set's archive.
+
+    The client has no timeouts and does not try again; both are done here. Safe among threads.
+    Errors name neither credentials nor addresses (which are signed).
+    """
+
+    def __init__(self, spec: str, owner: str, name: str, version: int | None) -> None:
+        self.spec, self.owner, self.name, self.version = spec, owner, name, version
+        self.credentials = kaggle_credentials()
+        self.size, self.etag = 0, ""  # of the archive
+        self.traffic: Counter = Counter()  # API calls, requests, bytes
+        self.tried_again: Counter = Counter()  # reason -> times
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, object]:  # for DataLoader workers
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._local = threading.local()  # sessions are not safe among threads
+        self._lock = threading.Lock()
+        self._address: str | None = None
+        self._refused = 0  # addresses, in a row
+
+    def _stop(self, what: str) -> UserError:
+        return UserError(f"--data {self.spec}: {what}")
+
+    def _session(self) -> requests.Session:
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        return self._local.session
+
+    def _api(self) -> object:
+        if not hasattr(self._local, "api"):
+            class WithTimeouts(requests.adapters.HTTPAdapter):
+                def send(self, request: object, **options: object) -> requests.Response:
+                    return super().send(request, **options | {"timeout": TIMEOUT})
+
+            from kagglesdk import KaggleClient
+
+            client = KaggleClient(**self.credentials).__enter__()
+            for scheme in ("https://", "http://"):
+                client.http_client()._session.mount(scheme, WithTimeouts())
+            self._local.api = client.datasets.dataset_api_client
+        return self._local.api
+
+    def persist(self, once: Callable, halt: threading.Event | None) -> object:
+        """once(), again and again while it raises Temporary, with growing, random waits."""
+        tries = TRIES if self.size else FIRST_TRIES
+        failures = 0
+        while True:
+            try:
+                return once()
+            except Temporary as error:
+                failures = 1 if error.progress else failures + 1
+                self.tried_again[str(error)] += 1
+                if failures >= tries:
+                    raise self._stop(
+                        f"{error}, {failures} times in a row. Check the network; "
+                        + ("go on from the last checkpoint with --resume" if self.size else
+                           "or download the data set yourself and give its folder")) from None
+                wait = error.after
+                if wait is None:
+                    wait = random.uniform(0, min(60, 2 ** (failures - 2)))
+                if wait > LONGEST_WAIT:
+                    raise self._stop(f"{error}; Kaggle asks to wait {wait / 60:.0f} minutes. Go "
+                                     "on then with --resume") from None
+                if wait >= 5:
+                    print(f"kaggle    {error}: trying again in {wait:.0f} s", file=sys.stderr)
+                pause(wait, halt)
+
+    def _judge(self, status: int, headers: Mapping[str, str], what: str) -> Exception:
+        """What an HTTP error of the API means."""
+        page = f"https://www.kaggle.com/datasets/{self.owner}/{self.name}"
+        if status == 429 or status >= 500:
+            after = headers.get("Retry-After", "")
+            reason = "too many requests" if status == 429 else "an error of the server"
+            return Temporary(f"{reason} ({status})", float(after) if after.isdigit() else None)
+        if status == 401:
+            return self._stop("Kaggle refuses the credentials (401); make a new token on "
+                              "kaggle.com: Settings, API, Create New Token")
+        if status == 403:
+            return self._stop(f"Kaggle does not let this account read it (403); look at {page}: "
+                              "it may be private, or have terms to be accepted")
+        if status == 404:
+            return self._stop(f"Kaggle has no such {what} (404); see {page}")
+        return self._stop(f"Kaggle answers {status}")
+
+    def call(self, method: str, request: object, what: str = "data set") -> object:
+        """One call of the API. Temporary or UserError."""
+        self.traffic["API calls"] += 1
+        try:
+            return getattr(self._api(), method)(request)
+        except requests.HTTPError as error:
+            status = error.response.status_code
+            if status < 400:  # the client also raises for an error told in the body
+                status = int(error.response.json()["code"])
+            raise self._judge(status, error.response.headers, what) from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            raise Temporary(f"no connection to Kaggle ({type(error).__name__})") from None
+
+    def request(self, file: str | None = None) -> object:
+        """The client's request for the archive, or for one file."""
+        from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
+
+        request = ApiDownloadDatasetRequest()
+        request.owner_slug, request.dataset_slug = self.owner, self.name
+        request.dataset_version_number, request.file_name = self.version, file
+        return request
+
+    def _ask_address(self) -> str:
+        response = self.call("download_dataset", self.request())
+        response.close()  # the client has begun to download it all
+        return response.url
+
+    def _answer(self, wanted: str, halt: threading.Event | None) -> requests.Response:
+        """The answer to a request for a range, not yet read. Temporary unless it is one."""
+        with self._lock:
+            if self._address is None:
+                self._address = self.persist(self._ask_address, halt)
+            address = self._address
+        headers = {"Range": f"bytes={wanted}", "Accept-Encoding": "identity"}
+        if self.etag and not self.etag.startswith("W/"):
+            headers["If-Range"] = self.etag
+        self.traffic["requests"] += 1
+        response = self._session().get(address, headers=headers, stream=True, timeout=TIMEOUT)
+        status = response.status_code
+        if status == 206 or status == 200:
+            self._refused = 0
+            self._check_unchanged(response)
+        if status == 206:
+            return response
+        response.close()  # unread: it may be the whole archive
+        if status == 200 and not self.size:
+            raise RangeRefused
+        if status == 200:
+            raise Temporary("the whole archive instead of a part of it")
+        if status == 416:
+            raise self._changed()
+        if status in (400, 401, 403, 404, 410):
+            with self._lock:
+                if self._address == address:  # else another thread has seen to it
+                    self._address, self._refused = None, self._refused + 1
+            if self._refused > 3:
+                raise self._stop(f"the storage refuses every address that Kaggle gives ({status})")
+            raise Temporary("the archive's address had expired", 0)
+        raise self._judge(status, response.headers, "data set")
+
+    def _changed(self) -> UserError:
+        return self._stop("the data set was changed on Kaggle meanwhile. Start over, or name a "
+                          "version that stays: kaggle:owner/name/versions/N")
+
+    def _check_unchanged(self, response: requests.Response) -> None:
+        etag = response.headers.get("ETag", "")
+        first = not self.size
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status_code == 200:
+            total = response.headers.get("Content-Length", "")
+        if not first and (etag != self.etag or (total.isdigit() and int(total) != self.size)):
+            response.close()
+            raise self._changed()
+
+    def read_range(self, start: int, end: int, halt: threading.Event | None = None) -> bytearray:
+        """Bytes start..end-1 of the archive; start < 0: so many of its last ones (end is unused).
+
+        What was received before a connection broke is not asked for again.
+        """
+        data = bytearray(max(0, end - start) if start >= 0 else 0)
+        done = 0
+
+        def once() -> None:
+            nonlocal data, done, start
+            before = done
+            try:
+                wanted = str(start) if start < 0 else f"{start + done}-{start + len(data) - 1}"
+                with self._answer(wanted, halt) as response:
+                    span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)",
+                                        response.headers.get("Content-Range", ""))
+                    if not span:
+                        raise Temporary("an answer without its range")
+                    first, last, total = map(int, span.groups())
+                    if start < 0:  # the first contact: now the size is known
+                        start, self.size = first, total
+                        self.etag = response.headers.get("ETag", "")
+                        data = bytearray(total - first)
+                    if first != start + done or last >= start + len(data):
+                        raise Temporary("another range than was asked for")
+                    view = memoryview(data)
+                    while done <= last - start:
+                        size = response.raw.readinto(view[done : min(done + CHUNK, len(data))])
+                        if not size:
+                            break
+                        done += size
+                        self.traffic["bytes"] += size
+                        if halt is not None and halt.is_set():
+                            raise Halted
+            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+                raise Temporary(f"a broken connection ({type(error).__name__})",
+                                progress=done > before) from None
+            if done < len(data):
+                raise Temporary("a part shorter than was asked for", progress=done > before)
+
+        self.persist(once, halt)
+        return data
+
+    def download(self, file: str, size: int, halt: threading.Event | None = None) -> bytes:
+        """One file by a call of its own; BadImage if Kaggle lacks it, or if it is over `size`."""
+        def once() -> bytes:
+            data = bytearray()
+            try:
+                with self.call("download_dataset", self.request(file), "file") as response:
+                    for chunk in response.iter_content(CHUNK):
+                        data += chunk
+                        self.traffic["bytes"] += len(chunk)
+                        if len(data) > size + CHUNK:
+                            raise BadImage("longer than its declared size")
+                        if halt is not None and halt.is_set():
+                            raise Halted
+            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+                raise Temporary(f"a broken connection ({type(error).__name__})") from None
+            except UserError as error:
+                if "(404)" in str(error):
+                    raise BadImage("listed by Kaggle, but not there (404)") from None
+                raise
+            if data[:4] == b"PK\3\4" and not file.endswith(".zip"):  # Kaggle zips large files
+                with zipfile.ZipFile(io.BytesIO(data)) as packed:
+                    data = packed.open(packed.infolist()[0]).read(size + 1)
+            if len(data) != size:
+                raise Temporary("a file of another length than listed")
+            return bytes(data)
+
+        return self.persist(once, halt)
+
+
+class ZipIndex:
+    """The members of a zip archive, compact: some 30 bytes and the name for each.
+
+    directory: the archive's central directory. end: where in the archive it begins.
+    """
+
+    def __init__(self, directory: bytes, end: int) -> None:
+        rows: dict[bytes, int] = {}
+        fields = [array(code) for code in "QQQIB"]  # start, packed and full size, CRC, method
+        at = 0
+        while directory[at : at + 4] == b"PK\1\2":
+            (_, _, _, flags, method, _, _, crc, packed, full, n_name, n_extra, n_comment, _, _, _,
+             start) = struct.unpack_from("<4s6H3I5H2I", directory, at)
+            name = directory[at + 46 : at + 46 + n_name]
+            extra = directory[at + 46 + n_name : at + 46 + n_name + n_extra]
+            at += 46 + n_name + n_extra + n_comment
+            while len(extra) >= 4:  # Zip64: the values that do not fit above, in this order
+                kind, length = struct.unpack_from("<HH", extra)
+                if kind == 1:
+                    values = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
+                    full = next(values, full) if full == 0xFFFFFFFF else full
+                    packed = next(values, packed) if packed == 0xFFFFFFFF else packed
+                    start = next(values, start) if start == 0xFFFFFFFF else start
+                extra = extra[4 + length :]
+            if name.endswith(b"/"):
+                continue
+            if not flags & 0x800:  # not UTF-8
+                name = name.decode("cp437").encode()
+            rows[name] = len(fields[0])
+            values = (start, packed, full, crc, 255 if flags & 1 else method)
+            for column, value in zip(fields, values, strict=True):
+                column.append(value)
+        names = sorted(rows)
+        order = np.array([rows[name] for name in names], dtype=np.int64)
+        start, *rest = (np.frombuffer(column, column.typecode) for column in fields)
+        if len(start) and (start.max() >= end):
+            raise ValueError("a member begins behind the directory")
+        # A member ends where the next one begins, whatever its own header adds.
+        edges = np.unique(np.append(start, np.uint64(end)))
+        length = edges[np.searchsorted(edges, start, side="right")] - start
+        self.start, self.length = start[order].astype(np.int64), length[order].astype(np.int64)
+        self.packed, self.full = (values[order].astype(np.int64) for values in rest[:2])
+        self.crc, self.method = rest[2][order].astype(np.uint32), rest[3][order]
+        self._names = b"".join(names)
+        self._name_ends = np.cumsum([0, *map(len, names)]).astype(np.uint32)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def name(self, row: int) -> bytes:
+        return self._names[self._name_ends[row] : self._name_ends[row + 1]]
+
+    def row(self, name: str) -> int:
+        """Which row a member has. FileNotFoundError if there is none of that name."""
+        wanted = name.encode()
+        row = bisect.bisect_left(range(len(self)), wanted, key=self.name)
+        if row == len(self) or self.name(row) != wanted:
+            raise FileNotFoundError(errno.ENOENT, "not in the archive", name)
+        return row
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.start, self.length, self.packed, self.full, self.crc, self.method)
+        return len(self._names) + self._name_ends.nbytes + sum(a.nbytes for a in arrays)
+
+
+def read_zip_index(wire: Wire) -> ZipIndex:
+    """The index of the archive, from its last bytes. RangeRefused if these cannot be had alone."""
+    tail = bytes(wire.read_range(-(128 << 10), 0))
+    base = wire.size - len(tail)
+
+    def part(start: int, length: int) -> bytes:
+        if not 0 <= start <= start + length <= wire.size:
+            raise ValueError("the directory is said to lie outside the archive")
+        if start >= base:
+            return tail[start - base : start - base + length]
+        return bytes(wire.read_range(start, start + length))
+
+    try:
+        at = tail.rindex(b"PK\5\6")
+        _, _, _, _, count, length, start, _ = struct.unpack_from("<4s4H2IH", tail, at)
+        if count == 0xFFFF or 0xFFFFFFFF in (length, start):  # Zip64
+            _, _, record, _ = struct.unpack_from("<4sIQI", tail, tail.rindex(b"PK\6\7", 0, at))
+            *_, count, length, start = struct.unpack("<4sQ2H2I4Q", part(record, 56))
+        return ZipIndex(part(start, length), start)
+    except (ValueError, struct.error, UnicodeDecodeError) as error:
+        raise UserError(f"--data {wire.spec}: what Kaggle gives is not a readable zip archive "
+                        f"({error})") from None
+
+
+class KaggleSource(Source):
+    """A Kaggle data set, streamed: its archive is read by range, and nothing is stored."""
+
+    threads = 8  # most of a request is waiting
+
+    def __init__(self, spec: str, wire: Wire) -> None:
+        self.spec, self.name, self.wire = spec, re.sub(r"[^\w.-]+", "_", wire.name), wire
+        self.left_out = Counter()
+        names = self.list_files()
+        layout = recognise_layout(names, self.read_text, spec, self.left_out)
+        self.samples, self.masks = layout.samples, layout.masks
+        self.title = f"{layout.title}, Kaggle data set {wire.owner}/{wire.name}" + (
+            f" version {wire.version}" if wire.version else "")
+        self.version = wire.etag
+
+    def list_files(self) -> list[str]:
+        """Names of all files, sorted; makes the index."""
+        self.index = read_zip_index(self.wire)
+        return [self.index.name(row).decode("utf-8", "replace") for row in range(len(self.index))]
+
+    def size_of(self, sample: Sample) -> int:
+        return int(self.index.full[self.index.row(sample.key)])
+
+    def digest(self, sample: Sample) -> bytes:
+        return self.index.crc[self.index.row(sample.key)].tobytes()
+
+    def read_file(self, name: str) -> bytes:
+        return self._member(self.index.row(name))
+
+    def read(self, sample: Sample) -> bytes:
+        return self.read_file(sample.key)
+
+    def blocks(self, samples: list[Sample]) -> np.ndarray:
+        rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
+        numbers = np.empty(len(rows), dtype=np.int64)
+        for number, run in enumerate(self._runs(rows)):
+            numbers[run] = number
+        return numbers
+
+    def _runs(self, rows: np.ndarray) -> list[list[int]]:
+        """Which places in `rows` are neighbours in the archive, to be fetched by one request."""
+        runs: list[list[int]] = []
+        first = last = 0
+        for place in np.argsort(self.index.start[rows], kind="stable").tolist():
+            start = int(self.index.start[rows[place]])
+            end = start + int(self.index.length[rows[place]])
+            if not runs or start - last > GAP or end - first > BLOCK or len(
+                    runs[-1]) == BLOCK_FILES:
+                runs.append([])
+                first = start
+            runs[-1].append(place)
+            last = end
+        return runs
+
+    def _span(self, rows: np.ndarray) -> tuple[int, int]:
+        start, length = self.index.start[rows], self.index.length[rows]
+        return int(start.min()), int((start + length).max())
+
+    def cost(self, samples: list[Sample]) -> int:
+        rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
+        spans = (self._span(rows[run]) for run in self._runs(rows))
+        # One request's bytes at a time, and one member unpacked.
+        return max((end - start for start, end in spans), default=0) + int(
+            self.index.full[rows].max(initial=0))
+
+    def fetch(self, samples: list[Sample],
+              halt: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
+        rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
+        for run in self._runs(rows):
+            start, end = self._span(rows[run])
+            data = memoryview(self.wire.read_range(start, end, halt))
+            for place in run:
+                row = int(rows[place])
+                at = int(self.index.start[row]) - start
+                span = data[at : at + int(self.index.length[row])]
+                try:
+                    member = self._member(row, span, halt)
+                except BadImage as error:
+                    member = error
+                del span
+                yield samples[place], member
+                del member
+            del data
+
+    def _member(self, row: int, span: memoryview | None = None,
+                halt: threading.Event | None = None) -> bytes:
+        """A member's content, checked; damaged bytes are fetched once more. BadImage."""
+        start, length = int(self.index.start[row]), int(self.index.length[row])
+        if span is not None:
+            try:
+                return self._unpack(row, span)
+            except BadImage as error:
+                self.wire.tried_again[f"a damaged file ({error})"] += 1
+        return self._unpack(row, self.wire.read_range(start, start + length, halt))
+
+    def _unpack(self, row: int, span: bytes | memoryview) -> bytes:
+        packed, full = int(self.index.packed[row]), int(self.index.full[row])
+        method = int(self.index.method[row])
+        if bytes(span[:4]) != b"PK\3\4":
+            raise BadImage("no member of the archive begins there")
+        n_name, n_extra = struct.unpack_from("<HH", span, 26)
+        content = span[30 + n_name + n_extra :][:packed]
+        if len(content) < packed:
+            raise BadImage("cut short in the archive")
+        if method == 0:
+            data = bytes(content[: full + 1])
+        elif method == 8:
+            try:
+                data = zlib.decompressobj(-15).decompress(content, full + 1)
+            except zlib.error as error:
+                raise BadImage(f"damaged in the archive ({error})") from None
+        else:
+            raise BadImage("encrypted" if method == 255 else f"packed by method {method}")
+        if len(data) > full:
+            raise BadImage(f"longer than the {full:,} bytes that the archive declares")
+        if len(data) < full or zlib.crc32(data) != int(self.index.crc[row]):
+            raise BadImage("its checksum is wrong")
+        return data
+
+    def report(self) -> str:
+        """What went over the network so far, in one line or a few."""
+        traffic = self.wire.traffic
+        lines = [f"network   {traffic['bytes'] / 1e6:,.1f} MB in {traffic['requests']:,} requests "
+                 f"and {traffic['API calls']:,} API call{'s' * (traffic['API calls'] != 1)}"]
+        lines += [f"          tried again: {reason}, {times} times"
+                  for reason, times in self.wire.tried_again.most_common()]
+        return "\n".join(lines)
+
+
+class KaggleFilesSource(KaggleSource):
+    """A Kaggle data set whose archive cannot be read by range: one call of the API for each file.
+
+    Slower, and Kaggle limits the number of calls; for small sets.
+    """
+
+    def list_files(self) -> list[str]:
+        from kagglesdk.datasets.types.dataset_api_service import ApiListDatasetFilesRequest
+
+        request = ApiListDatasetFilesRequest()
+        request.owner_slug, request.dataset_slug = self.wire.owner, self.wire.name
+        request.dataset_version_number, request.page_size = self.wire.version, 200
+        self.sizes: dict[str, int] = {}
+        while True:
+            page = self.wire.persist(lambda: self.wire.call("list_dataset_files", request), None)
+            self.sizes |= {f.name: f.total_bytes for f in page.dataset_files or []}
+            request.page_token = page.next_page_token
+            if not page.next_page_token:  # an empty page does not mean the end
+                return sorted(self.sizes)
+
+    def size_of(self, sample: Sample) -> int:
+        return self.sizes[sample.key]
+
+    blocks = Source.blocks
+
+    def digest(self, sample: Sample) -> bytes:
+        raise OSError("not looked into: it would cost a call of the API")
+
+    def read_file(self, name: str) -> bytes:
+        return self.wire.download(name, self.sizes[name])
+
+    def fetch(self, samples: list[Sample],
+              halt: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
+        for sample in samples:
+            try:
+                data = self.wire.download(sample.key, self.size_of(sample), halt)
+            except BadImage as error:
+                data = error
+            yield sample, data
+
+    def cost(self, samples: list[Sample]) -> int:
+        return sum(3 * self.size_of(s) + CHUNK for s in samples)  # also packed, and as a copy
+
+
+def open_kaggle(spec: str) -> KaggleSource:
+    """The data set that kaggle:owner/name[/versions/N] names. UserError if it cannot be had."""
+    m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", spec)
+    if not m:
+        raise UserError(f"--data {spec}: wanted is kaggle:owner/name or "
+                        "kaggle:owner/name/versions/N, as in kaggle.com/datasets/owner/name")
+    wire = Wire(spec, m[1], m[2], int(m[3]) if m[3] else None)
+    try:
+        return KaggleSource(spec, wire)
+    except RangeRefused:
+        print(f"kaggle    the archive of {m[1]}/{m[2]} is not given in parts: every file is "
+              "fetched by a call of its own, which is slow", file=sys.stderr)
+        return KaggleFilesSource(spec, wire)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -722,23 +1326,22 @@ def read_splits(file: Path) -> Splits:
     return Splits(*parts.values(), notes=[])
 
 
-def duplicates_across(source: FolderSource, splits: Splits) -> list[tuple[str, str]]:
+def duplicates_across(source: Source, splits: Splits) -> list[tuple[str, str]]:
     """Pairs of files with identical bytes in two different splits (first key, second key).
 
-    Only files of equal size are read.
+    Only files of equal size are looked into.
     """
     by_size = defaultdict(list)
     for name in SPLITS:
         for s in getattr(splits, name):
-            with contextlib.suppress(OSError):  # a dangling link: found unreadable later on
-                by_size[(source.root / s.key).stat().st_size].append((name, s))
+            by_size[source.size_of(s)].append((name, s))
     pairs, seen = [], {}
-    for group in by_size.values():
-        if len({name for name, _ in group}) < 2:
+    for size, group in by_size.items():
+        if not size or len({name for name, _ in group}) < 2:
             continue
         for name, s in group:
             try:
-                digest = hashlib.blake2b(source.read(s), digest_size=16).digest()
+                digest = source.digest(s)
             except OSError:
                 continue
             other_name, other = seen.setdefault(digest, (name, s))
@@ -762,8 +1365,12 @@ def describe(source: Source, splits: Splits) -> str:
         more = f" and {len(findings) - 6} more" if len(findings) > 6 else ""
         lines.append(f"  findings in test: {', '.join(shown)}{more}")
     everything = [s for name in SPLITS for s in getattr(splits, name)]
-    sizes = sorted({size for s in everything[:: max(1, len(everything) // 20)]
-                    if (size := image_size_of(source, s))})
+    some = everything[:: max(1, len(everything) // 20)]
+    remote = isinstance(source, KaggleSource)  # there a look would cost a request each
+    sizes = [] if remote else sorted({size for s in some if (size := image_size_of(source, s))})
+    if remote:
+        share = sum(source.size_of(s) for s in splits.train) / 1e9
+        lines.append(f"  training images: {share:,.2f} GB, streamed, nothing is stored on disk")
     if sizes:
         low, high = sizes[0], sizes[-1]
         lines.append(f"  image sizes (of about 20 looked at): {low[0]}x{low[1]}"
@@ -782,50 +1389,66 @@ class BadImage(Exception):
     """These bytes are no image that can be used; the message says why."""
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
+def decode_image(data: bytes, size: int, budget: "Budget | None" = None,
+                 halt: threading.Event | None = None) -> np.ndarray:
     """An image file's bytes as grey values, uint8 [size,size].
 
     The whole image is stretched to the square, whatever its shape: nothing is cut off and no
     border is invented. Colour becomes luma (ITU-R 601), transparency is ignored, EXIF orientation
     is applied. 16-bit grey is scaled from 0-65535, or from 0-4095 if no value is larger. DICOM
     has rescale and window applied, is inverted if MONOCHROME1, and stretched to the full range.
-    Raises BadImage.
+    A JPEG is decoded at a half, a quarter or an eighth where that still leaves twice `size`.
+    budget: what the pixels count towards while they are held. Raises BadImage.
     """
-    if data[128:132] == b"DICM":
-        image = _decode_dicom(data)
-    else:
-        try:
+    if bytes(data[128:132]) == b"DICM":
+        return _decode_dicom(data, size, budget, halt)
+    try:
+        with warnings.catch_warnings():  # Pillow's own warning of many pixels: judged below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width}x{image.height} pixels is more than any radiograph")
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise BadImage("floating-point grey values, whose range is not known")
-            if image.mode in ("P", "PA"):
-                image = image.convert("RGBA")
-            if image.mode in ("RGBA", "LA", "RGBX"):
-                # Not pasted on a background: what a viewer shows of an X-ray is its colour.
-                image = image.convert("RGB" if image.mode != "LA" else "L")
-            if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate it
-                values = np.asarray(image).astype(np.float32)
-                top = 4095 if values.max() <= 4095 else 65535
-                image = Image.fromarray(values * np.float32(255 / top))
-            elif image.mode != "L":
-                image = image.convert("L")
-        except BadImage:
-            raise
-        except Image.DecompressionBombError:
-            raise BadImage("more pixels than any radiograph") from None
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
-            # What Pillow's decoders raise on damaged files.
-            raise BadImage(str(error).split("<")[0].strip() or type(error).__name__) from None
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(f"{image.width}x{image.height} pixels is more than any radiograph")
+        image.draft(None, (2 * size, 2 * size))
+        # Bytes a pixel: decoded, and what the conversions below make of it.
+        depth = 1 if image.mode in ("1", "L") else 12 if image.mode.startswith(("I", "F")) else 9
+        with held(budget, image.width * image.height * depth, halt):
+            return _grey_square(image, size)
+    except Image.DecompressionBombError:
+        raise BadImage("more pixels than any radiograph") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
+        # What Pillow's decoders raise on damaged files.
+        raise BadImage(str(error).split("<")[0].strip() or type(error).__name__) from None
+
+
+def _grey_square(image: Image.Image, size: int) -> np.ndarray:
+    """What decode_image says of an opened file: uint8 [size,size]."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadImage("floating-point grey values, whose range is not known")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
+    if image.mode in ("RGBA", "LA", "RGBX"):
+        # Not pasted on a background: what a viewer shows of an X-ray is its colour.
+        image = image.convert("RGB" if image.mode != "LA" else "L")
+    if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate it
+        values = np.asarray(image).astype(np.float32)
+        top = 4095 if values.max() <= 4095 else 65535
+        image = Image.fromarray(values * np.float32(255 / top))
+    elif image.mode != "L":
+        image = image.convert("L")
+    return _stretch(image, size)
+
+
+def _stretch(image: Image.Image, size: int) -> np.ndarray:
+    """A grey image, 8-bit or float in 0..255, as uint8 [size,size]."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
     values = np.asarray(image)
     return values if values.dtype == np.uint8 else np.rint(values).clip(0, 255).astype(np.uint8)
 
 
-def _decode_dicom(data: bytes) -> Image.Image:
+def _decode_dicom(data: bytes, size: int, budget: "Budget | None",
+                  halt: threading.Event | None) -> np.ndarray:
     try:
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -835,18 +1458,19 @@ def _decode_dicom(data: bytes) -> Image.Image:
         dicom = pydicom.dcmread(io.BytesIO(data))
         if dicom.Rows * dicom.Columns > MAX_PIXELS:
             raise BadImage(f"{dicom.Columns}x{dicom.Rows} pixels is more than any radiograph")
-        values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
-        inverted = dicom.PhotometricInterpretation == "MONOCHROME1"
-    except BadImage:
+        with held(budget, dicom.Rows * dicom.Columns * 24, halt):  # float64 on the way
+            values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
+            inverted = dicom.PhotometricInterpretation == "MONOCHROME1"
+            values = values.astype(np.float32)
+            if values.ndim != 2:
+                raise BadImage(f"DICOM with {values.ndim} dimensions, not a single grey image")
+            low, high = values.min(), values.max()
+            values = (values - low) * (255 / max(high - low, 1e-6))
+            return _stretch(Image.fromarray(255 - values if inverted else values), size)
+    except (BadImage, Halted):
         raise
     except Exception as error:  # pydicom answers damage with nearly every kind of error
         raise BadImage(f"DICOM: {error}") from None
-    values = values.astype(np.float32)
-    if values.ndim != 2:
-        raise BadImage(f"DICOM with {values.ndim} dimensions, not a single grey image")
-    low, high = values.min(), values.max()
-    values = (values - low) * (255 / max(high - low, 1e-6))
-    return Image.fromarray(255 - values if inverted else values)
 
 
 def image_size_of(source: Source, sample: Sample) -> tuple[int, int] | None:
@@ -859,16 +1483,103 @@ def image_size_of(source: Source, sample: Sample) -> tuple[int, int] | None:
 
 
 # ----------------------------------------------------------------------------------------------
+# Memory
+
+
+class Halted(Exception):
+    """The iteration that this work was for has ended."""
+
+
+class Budget:
+    """Bytes that may be held at once; whoever wants more waits. Safe among threads.
+
+    whole: a budget that this one is a part of. The parts of a whole must not exceed it together,
+    so that it never has to make anyone wait; it only counts.
+    """
+
+    def __init__(self, limit: int, whole: "Budget | None" = None) -> None:
+        self.limit, self.whole = limit, whole
+        self.held = self.peak = 0
+        self._change = threading.Condition()
+
+    def take(self, count: int, halt: threading.Event | None = None) -> None:
+        """Count bytes as held, once there is room. Halted if `halt` is set while waiting."""
+        assert count <= self.limit, "asked for more than there will ever be"
+        with self._change:
+            while self.held + count > self.limit:
+                if halt is not None and halt.is_set():
+                    raise Halted
+                self._change.wait(0.1)  # not for ever: `halt` may be set at any time
+            self.held += count
+            self.peak = max(self.peak, self.held)
+            if self.whole:
+                self.whole.take(count)
+
+    def give(self, count: int) -> None:
+        """Bytes are held no more."""
+        with self._change:
+            if self.whole:
+                self.whole.give(count)
+            self.held -= count
+            self._change.notify_all()
+
+    def leave(self) -> None:
+        """Count towards the whole no more; what is held here is let go soon, by whoever has it."""
+        with self._change:
+            if self.whole:
+                self.whole.give(self.held)
+            self.whole = None
+
+
+class Memory:
+    """The bytes that images may take, by use. One for all streams that live at the same time.
+
+    An eighth is for files in flight, a quarter for pixels being decoded; the rest is allotted to
+    the streams, for images that wait for their batch and for those kept for later epochs.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.left = limit - limit // 8 - limit // 4
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, int]:  # for DataLoader workers: each has its own
+        return {"limit": self.limit, "left": self.left}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
+        self.whole = Budget(self.limit)
+        self.flight = Budget(self.limit // 8, self.whole)
+        self.pixels = Budget(self.limit // 4, self.whole)
+
+
+@contextlib.contextmanager
+def held(budget: Budget | None, count: int, halt: threading.Event | None = None) -> Iterator[None]:
+    """While inside, the bytes are held. BadImage if the budget could never hold them."""
+    if budget is None:
+        yield
+        return
+    if count > budget.limit:
+        raise BadImage(f"needs {count / 1e6:,.1f} MB at once, more than the "
+                       f"{budget.limit / 1e6:,.1f} MB that --memory-limit-gb leaves for it")
+    budget.take(count, halt)
+    try:
+        yield
+    finally:
+        budget.give(count)
+
+
+# ----------------------------------------------------------------------------------------------
 # The stream
 
 
-SHUFFLE_GROUP, SHUFFLE_WINDOW = 16, 4096
+SHUFFLE_GROUP, SHUFFLE_WINDOW = 16, 1024
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """Order of an epoch: a permutation of range(count), int64, a pure function of its arguments.
 
-    Groups of 16 neighbours are shuffled, then single images within windows of 4,096: random
+    Groups of 16 neighbours are shuffled, then single images within windows of 1,024: random
     enough for training, while neighbours in the source are still wanted at about the same time.
     """
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
@@ -885,79 +1596,240 @@ class ImageStream(IterableDataset):
 
     Positions index `samples`. With a seed the order is `epoch_order(len, seed, epoch)` and an
     incomplete last batch is dropped; without one it is the order of `samples`, and complete.
-    Decoded images are kept in memory while `memory_bytes` allow (the first ones of `samples`;
-    the rest is read again each time). At most two batches are decoded ahead, by threads that end
+
+    Of each batch, rank r of `world` gets the r-th of as many slices; a DataLoader's worker w of W
+    makes every W-th batch. So every rank sees equally many batches (the last one perhaps empty),
+    whatever the workers, and DataLoader puts them in order again.
+
+    memory: for everything that the stream holds, in bytes or shared with other streams: files in
+    flight, pixels being decoded, images waiting for their batch, and, if `cache`, images kept for
+    later epochs (the first ones of `samples`; the rest is read again each time). `share` is the
+    most that this stream takes of what is left to allot. Threads read and decode ahead, and end
     when the iteration does. Unreadable images are skipped, counted and named in `bad`; more than
     5 % of them (and more than one) end the run with a UserError if `stop_on_bad`.
     """
 
     def __init__(self, source: Source, samples: list[Sample], image_size: int, batch_size: int,
-                 seed: int | None = None, memory_bytes: int = 4 << 30,
+                 seed: int | None = None, memory: Memory | int = 4 << 30, share: float = 1.0,
+                 cache: bool = True, rank: int = 0, world: int = 1,
                  stop_on_bad: bool = True) -> None:
         self.source, self.samples, self.image_size = source, samples, image_size
-        self.stop_on_bad = stop_on_bad
+        self.memory = Memory(memory) if isinstance(memory, int) else memory
+        self.seed, self.cache = seed, cache
+        self.rank, self.world, self.stop_on_bad = rank, world, stop_on_bad
         self.batch_size = batch_size if seed is None else min(batch_size, len(samples))
-        self.seed, self.epoch = seed, 0
+        self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
-        kept = min(len(samples), memory_bytes // image_size**2)
-        self._cache = torch.empty((kept, 1, image_size, image_size), dtype=torch.uint8)
-        self._cached = np.zeros(len(samples), dtype=bool)
+        self.blocks = source.blocks(samples)
+        self.positions = np.arange(len(samples))  # which of the samples, before shuffling
+        self._kept: Tensor | None = None
+        # Ahead of the batch being made: where neighbours come together, a window of the shuffle,
+        # and another one for the neighbours.
+        together = len(set(self.blocks.tolist())) < len(self.blocks)
+        self._ahead = 2 * SHUFFLE_WINDOW if together else max(batch_size, 2 * source.threads)
+        # 64 batches: enough for as many DataLoader workers as anyone would start.
+        wanted = 64 * self.batch_size + self._ahead + (len(samples) if cache else 0)
+        self.allotted = min(int(share * self.memory.left), wanted * image_size**2)
+        self.divide()
+        self.memory.left -= self.allotted
+
+    def divide(self, workers: int = 0) -> tuple[int, int]:
+        """(images that may wait, images that may be kept), in each worker if there are any.
+
+        UserError if the memory is too little.
+        """
+        image, room = self.image_size**2, self.allotted // self.image_size**2 // max(1, workers)
+        # One batch is being made, one is with the consumer, one waits; and what workers send ahead.
+        batches = (5 if workers else 3) * self.batch_size
+        if room <= batches:
+            need = 7 * (batches + 1) * image * max(1, workers) / 2**30 + 5e-5
+            raise UserError(
+                f"--memory-limit-gb: {self.memory.limit / 2**30:.4f} is too little for batches of "
+                f"{self.batch_size} images of {self.image_size}x{self.image_size} pixels; "
+                f"{need:.4f} is enough")
+        waiting = max(batches + 1, min(batches + self._ahead, room // 2))
+        return waiting, min(room - waiting, len(self.samples)) if self.cache else 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch's order the next iteration takes."""
-        self.epoch = epoch
+        """Which epoch's order the next iteration takes, from its beginning."""
+        self.epoch, self.next_batch, self._start = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, object]:
+        """Where the stream is: enough to go on in exactly the same order. (With DataLoader
+        workers each has its own; the loop then counts the batches and calls load_state_dict.)"""
+        return {"epoch": self.epoch, "next_batch": self.next_batch, "seed": self.seed,
+                "batch_size": self.batch_size, "world": self.world,
+                "images": len(self.samples), "version": self.source.version}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on where the state was taken; nothing is read of what is skipped."""
+        mine = self.state_dict()
+        changed = [f"{k} was {state[k]!r}, is {mine[k]!r}" for k in mine
+                   if k not in ("epoch", "next_batch") and state[k] != mine[k]]
+        if changed:
+            raise UserError(f"--data {self.source.spec}: cannot go on within an epoch, because "
+                            f"the stream has changed: {'; '.join(changed)}")
+        self.epoch, self.next_batch = state["epoch"], state["next_batch"]
+        self._start = self.next_batch
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        n = len(self.samples)
+        n = len(self.positions)
         return math.ceil(n / self.batch_size) if self.seed is None else n // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n = len(self.samples)
-        order = np.arange(n) if self.seed is None else epoch_order(n, self.seed, self.epoch)
-        batches = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
-        pool = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
-        ahead: deque[tuple[np.ndarray, dict[int, Future]]] = deque()
-        try:
-            for batch in [*batches, None, None]:  # two more turns empty what is ahead
-                if batch is not None:
-                    missing = {int(i): pool.submit(self._load, int(i))
-                               for i in batch if not self._cached[i]}
-                    ahead.append((batch, missing))
-                if len(ahead) > 2 or (batch is None and ahead):
-                    result = self._assemble(*ahead.popleft())
-                    if len(result[1]):
-                        yield result
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def every(self, step: int) -> "ImageStream":
+        """A stream of every step-th image in order, which shares what this one keeps in memory."""
+        other = copy.copy(self)
+        other.seed, other.stop_on_bad, other.positions = None, False, self.positions[::step]
+        return other
 
-    def _assemble(self, batch: np.ndarray, missing: dict[int, Future]) -> tuple[Tensor, Tensor]:
-        if not missing:
-            positions = torch.from_numpy(batch.astype(np.int64))
-            return self._cache[positions], positions
-        images, positions = [], []
-        for i in batch.tolist():
-            if i in missing:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        memory = Memory(self.memory.limit // workers) if worker else self.memory
+        room, kept = self.divide(workers if worker else 0)
+        image_bytes = self.image_size**2
+        waiting = Budget(room * image_bytes, memory.whole)
+        if self._kept is None:  # in the process that will fill it
+            self._kept = torch.empty((kept, 1, self.image_size, self.image_size),
+                                     dtype=torch.uint8)
+            self._is_kept = np.zeros(len(self.samples), dtype=bool)
+
+        order = self.positions
+        if self.seed is not None:
+            order = order[epoch_order(len(order), self.seed, self.epoch)]
+        numbers = range(self._start + me, len(self), workers)
+        self.next_batch, self._start = self._start, 0
+        batches = [np.array_split(order[i * self.batch_size : (i + 1) * self.batch_size],
+                                  self.world)[self.rank] for i in numbers]
+        # What training leaves over is loaded all the same if it will be kept, so that no later
+        # epoch need read it.
+        rest = order[len(self) * self.batch_size :] if self.world == workers == 1 else order[:0]
+        rest = rest[(rest < kept) & ~self._is_kept[rest]]
+        sequence = np.concatenate([*batches, rest]).astype(np.int64)
+        blocks = self.blocks[sequence]
+        by_block = np.argsort(blocks, kind="stable")  # places in the sequence, block by block
+        sorted_blocks = blocks[by_block]
+
+        # Images that wait are those of the batch, `ahead` places after it, and up to `reach` places
+        # after those: neighbours of one of them, fetched with it. So they never need more than
+        # their part of the memory, and no thread waits for room that only it could make.
+        room -= (5 if worker else 3) * self.batch_size
+        reach = (room + 1) // 2
+        ahead = room - reach
+
+        halt, jobs = threading.Event(), queue.SimpleQueue()
+        futures: dict[int, Future] = {}
+        planned = 0
+
+        def work() -> None:
+            while (job := jobs.get()) is not None and not halt.is_set():
+                self._load(job, memory, waiting, halt)
+
+        def plan(end: int) -> None:
+            nonlocal planned
+            for place in range(planned, min(end, len(sequence))):
+                position = int(sequence[place])
+                if position not in futures and not self._is_kept[position]:
+                    first, last = np.searchsorted(sorted_blocks, [blocks[place], blocks[place] + 1])
+                    near = by_block[first:last]
+                    near = sequence[near[(near >= place) & (near < place + reach)]].tolist()
+                    near = [p for p in near if p not in futures and not self._is_kept[p]]
+                    job = {p: Future() for p in near}
+                    futures.update(job)
+                    jobs.put(job)
+                planned = place + 1
+
+        threads = [threading.Thread(target=work, name=f"decode-{i}", daemon=True)
+                   for i in range(self.source.threads)]
+        lent = 0  # bytes of the batch that the consumer has
+        try:
+            for thread in threads:
+                thread.start()
+            done = 0
+            for number, batch in zip(numbers, batches, strict=True):
+                plan(done + len(batch) + ahead)
+                waiting.take(len(batch) * image_bytes, halt)
+                result = self._assemble(batch, futures, memory, waiting)
+                waiting.give(lent)
+                lent = len(batch) * image_bytes
+                done += len(batch)
+                self.next_batch = number + 1
+                if len(result[1]) or self.world > 1 or worker:  # where every batch is counted on
+                    yield result
+            plan(len(sequence))
+            self._assemble(rest, futures, memory, waiting)
+        finally:
+            halt.set()
+            for _ in threads:
+                jobs.put(None)
+            waiting.leave()
+
+    def _load(self, job: dict[int, Future], memory: Memory, waiting: Budget,
+              halt: threading.Event) -> None:
+        """Read and decode the images at these positions; each one's future gets it or the error."""
+        todo = {self.samples[p].key: future for p, future in job.items()}
+        samples = []
+        for p in job:
+            sample = self.samples[p]
+            if sample.key in self.bad:  # found unreadable in an earlier epoch
+                todo.pop(sample.key).set_exception(BadImage(self.bad[sample.key]))
+            else:
+                samples.append(sample)
+        try:
+            # One by one where together they would be too many.
+            groups = [samples] if self.source.cost(samples) <= memory.flight.limit else [
+                [s] for s in samples]
+            for group in groups:
                 try:
-                    image = torch.from_numpy(missing[i].result().copy())[None]
+                    with held(memory.flight, self.source.cost(group), halt):
+                        for sample, data in self.source.fetch(group, halt):
+                            self._decode(data, todo.pop(sample.key), memory, waiting, halt)
+                except BadImage as error:  # too large a file
+                    for sample in group:
+                        if sample.key in todo:
+                            todo.pop(sample.key).set_exception(error)
+        except BaseException as error:  # the consumer raises it, with its traceback
+            for future in todo.values():
+                future.set_exception(error)
+
+    def _decode(self, data: bytes | Exception, future: Future, memory: Memory, waiting: Budget,
+                halt: threading.Event) -> None:
+        if isinstance(data, Exception):
+            future.set_exception(data)
+            return
+        try:
+            waiting.take(self.image_size**2, halt)
+            try:
+                image = decode_image(data, self.image_size, memory.pixels, halt)
+            except BaseException:
+                waiting.give(self.image_size**2)
+                raise
+            future.set_result(image)
+        except BaseException as error:  # the consumer raises it
+            future.set_exception(error)
+
+    def _assemble(self, batch: np.ndarray, futures: dict[int, Future], memory: Memory,
+                  waiting: Budget) -> tuple[Tensor, Tensor]:
+        images = torch.empty((len(batch), 1, self.image_size, self.image_size), dtype=torch.uint8)
+        positions = []
+        for i in batch.tolist():
+            row = images[len(positions)]
+            if self._is_kept[i]:
+                row.copy_(self._kept[i])
+            else:
+                try:
+                    row.copy_(torch.from_numpy(futures.pop(i).result().copy())[None])
                 except (BadImage, OSError) as error:
                     self._note_bad(self.samples[i].key, str(error))
                     continue
-                if i < len(self._cache):
-                    self._cache[i] = image
-                    self._cached[i] = True
-            else:
-                image = self._cache[i]
-            images.append(image)
+                waiting.give(self.image_size**2)
+                if i < len(self._kept):
+                    memory.whole.take(self.image_size**2)
+                    self._kept[i] = row
+                    self._is_kept[i] = True
             positions.append(i)
-        empty = torch.empty((0, 1, self.image_size, self.image_size), dtype=torch.uint8)
-        return torch.stack(images) if images else empty, torch.tensor(positions, dtype=torch.int64)
-
-    def _load(self, position: int) -> np.ndarray:
-        sample = self.samples[position]
-        if sample.key in self.bad:  # found unreadable in an earlier epoch
-            raise BadImage(self.bad[sample.key])
-        return decode_image(self.source.read(sample), self.image_size)
+        return images[: len(positions)], torch.tensor(positions, dtype=torch.int64)
 
     def _note_bad(self, key: str, reason: str) -> None:
         self.bad[key] = reason
@@ -985,15 +1857,31 @@ def create_dataloaders(config: Config) -> Loaders:
     """
     source = open_source(config)
     splits = split_for_training(source, config)
-    budget = int(config.memory_limit_gb * 2**30)
-    loaders = []
-    for name, samples in (("train", splits.train), ("val", splits.normals("val")),
-                          ("test", splits.test)):
+    # Ranks on one machine share its memory. Test images are seen once: they need not be kept.
+    memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    streams = {}
+    for name, samples, share in (("test", splits.test, 1 / 4),
+                                 ("val", splits.normals("val"), 1 / 3), ("train", splits.train, 1)):
         stream = ImageStream(source, samples, config.image_size, config.batch_size,
-                             config.seed if name == "train" else None, budget)
-        budget -= stream._cache.numel()
-        loaders.append(DataLoader(stream, batch_size=None))
-    return Loaders(*loaders, source, splits)
+                             config.seed if name == "train" else None, memory, share,
+                             cache=name != "test")
+        streams[name] = DataLoader(stream, batch_size=None)
+    return Loaders(streams["train"], streams["val"], streams["test"], source, splits)
+
+
+def describe_memory(loaders: Loaders) -> str:
+    """The bound on what the streams hold, and what it is made of."""
+    streams = [loader.dataset for loader in loaders[:3]]
+    memory, image = streams[0].memory, streams[0].image_size**2
+    waiting = sum(stream.divide()[0] for stream in streams) * image
+    kept = sum(stream.divide()[1] for stream in streams)
+    there = sum(len(stream.samples) for stream in streams if stream.cache)
+    parts = (memory.flight.limit, memory.pixels.limit, waiting, kept * image)
+    flight, pixels, waiting, kept_mb = (f"{part / 1e6:,.0f}" for part in parts)
+    share = "all" if kept == there else f"{kept:,} of {there:,}"
+    return (f"memory    images take at most {sum(parts) / 1e6:,.0f} MB: files in flight {flight}, "
+            f"decoding {pixels}, waiting {waiting},\n          kept for later epochs {kept_mb} "
+            f"({share} training and validation images)")
 
 
 def split_for_training(source: Source, config: Config) -> Splits:
@@ -1011,7 +1899,7 @@ def split_for_training(source: Source, config: Config) -> Splits:
             raise UserError(f"--data {source.spec}: its {normals} normal images leave {len(part)} "
                             f"for {name}, because whole patients are kept together and a "
                             "prescribed test split is kept as it is")
-    if isinstance(source, FolderSource) and (pairs := duplicates_across(source, splits)):
+    if not isinstance(source, PhantomSource) and (pairs := duplicates_across(source, splits)):
         splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
                             f"{pairs[0][0]} and {pairs[0][1]}")
     return splits

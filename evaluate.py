@@ -66,6 +66,7 @@ from data import (
     NORMAL,
     BadImage,
     ImageStream,
+    KaggleSource,
     Sample,
     Source,
     decode_image,
@@ -261,7 +262,8 @@ class Scored:
 def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
                   trivial: TrivialScores | None, batch_size: int = 16) -> Scored:
     """Score images with every scorer; `scorer` gives the maps that are held against masks."""
-    stream = ImageStream(source, samples, run.config.image_size, batch_size, memory_bytes=0)
+    stream = ImageStream(source, samples, run.config.image_size, batch_size,
+                         memory=run.config.memory_bytes, cache=False)
     scores: dict[str, list] = {name: [] for name in SCORERS}
     baselines: dict[str, list] = {}
     mse, ssim, order, peaks = [], [], [], []
@@ -371,7 +373,8 @@ def training_reference(run: Run, source: Source) -> np.ndarray:
     """Up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores."""
     train = read_splits(run.folder / "split.csv").train
     stream = ImageStream(source, train[:: max(1, math.ceil(len(train) / 400))],
-                         run.config.image_size, 64, memory_bytes=0, stop_on_bad=False)
+                         run.config.image_size, 16, memory=run.config.memory_bytes, cache=False,
+                         stop_on_bad=False)
     return np.concatenate([images.numpy() for images, _ in stream])
 
 
@@ -459,11 +462,13 @@ def evaluate(
     if len({run.name for run in loaded}) < len(loaded):
         for run in loaded:
             run.name = f"{NAMES[run.config.model]} ({run.folder})"
-    source, trivial, weights, compared = None, None, None, []
+    trivial, weights, compared = None, None, []
+    opened: dict[tuple, Source] = {}
     for run in loaded:
         config = run.config if data is None else dataclasses.replace(
             run.config, data=data, samples=None)
-        source = open_source(config)
+        key = (config.data, config.image_size, config.samples)
+        source = opened[key] = opened.get(key) or open_source(config)
         chosen, external, notes = samples_to_score(run, source, split)
         chosen = draw_evenly(chosen, samples)
         if not chosen:
@@ -528,6 +533,8 @@ def evaluate(
     print(table)
     for key, reason in all_scored[0].bad.items():
         print(f"skipped   {key}: {reason}")
+    if isinstance(source, KaggleSource):
+        print(source.report())
     if len(loaded) > 1:
         compare(loaded, sources, all_scored, results, weights, table)
     return results

@@ -40,10 +40,12 @@ from tqdm import tqdm
 from data import (
     PHANTOM_SAMPLES,
     ImageStream,
+    KaggleSource,
     Loaders,
     augment,
     create_dataloaders,
     describe,
+    describe_memory,
     to_float,
     write_splits,
 )
@@ -52,8 +54,8 @@ from models import SCORERS, AnomalyScorer, create_model, objective_loss
 FORMAT = 1  # of the checkpoints
 CALIBRATION_IMAGES = 256  # training normals that the scorer is calibrated on, at most
 # Settings that a resumed run may change; any other change makes it another run.
-CHANGEABLE = ("epochs", "patience", "min_delta", "keep_every", "device", "precision",
-              "memory_limit_gb", "output_dir", "resume", "reuse")
+CHANGEABLE = ("epochs", "patience", "min_delta", "keep_every", "checkpoint_minutes", "device",
+              "precision", "memory_limit_gb", "output_dir", "resume", "reuse")
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "images_per_second",
                "seconds", "peak_memory_mb")
 
@@ -243,8 +245,8 @@ def is_finished(folder: Path, config: Config, fingerprint: str) -> bool:
         return False
     state = load_checkpoint(folder / "best.pt")
     asked, saved = dataclasses.asdict(config), state["config"]
-    ignored = ("output_dir", "resume", "reuse", "keep_every", "memory_limit_gb", "device",
-               "precision")
+    ignored = ("output_dir", "resume", "reuse", "keep_every", "checkpoint_minutes",
+               "memory_limit_gb", "device", "precision")
     return bool(state["scorer"]) and state["data_fingerprint"] == fingerprint and all(
         saved.get(k) == v for k, v in asked.items() if k not in ignored)
 
@@ -330,16 +332,14 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
     model.eval()
     scorer = AnomalyScorer(model.image_size)
     stream: ImageStream = loaders.train.dataset
-    step = max(1, math.ceil(len(stream.samples) / CALIBRATION_IMAGES))
-    some = ImageStream(stream.source, stream.samples[::step], stream.image_size, 16,
-                       memory_bytes=0, stop_on_bad=False)  # judged over the whole set already
+    some = stream.every(math.ceil(len(stream.samples) / CALIBRATION_IMAGES))
 
     def reconstruct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images = to_float(images, device)
         with autocast(device, precision):
             return images, model(images).float()
 
-    bar = Progress(len(some.samples) + len(loaders.val.dataset.samples), "calibrating")
+    bar = Progress(len(some.positions) + len(loaders.val.dataset.samples), "calibrating")
     for images, _ in some:
         scorer.add(*reconstruct(images))
         bar.update(len(images))
@@ -358,12 +358,6 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
 
 def train(config: Config) -> list[Path]:
     """Train what the configuration asks for; the run folders (one, or two for model="both")."""
-    models = ("unet", "reversed_ae") if config.model == "both" else (config.model,)
-    return [train_one(dataclasses.replace(config, model=model)) for model in models]
-
-
-def train_one(config: Config) -> Path:
-    """Train one model from start, or from a checkpoint, to calibrated best weights."""
     synthetic = config.data == "synthetic"
     config = dataclasses.replace(
         config, epochs=config.epochs or (3 if synthetic else 30),
@@ -371,24 +365,37 @@ def train_one(config: Config) -> Path:
         # Absolute, so that the run can be evaluated from anywhere.
         data=config.data if synthetic or not os.path.exists(config.data)
         else os.path.abspath(config.data))
-    folder = run_folder(config)
+    models = ("unet", "reversed_ae") if config.model == "both" else (config.model,)
+    configs = [dataclasses.replace(config, model=model) for model in models]
+    # The machine and the models come first: what they refuse costs no reading of data.
+    device, _ = choose_device(config.device)
+    for each in configs:
+        with torch.device("meta"):
+            create_model(each.model, each)
+        if each.resume and (checkpoint := checkpoint_of_resume(each)):
+            load_checkpoint(checkpoint, each.model)
+    if synthetic:
+        print("This trains on the BUILT-IN PHANTOM: drawn films, not real X-rays. For your own "
+              "images give --data FOLDER.")
+    loaders = create_dataloaders(config)  # one for both models: images are read and decoded once
+    return [train_one(each, loaders) for each in configs]
 
-    # The machine and the model come first: what they refuse costs no reading of data.
+
+def train_one(config: Config, loaders: Loaders) -> Path:
+    """Train one model from start, or from a checkpoint, to calibrated best weights."""
+    folder = run_folder(config)
     device, why_device = choose_device(config.device)
     precision, why_precision = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
     model = place(create_model(config.model, config), device, precision)
-    loaders = create_dataloaders(config)
     fingerprint = loaders.source.fingerprint()
 
-    if synthetic:
-        print("This trains on the BUILT-IN PHANTOM: drawn films, not real X-rays. For your own "
-              "images give --data FOLDER.")
     settings = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
     print(textwrap.fill(settings, 100, initial_indent="settings  ", subsequent_indent=" " * 10,
                         break_on_hyphens=False, break_long_words=False))
     print(f"device    {device} ({why_device}), {precision} ({why_precision})")
     print(describe(loaders.source, loaders.splits))
+    print(describe_memory(loaders))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model     {config.model}, {parameters:,} parameters", flush=True)
 
@@ -409,12 +416,16 @@ def train_one(config: Config) -> Path:
 
     optimizer = make_optimizer(config, model, device)
     step, epoch, best_loss, bad_epochs, rows = 0, 0, math.inf, 0, []
+    loss_sum, count, earlier_seconds = 0.0, 0, 0.0  # of the epoch so far
+    stream: ImageStream = loaders.train.dataset
+    stream.set_epoch(0)
     schedule_epochs = config.epochs
     if checkpoint:
         state = load_checkpoint(checkpoint, config.model)
         if "optimizer" not in state:
             raise UserError(f"{checkpoint}: holds weights only; resume from the last.pt beside it")
-        load_checkpoint(checkpoint.parent / "best.pt", config.model)  # missing or damaged: say so
+        if state["epoch"]:
+            load_checkpoint(checkpoint.parent / "best.pt", config.model)  # missing: say so
         refuse_changes(state["config"], config, checkpoint)
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{checkpoint}: the images in {config.data} have changed since")
@@ -423,14 +434,19 @@ def train_one(config: Config) -> Path:
         step, epoch, rows = state["step"], state["epoch"], state["log"]
         best_loss, bad_epochs = state["best_loss"], state["bad_epochs"]
         schedule_epochs = state["schedule_epochs"]
+        if state["stream"]["next_batch"]:
+            stream.load_state_dict(state["stream"])
+            loss_sum, count = state["loss_sum"], state["count"]
+            earlier_seconds = state["seconds"]
         del state
-        print(f"resume    {checkpoint}, after epoch {epoch}")
+        print(f"resume    {checkpoint}, after epoch {epoch}, step {step}")
     here = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
     if not here and any((folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
         move_aside(folder)
     make_run_folder(folder)
     if checkpoint and not here:  # the best weights so far come along
-        shutil.copyfile(checkpoint.parent / "best.pt", folder / "best.pt")
+        if epoch:
+            shutil.copyfile(checkpoint.parent / "best.pt", folder / "best.pt")
         shutil.copyfile(checkpoint, folder / "last.pt")
     write_splits(loaders.splits, folder / "split.csv")
     saved_config = dataclasses.asdict(config) | {"resume": None, "reuse": False}
@@ -442,15 +458,24 @@ def train_one(config: Config) -> Path:
 
     total_steps = max(1, schedule_epochs * len(loaders.train))
     images_an_epoch = len(loaders.train) * loaders.train.dataset.batch_size
-    bar = Progress(config.epochs * images_an_epoch, config.model, epoch * images_an_epoch)
-    saved_at = -math.inf
+    bar = Progress(config.epochs * images_an_epoch, config.model, epoch * images_an_epoch + count)
+    saved_at = time.monotonic()
+
+    def save_last() -> None:
+        nonlocal saved_at
+        save_checkpoint(common | {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+            "epoch": epoch, "best_loss": best_loss, "bad_epochs": bad_epochs,
+            "schedule_epochs": schedule_epochs, "log": rows, "stream": stream.state_dict(),
+            "loss_sum": loss_sum, "count": count,
+            "seconds": earlier_seconds + time.monotonic() - began if count else 0.0,
+        }, folder / "last.pt")
+        saved_at = time.monotonic()
 
     while epoch < config.epochs and bad_epochs < config.patience:
         # Train: the randomness of a step depends on (seed, step) alone.
         began = time.monotonic()
         model.train()
-        loaders.train.dataset.set_epoch(epoch)
-        loss_sum, count = 0.0, 0
         for images, _ in loaders.train:
             torch.manual_seed(seeded(config.seed, "dropout", step).initial_seed())
             generator = seeded(config.seed, "step", step)
@@ -473,9 +498,11 @@ def train_one(config: Config) -> Path:
             loss_sum += value * len(images)
             count += len(images)
             bar.update(len(images), f"{config.model} epoch {epoch + 1}/{config.epochs}", loss=value)
+            if time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
+                save_last()
         if not count:
             raise UserError("no training image could be read")
-        train_seconds = time.monotonic() - began
+        train_seconds = earlier_seconds + time.monotonic() - began
 
         # Validate, log.
         val_loss = validate(model, loaders.val, config, device, precision)
@@ -483,7 +510,8 @@ def train_one(config: Config) -> Path:
             raise UserError(f"the validation loss is {val_loss} after epoch {epoch + 1}; "
                             "try a smaller --learning-rate")
         epoch += 1
-        seconds = time.monotonic() - began
+        seconds = earlier_seconds + time.monotonic() - began
+        rate = learning_rate_at(step - 1, total_steps, config)
         rows.append(dict(zip(LOG_COLUMNS, (
             epoch, step, loss_sum / count, val_loss, rate, count / train_seconds, seconds,
             peak_memory_mb(device)), strict=True)))
@@ -503,14 +531,12 @@ def train_one(config: Config) -> Path:
             bad_epochs += 1
         if config.keep_every and epoch % config.keep_every == 0:
             save_checkpoint(weights, folder / f"epoch{epoch}.pt")
+        stream.set_epoch(epoch)
+        loss_sum, count, earlier_seconds = 0.0, 0, 0.0
         ended = epoch == config.epochs or bad_epochs == config.patience
         # last.pt is large (weights and two moments): at most once a minute, and at the end.
-        if ended or time.monotonic() - saved_at > 60:
-            saved_at = time.monotonic()
-            save_checkpoint(common | {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                "epoch": epoch, "best_loss": best_loss, "bad_epochs": bad_epochs,
-                "schedule_epochs": schedule_epochs, "log": rows}, folder / "last.pt")
+        if ended or epoch == 1 or time.monotonic() - saved_at > 60:
+            save_last()
     bar.close()
     write_log(rows, folder / "log.csv")  # also where nothing was left to train
     if bad_epochs >= config.patience:
@@ -523,15 +549,19 @@ def train_one(config: Config) -> Path:
     save_checkpoint(dict(best) | {"config": saved_config, "scorer": scorer.state_dict()},
                     folder / "best.pt")
     draw_curves(rows, folder / "curves.png", config.model)
-    report_bad(loaders)
+    report_data(loaders)
     print(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
           f"{best['val_loss']:.4f}), last.pt, log.csv, curves.png, split.csv, config.json")
     print(f"next      python evaluate.py {folder}\n", flush=True)
     return folder
 
 
-def report_bad(loaders: Loaders) -> None:
-    """Say which images could not be read."""
+def report_data(loaders: Loaders) -> None:
+    """Say what the data cost, and which images could not be read."""
+    peak = loaders.train.dataset.memory.whole.peak / 1e6
+    print(f"memory    images took {peak:,.1f} MB at the most")
+    if isinstance(loaders.source, KaggleSource):
+        print(loaders.source.report())
     for name, loader in (("train", loaders.train), ("validation", loaders.val)):
         for key, reason in loader.dataset.bad.items():
             print(f"skipped   {key} ({name}): {reason}")

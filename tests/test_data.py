@@ -469,8 +469,9 @@ def test_validation_is_complete_and_training_drops_a_different_rest_each_epoch()
 
 def test_batches_hold_the_right_pixels_in_any_epoch(xrays: Path) -> None:
     source = FolderSource(str(xrays))
-    for memory in (1 << 30, 20 * 32 * 32, 0):  # all kept, some kept, none kept
-        stream = ImageStream(source, source.samples, 32, 9, seed=0, memory_bytes=memory)
+    for memory, cache, kept in ((1 << 30, True, 82), (100 << 10, True, 31), (1 << 20, False, 0)):
+        stream = ImageStream(source, source.samples, 32, 9, seed=0, memory=memory, cache=cache)
+        assert stream.divide()[1] == kept
         for epoch in range(2):
             stream.set_epoch(epoch)
             for images, positions in stream:
@@ -501,7 +502,7 @@ def test_leaving_early_ends_the_threads_and_reads_little() -> None:
     Counting.reads = 0
     source = Counting(400, 32)
     others = set(threading.enumerate())  # of earlier tests, perhaps about to end
-    stream = iter(ImageStream(source, source.samples[:400], 32, 8, memory_bytes=0))
+    stream = iter(ImageStream(source, source.samples[:400], 32, 8, cache=False))
     next(stream)
     mine = set(threading.enumerate()) - others
     assert mine

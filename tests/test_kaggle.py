@@ -1,0 +1,809 @@
+"""Streaming from Kaggle: the real client against a stand-in on loopback."""
+
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import types
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, write_image
+from kaggle_stand_in import KEY, TOKEN, USER, Archive, StandIn, VirtualNIH
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+from config import Config, UserError, kaggle_credentials
+from data import (
+    NORMAL,
+    FolderSource,
+    ImageStream,
+    KaggleFilesSource,
+    create_dataloaders,
+    open_source,
+    split_for_training,
+)
+from evaluate import evaluate
+from train import main as train_main
+from train import train
+
+SPEC = "kaggle:someone/xrays"
+
+
+@pytest.fixture
+def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
+    """A stand-in that the official client is pointed at; waiting is noted instead of done."""
+    server = StandIn()
+    for name in [n for n in os.environ if n.startswith("KAGGLE_") or n.lower().endswith("proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    server.pauses = []
+    monkeypatch.setattr(data, "pause", lambda seconds, halt: server.pauses.append(seconds))
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def chest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in Kermany's layout: 72 normals to train on, a test split."""
+    root = tmp_path_factory.mktemp("kermany")
+    for i in range(72):
+        write_image(root / "chest_xray/train/NORMAL" / f"IM-{i:04d}-0001.jpeg", i)
+    for i in range(8):
+        write_image(root / "chest_xray/train/PNEUMONIA" / f"person{i}_virus_{i}.jpeg", 100 + i)
+    for i in range(10):
+        write_image(root / "chest_xray/test/NORMAL" / f"NORMAL2-IM-{i:04d}-0001.jpeg", 200 + i)
+        write_image(root / "chest_xray/test/PNEUMONIA" / f"person{90 + i}_bacteria_{i}.jpeg",
+                    300 + i)
+    return root
+
+
+def open_spec(spec: str = SPEC) -> data.KaggleSource:
+    return open_source(Config(data=spec))
+
+
+def everything(stream: ImageStream) -> tuple[list[int], np.ndarray]:
+    """(positions, images) of one pass over a stream."""
+    batches = list(stream)
+    return (torch.cat([p for _, p in batches]).tolist(),
+            np.concatenate([x.numpy() for x, _ in batches]))
+
+
+def png(seed: int, size: tuple[int, int] = (40, 40)) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.RandomState(seed).randint(0, 256, size[::-1]).astype(np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def images(count: int, **more: bytes) -> dict[str, bytes]:
+    return {f"normal/{i:03d}.png": png(i) for i in range(count)} | more
+
+
+# ----------------------------------------------------------------------------------------------
+# Credentials
+
+
+def put(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def without_key(monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
+        monkeypatch.delenv(name)
+    return Path(os.environ["HOME"])
+
+
+@pytest.mark.parametrize("place", [
+    "environment", "token", "token file", "access_token", "access_token.txt", "config dir", "home",
+    "xdg", "xdg default", "environment over file", "colab token", "colab key"])
+def test_credentials_are_found_wherever_the_client_looks(
+    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    key = json.dumps({"username": USER, "key": KEY})
+    home = without_key(monkeypatch)
+    if place == "environment":
+        monkeypatch.setenv("KAGGLE_USERNAME", USER)
+        monkeypatch.setenv("KAGGLE_KEY", KEY)
+    elif place == "token":
+        monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+    elif place == "token file":
+        put(tmp_path / "token", TOKEN + "\n")
+        monkeypatch.setenv("KAGGLE_API_TOKEN", str(tmp_path / "token"))
+    elif place.startswith("access_token"):
+        put(home / ".kaggle" / place, TOKEN)
+    elif place == "config dir":
+        put(tmp_path / "there" / "kaggle.json", key)
+        monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "there"))
+    elif place == "home":
+        put(home / ".kaggle/kaggle.json", key)
+    elif place == "xdg":
+        put(tmp_path / "xdg/kaggle/kaggle.json", key)
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    elif place == "xdg default":
+        put(home / ".config/kaggle/kaggle.json", key)
+    elif place == "environment over file":
+        put(home / ".kaggle/kaggle.json", json.dumps({"username": USER, "key": "an old one"}))
+        monkeypatch.setenv("KAGGLE_KEY", KEY)
+    else:
+        secrets = {"KAGGLE_API_TOKEN": TOKEN} if place == "colab token" else {
+            "KAGGLE_USERNAME": USER, "KAGGLE_KEY": KEY}
+        colab = types.ModuleType("google.colab")
+        colab.userdata = types.SimpleNamespace(get=lambda name: secrets[name])  # KeyError: absent
+        monkeypatch.setitem(sys.modules, "google.colab", colab)
+    kaggle.archives["someone/xrays"] = Archive.of(images(3))
+    assert len(open_spec().samples) == 3
+
+
+def test_missing_credentials_are_said_before_anything_else(
+    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    home = without_key(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", SPEC])
+    with pytest.raises(UserError) as told:
+        train_main()
+    for word in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", '{"username"', "Colab"):
+        assert word in str(told.value)
+    assert str(home / ".config/kaggle/kaggle.json") in str(told.value)
+    assert capsys.readouterr().out == "" and not kaggle.calls
+
+
+@pytest.mark.parametrize("content", ["{broken", '{"username": "me"}', "[]", ""])
+def test_a_broken_kaggle_json_is_named(
+    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    file = without_key(monkeypatch) / ".kaggle/kaggle.json"
+    put(file, content)
+    with pytest.raises(UserError, match=re.escape(str(file))):
+        kaggle_credentials()
+
+
+def test_half_of_a_key_is_not_used(kaggle: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KAGGLE_KEY")
+    with pytest.raises(UserError, match="KAGGLE_KEY is missing"):
+        kaggle_credentials()
+
+
+# ----------------------------------------------------------------------------------------------
+# What is read is what a folder holds
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_gives_the_same_samples_order_and_pixels_as_the_folder(
+    kaggle: StandIn, chest: Path, method: int
+) -> None:
+    kaggle.archives["someone/xrays"] = Archive.of_folder(chest, method)
+    here, there = FolderSource(str(chest)), open_spec()
+    assert there.samples == here.samples and there.fingerprint() == here.fingerprint()
+    for seed in (None, 3):
+        streams = [ImageStream(s, s.samples, 32, 9, seed=seed) for s in (here, there)]
+        for epoch in range(2):
+            for stream in streams:
+                stream.set_epoch(epoch)
+            (order, pixels), (order2, pixels2) = map(everything, streams)
+            assert order == order2 and np.array_equal(pixels, pixels2)
+
+
+def test_copies_in_the_kermany_archive_are_left_out(kaggle: StandIn, chest: Path) -> None:
+    files = Archive.of_folder(chest).files
+    files |= {f"chest_xray/{name}": content for name, content in files.items()}
+    files["chest_xray/__MACOSX/train/NORMAL/._IM-0001.jpeg"] = b"shadow"
+    kaggle.archives["someone/xrays"] = Archive.of(files)
+    source = open_spec()
+    assert source.samples == FolderSource(str(chest)).samples
+    assert source.left_out["copies inside the archive"] == 101
+
+
+def test_tables_in_the_archive_give_labels_and_splits(kaggle: StandIn, tmp_path: Path) -> None:
+    nih = VirtualNIH(40, 3000, 20)
+    kaggle.archives["someone/xrays"] = nih
+    source = open_spec()
+    assert len(source.samples) == 40 and source.title.startswith("NIH ChestX-ray14")
+    assert {s.split for s in source.samples} == {"train", "test"}
+    covid = "patientid,finding,view,modality,filename\n1,No Finding,PA,X-ray,a.png\n2,COVID-19," \
+            "AP,X-ray,b.png\n3,COVID-19,L,X-ray,c.png\n"
+    files = {f"images/{n}.png": png(1) for n in "abc"} | {"metadata.csv": covid.encode()}
+    kaggle.archives["bachrr/covid-chest-xray"] = Archive.of(files)
+    source = open_spec("kaggle:bachrr/covid-chest-xray")
+    assert [(s.key, s.label) for s in source.samples] == [("images/a.png", 0), ("images/b.png", 1)]
+
+
+def test_zip64_archives_of_many_gigabytes_are_read(kaggle: StandIn) -> None:
+    """Offsets beyond 4 GiB: the last film of a virtual archive decodes to what was put in."""
+    nih = VirtualNIH(12_000, 375_000, 24)
+    assert nih.size > 1 << 32
+    kaggle.archives["someone/xrays"] = nih
+    source = open_spec()
+    last = source.samples[-1]
+    assert source.read(last) == nih._member(nih.images - 1)[30 + len(nih.names[0]) :]
+    assert source.size_of(last) == 375_000
+
+
+def test_names_beyond_ascii_and_a_comment_are_understood(kaggle: StandIn) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed:
+        for i in range(3):
+            packed.writestr(f"ré sumé/normal/n° {i}.png", png(i))
+        packed.comment = b"PK\5\6 in a comment is not the end"[4:]
+    kaggle.archives["someone/xrays"] = Archive(buffer.getvalue(), {})
+    source = open_spec()
+    assert [s.key for s in source.samples] == [f"ré sumé/normal/n° {i}.png" for i in range(3)]
+    assert source.read(source.samples[1]) == png(1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip at all" * 100, b"PK\5\6" + b"\xff" * 18])
+def test_what_is_no_zip_is_said(kaggle: StandIn, content: bytes) -> None:
+    kaggle.archives["someone/xrays"] = Archive(content, {})
+    with pytest.raises(UserError, match=re.escape(SPEC)):
+        open_spec()
+
+
+@pytest.mark.parametrize("spec", ["kaggle:", "kaggle:xrays", "kaggle:a/b/c",
+                                  "kaggle:a/b/versions/x", "kaggle:a/b?c"])
+def test_a_misspelt_name_is_refused_without_a_request(kaggle: StandIn, spec: str) -> None:
+    with pytest.raises(UserError, match="kaggle:owner/name"):
+        open_spec(spec)
+    assert not kaggle.calls
+
+
+def test_only_what_is_needed_is_fetched(kaggle: StandIn) -> None:
+    """One call of the API, the directory and the tables; then the chosen images alone."""
+    nih = VirtualNIH(4000, 30_000, 24)
+    kaggle.archives["someone/xrays"] = nih
+    source = open_spec()
+    tables = sum(end - start for start, end in kaggle.ranges)
+    assert kaggle.calls["api"] == 1 and tables < 1.6 * len(nih.after) + (1 << 18)
+    chosen = split_for_training(source, Config(data=SPEC, samples=200)).train
+    kaggle.ranges.clear()
+    everything(ImageStream(source, chosen, 32, 8, seed=0))
+    assert len(chosen) == 200
+    assert sum(end - start for start, end in kaggle.ranges) < 1.9 * 200 * nih.record
+    assert kaggle.calls["api"] == 1
+
+
+def test_neighbours_share_a_request(kaggle: StandIn) -> None:
+    kaggle.archives["someone/xrays"] = Archive.of(images(200), zipfile.ZIP_STORED)
+    source = open_spec()
+    kaggle.ranges.clear()
+    everything(ImageStream(source, source.samples, 32, 8, seed=0))
+    assert len(kaggle.ranges) <= 200 / 32 + 1
+
+
+def test_the_second_epoch_of_what_fits_makes_no_request(kaggle: StandIn, chest: Path) -> None:
+    kaggle.archives["someone/xrays"] = Archive.of_folder(chest)
+    loaders = create_dataloaders(Config(data=SPEC, image_size=32))
+    for epoch in range(3):
+        loaders.train.dataset.set_epoch(epoch)
+        for loader in (loaders.train, loaders.val):
+            assert sum(len(p) for _, p in loader) >= 8
+        if not epoch:
+            before = kaggle.calls.copy()
+    assert kaggle.calls == before
+
+
+# ----------------------------------------------------------------------------------------------
+# Faults
+
+
+@pytest.fixture
+def faulty(kaggle: StandIn) -> tuple[StandIn, data.KaggleSource]:
+    """An opened source of 40 stored images, ready for faults."""
+    kaggle.archives["someone/xrays"] = Archive.of(images(40), zipfile.ZIP_STORED)
+    return kaggle, open_spec()
+
+
+FLEETING = ["status-429", "status-500", "status-503", "drop", "truncate", "whole", "expire",
+            "corrupt"]
+
+
+@pytest.mark.parametrize("fault", FLEETING)
+def test_a_passing_fault_loses_nothing_and_is_counted(
+    faulty: tuple[StandIn, data.KaggleSource], fault: str
+) -> None:
+    server, source = faulty
+    server.faults.extend([fault, fault])
+    order, pixels = everything(ImageStream(source, source.samples, 40, 8))
+    assert order == list(range(40))
+    assert all(np.array_equal(pixels[i, 0], np.asarray(Image.open(io.BytesIO(png(i)))))
+               for i in range(40))
+    assert source.wire.tried_again and not server.faults
+    assert fault != "expire" or server.calls["api"] in (2, 3)
+    assert "tried again" in source.report()
+
+
+def test_a_dropped_connection_goes_on_where_it_broke(
+    faulty: tuple[StandIn, data.KaggleSource]
+) -> None:
+    server, source = faulty
+    server.ranges.clear()
+    server.faults.append("drop")
+    source.wire.read_range(0, 8000)
+    assert server.ranges == [(0, 8000), (4000, 8000)]
+
+
+def test_retry_after_is_honoured_and_waits_grow_without_it(
+    faulty: tuple[StandIn, data.KaggleSource]
+) -> None:
+    server, source = faulty
+    server.retry_after = "37"
+    server.faults.append("status-429")
+    source.read(source.samples[0])
+    assert server.pauses == [37.0]
+    server.retry_after, server.pauses[:] = None, []
+    random.seed(1)
+    server.faults.extend(["status-429"] * 10)
+    source.read(source.samples[0])
+    assert len(server.pauses) == 10 and max(server.pauses) <= 60
+    assert all(wait <= 2.0 ** (i - 1) for i, wait in enumerate(server.pauses))
+    assert len({round(wait, 6) for wait in server.pauses}) == 10  # jitter
+
+
+def test_a_server_that_asks_for_an_hour_ends_the_run(
+    faulty: tuple[StandIn, data.KaggleSource]
+) -> None:
+    server, source = faulty
+    server.retry_after = "3600"
+    server.faults.append("status-429")
+    with pytest.raises(UserError, match="60 minutes"):
+        source.read(source.samples[0])
+
+
+@pytest.mark.parametrize("fault", ["status-503", "truncated to nothing", "whole", "expire"])
+def test_a_lasting_fault_ends_in_one_line(
+    faulty: tuple[StandIn, data.KaggleSource], fault: str
+) -> None:
+    server, source = faulty
+    server.faults.extend([fault if fault != "truncated to nothing" else "status-500"] * 200)
+    with pytest.raises(UserError) as told:
+        everything(ImageStream(source, source.samples, 32, 8))
+    assert "\n" not in str(told.value) and SPEC in str(told.value)
+    assert server.url not in str(told.value) and "signature" not in str(told.value)
+
+
+def test_a_whole_archive_sent_for_a_range_is_not_read(kaggle: StandIn) -> None:
+    nih = VirtualNIH(1000, 375_000, 24)
+    kaggle.archives["someone/xrays"] = nih
+    source = open_spec()
+    before = kaggle.whole_sent
+    kaggle.faults.append("whole")
+    source.read(source.samples[0])
+    assert kaggle.whole_sent - before < 16 << 20 < nih.size  # what sockets buffer, no more
+    assert source.wire.traffic["bytes"] < 2 << 20
+
+
+def test_a_changed_data_set_stops_the_run(faulty: tuple[StandIn, data.KaggleSource]) -> None:
+    server, source = faulty
+    server.archives["someone/xrays"].etag = '"v2"'
+    with pytest.raises(UserError, match=r"changed on Kaggle.*versions/N"):
+        everything(ImageStream(source, source.samples, 32, 8))
+
+
+def test_a_change_is_noticed_even_if_the_server_ignores_if_range(
+    faulty: tuple[StandIn, data.KaggleSource]
+) -> None:
+    server, source = faulty
+    archive = server.archives["someone/xrays"]
+    archive.size -= 5
+    with pytest.raises(UserError, match="changed on Kaggle"):
+        source.read(source.samples[0])
+
+
+def test_damaged_members_are_skipped_counted_and_named(kaggle: StandIn) -> None:
+    archive = Archive.of(images(60), zipfile.ZIP_STORED)
+    broken = bytearray(archive.data)
+    at = archive.data.index(png(7)) + 100
+    broken[at] ^= 1
+    kaggle.archives["someone/xrays"] = Archive(bytes(broken), {})
+    source = open_spec()
+    stream = ImageStream(source, source.samples, 32, 8)
+    order, _ = everything(stream)
+    assert order == [i for i in range(60) if i != 7]
+    assert stream.bad == {"normal/007.png": "its checksum is wrong"}
+    before = kaggle.calls["range"]
+    everything(stream)
+    assert kaggle.calls["range"] == before  # known by now
+
+
+def lie(archive: Archive, name: str, **fields: int) -> Archive:
+    """The archive with other numbers in a member's entry of the central directory."""
+    broken = bytearray(archive.data)
+    at = broken.index(b"PK\1\2")
+    while bytes(broken[at + 46 : at + 46 + len(name)]) != name.encode():
+        at = broken.index(b"PK\1\2", at + 46)
+    for field, value in fields.items():
+        where, size = {"crc": (16, 4), "packed": (20, 4), "full": (24, 4), "method": (10, 2),
+                       "flags": (8, 2)}[field]
+        broken[at + where : at + where + size] = value.to_bytes(size, "little")
+    return Archive(bytes(broken), archive.files)
+
+
+@pytest.mark.parametrize(("fields", "reason"), [
+    ({"full": 1000}, "longer than the 1,000 bytes"),  # a bomb: a gigabyte behind a small number
+    ({"method": 14}, "packed by method 14"),
+    ({"flags": 1}, "encrypted"),
+    ({"crc": 1}, "checksum"),
+    ({"packed": 10}, "checksum"),
+])
+def test_a_member_that_lies_is_refused(kaggle: StandIn, fields: dict, reason: str) -> None:
+    files = images(40) | {"normal/bomb.png": bytes(64 << 20)}
+    kaggle.archives["someone/xrays"] = lie(Archive.of(files), "normal/bomb.png", **fields)
+    source = open_spec()
+    limit = 48 << 20  # the bomb alone would be more
+    stream = ImageStream(source, source.samples, 32, 8, memory=limit if "full" in fields else
+                         1 << 30)
+    assert len(everything(stream)[0]) == 40
+    assert reason in stream.bad["normal/bomb.png"]
+    assert "full" not in fields or stream.memory.whole.peak < limit
+
+
+def test_a_member_over_the_bound_is_refused_before_it_is_fetched(kaggle: StandIn) -> None:
+    files = images(40) | {"normal/huge.png": os.urandom(3 << 20)}
+    kaggle.archives["someone/xrays"] = Archive.of(files, zipfile.ZIP_STORED)
+    source = open_spec()
+    kaggle.ranges.clear()
+    stream = ImageStream(source, source.samples, 32, 8, memory=8 << 20)
+    assert len(everything(stream)[0]) == 40
+    assert "--memory-limit-gb" in stream.bad["normal/huge.png"]
+    assert sum(end - start for start, end in kaggle.ranges) < 1 << 20
+
+
+def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(kaggle: StandIn) -> None:
+    header = bytearray(png(1))
+    header[16:24] = (60_000).to_bytes(4, "big") * 2  # IHDR: width, height
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    large = io.BytesIO()
+    Image.new("L", (2000, 1500)).save(large, "PNG")
+    kaggle.archives["someone/xrays"] = Archive.of(images(40) | {
+        "normal/wide.png": bytes(header), "normal/large.png": large.getvalue()})
+    source = open_spec()
+    stream = ImageStream(source, source.samples, 32, 8, memory=10 << 20)
+    assert len(everything(stream)[0]) == 40
+    assert "more pixels than any" in stream.bad["normal/wide.png"] or (
+        "60000x60000" in stream.bad["normal/wide.png"])
+    assert "3.0 MB" in stream.bad["normal/large.png"]
+    assert stream.memory.whole.peak < 10 << 20
+
+
+@pytest.mark.parametrize(("status", "words"), [
+    (401, "refuses the credentials"), (403, "terms to be accepted"), (404, "no such data set"),
+    (400, "answers 400")])
+def test_what_the_api_refuses_is_said_at_once(kaggle: StandIn, status: int, words: str) -> None:
+    kaggle.api_faults.append(status)
+    with pytest.raises(UserError, match=words) as told:
+        open_spec()
+    assert kaggle.calls["api"] == 1 and KEY not in str(told.value)
+
+
+def test_wrong_credentials_are_told_from_a_missing_data_set(
+    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="no such data set"):
+        open_spec("kaggle:someone/nothing")
+    monkeypatch.setenv("KAGGLE_KEY", "wrong")
+    with pytest.raises(UserError, match="refuses the credentials"):
+        open_spec("kaggle:someone/nothing")
+
+
+def test_a_busy_api_is_asked_again(kaggle: StandIn) -> None:
+    kaggle.archives["someone/xrays"] = Archive.of(images(3))
+    kaggle.retry_after = "12"
+    kaggle.api_faults.extend([429, 500])
+    assert len(open_spec().samples) == 3 and kaggle.pauses == [12.0, 12.0]
+
+
+def test_no_network_is_said_and_phantoms_do_not_stand_in(
+    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    kaggle.shutdown()
+    kaggle.server_close()
+    with pytest.raises(UserError, match=r"no connection to Kaggle .* 4 times in a row"):
+        train(tiny(tmp_path, data=SPEC))
+    assert "PHANTOM" not in capsys.readouterr().out
+
+
+def test_a_stalled_server_is_given_up_on(
+    faulty: tuple[StandIn, data.KaggleSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, source = faulty
+    monkeypatch.setattr(data, "TIMEOUT", (2, 0.05))
+    server.faults.append("stall")
+    assert source.read(source.samples[3]) == png(3)
+
+
+def test_leaving_during_a_stall_does_not_wait_for_it(
+    faulty: tuple[StandIn, data.KaggleSource]
+) -> None:
+    server, source = faulty
+    stream = iter(ImageStream(source, source.samples, 32, 4, cache=False))
+    others = set(threading.enumerate())
+    next(stream)
+    server.faults.extend(["stall"] * 20)
+    mine = [t for t in threading.enumerate() if t not in others and t.name.startswith("decode")]
+    stream.close()  # returns at once; threads that still wait keep no program from ending
+    assert mine and all(t.daemon for t in mine)
+    server.closing.set()
+    for thread in mine:
+        thread.join(timeout=10)
+    assert not any(t.is_alive() for t in mine)
+
+
+# ----------------------------------------------------------------------------------------------
+# Where ranges are refused
+
+
+@pytest.fixture
+def by_file(kaggle: StandIn, chest: Path) -> tuple[StandIn, data.KaggleSource]:
+    kaggle.archives["someone/xrays"] = Archive.of_folder(chest)
+    kaggle.ranges_allowed = False
+    kaggle.empty_page = True
+    return kaggle, open_spec()
+
+
+def test_single_files_give_the_same_as_the_folder(
+    by_file: tuple[StandIn, data.KaggleSource], chest: Path
+) -> None:
+    server, source = by_file
+    assert isinstance(source, KaggleFilesSource)
+    here = FolderSource(str(chest))
+    assert source.samples == here.samples
+    server.api_faults.extend([429, 500])
+    streams = [ImageStream(s, s.samples, 32, 8, seed=1) for s in (here, source)]
+    (order, pixels), (order2, pixels2) = map(everything, streams)
+    assert order == order2 and np.array_equal(pixels, pixels2)
+    assert server.calls["file"] == 102  # each once, and two again
+
+
+def test_a_listed_file_that_is_not_there_is_skipped_and_named(
+    by_file: tuple[StandIn, data.KaggleSource]
+) -> None:
+    server, source = by_file
+    del server.archives["someone/xrays"].files[source.samples[5].key]
+    stream = ImageStream(source, source.samples, 32, 8)
+    assert len(everything(stream)[0]) == 99
+    assert "404" in stream.bad[source.samples[5].key]
+
+
+def test_a_file_that_kaggle_zipped_is_unpacked(by_file: tuple[StandIn, data.KaggleSource]) -> None:
+    server, source = by_file
+    key = source.samples[5].key
+    content = server.archives["someone/xrays"].files[key]
+    server.archives["someone/xrays"].files[key] = Archive.of({"x.jpeg": content}).data
+    assert source.read(source.samples[5]) == content
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_the_bound_is_never_exceeded_and_nothing_locks_up(kaggle: StandIn) -> None:
+    """Random sizes, limits and orders, down to the smallest limit that is accepted."""
+    rng = random.Random(5)
+    files = {f"normal/{i:03d}.png": png(i, (rng.randint(8, 90), rng.randint(8, 90)))
+             for i in range(150)}
+    kaggle.archives["someone/xrays"] = Archive.of(files, zipfile.ZIP_STORED)
+    source = open_spec()
+    largest = max(map(len, files.values())) * 4 + (64 << 10)
+    refused = 0
+    for trial in range(24):
+        batch, size = rng.choice([2, 5, 16]), rng.choice([16, 32])
+        low = trial % 3 == 0
+        limit = rng.randint(10_000, 60_000) if low else rng.randint(1 << 18, 1 << 22)
+        try:
+            stream = ImageStream(source, source.samples, size, batch, rng.choice([None, 1]), limit,
+                                 cache=rng.random() < 0.5)
+        except UserError as error:
+            least = float(re.search(r"([\d.]+) is enough", str(error))[1]) * 2**30
+            stream = ImageStream(source, source.samples, size, batch, None, int(least),
+                                 stop_on_bad=False)
+            refused += 1
+        stream.stop_on_bad = False
+        for _ in range(2):
+            with_deadline = threading.Thread(target=everything, args=(stream,), daemon=True)
+            with_deadline.start()
+            with_deadline.join(timeout=60)
+            assert not with_deadline.is_alive(), "locked up"
+        memory = stream.memory
+        assert 0 < memory.whole.peak <= memory.limit
+        assert memory.whole.held == sum(stream._is_kept) * size**2  # all else is given back
+        assert memory.limit < 8 * largest or not stream.bad
+    assert refused
+
+
+def test_no_part_of_the_memory_is_promised_twice() -> None:
+    source = data.PhantomSource(200, 16)
+    config = Config(samples=200, image_size=16, memory_limit_gb=0.002)
+    loaders = create_dataloaders(config)
+    assert loaders.source.samples[:200] == source.samples[:200]
+    memory = loaders.train.dataset.memory
+    images = sum(sum(loader.dataset.divide()) for loader in loaders[:3])
+    total = memory.flight.limit + memory.pixels.limit + images * 16**2
+    assert total <= config.memory_bytes
+    assert f"{total / 1e6:,.0f} MB" in data.describe_memory(loaders)
+
+
+def test_a_limit_too_small_says_what_is_needed() -> None:
+    source = data.PhantomSource(60, 128)
+    with pytest.raises(UserError, match=r"--memory-limit-gb: .*0\.\d+ is enough") as told:
+        ImageStream(source, source.samples[:60], 128, 8, memory=100_000)
+    need = float(re.search(r"([\d.]+) is enough", str(told.value))[1])
+    create_dataloaders(Config(samples=60, batch_size=8, memory_limit_gb=need))
+
+
+PEAK = """
+import os, resource, sys
+sys.path[:0] = {paths!r}
+from config import Config
+from data import ImageStream, open_source
+source = open_source(Config(data="kaggle:someone/xrays"))
+stream = ImageStream(source, source.samples[: int(sys.argv[1])], 64, 8, seed=0, cache=False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+count = sum(len(p) for _, p in stream)
+print(count, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_ten_times_as_many_images_take_no_more_memory(kaggle: StandIn) -> None:
+    kaggle.archives["someone/xrays"] = VirtualNIH(3000, 40_000, 150)
+    here = Path(__file__).parent
+    script = PEAK.format(paths=[str(here.parent), str(here)])
+    peaks = []
+    for count in (300, 3000):
+        out = subprocess.run([sys.executable, "-c", script, str(count)], check=True, text=True,
+                             capture_output=True, env=os.environ | server_environment(kaggle))
+        done, _, peak = map(int, out.stdout.split())
+        assert done == count // 8 * 8
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 15_000  # KiB
+
+
+def server_environment(server: StandIn) -> dict[str, str]:
+    return server.environment() | {"OMP_NUM_THREADS": "1"}
+
+
+# ----------------------------------------------------------------------------------------------
+# Order: going on in the middle, ranks and workers
+
+
+def test_going_on_in_mid_epoch_keeps_the_order_and_fetches_nothing_that_is_skipped(
+    kaggle: StandIn
+) -> None:
+    kaggle.archives["someone/xrays"] = VirtualNIH(400, 80_000, 40)
+    source = open_spec()
+    normals = [s for s in source.samples if s.label == NORMAL]
+
+    def fresh() -> ImageStream:
+        return ImageStream(source, normals, 32, 8, seed=7, cache=False)
+
+    whole = fresh()
+    whole.set_epoch(2)
+    wanted = [(p.tolist(), x) for x, p in whole]
+    first = fresh()
+    first.set_epoch(2)
+    batches = iter(first)
+    for _ in range(20):
+        next(batches)
+    state = json.loads(json.dumps(first.state_dict()))  # plain values
+    batches.close()
+    kaggle.ranges.clear()
+    second = fresh()
+    second.load_state_dict(state)
+    rest = [(p.tolist(), x) for x, p in second]
+    assert [p for p, _ in rest] == [p for p, _ in wanted[20:]]
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(rest, wanted[20:], strict=True))
+    skipped = {normals[i].key for p, _ in wanted[:20] for i in p}
+    nih = kaggle.archives["someone/xrays"]
+    inside = {nih.names[i] for start, end in kaggle.ranges
+              for i in range(-(-start // nih.record), end // nih.record)}
+    assert len(inside) == 8 * len(rest) and not skipped & inside
+    for change in ({"seed": 8}, {"version": '"v2"'}, {"world": 2}, {"batch_size": 4}):
+        with pytest.raises(UserError, match=next(iter(change))):
+            fresh().load_state_dict(state | change)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_rank_and_worker_gets_its_share_once(world: int, workers: int) -> None:
+    source = data.PhantomSource(70, 16)
+    normals, shown = source.samples[:70], {}
+    for seed in (None, 4):
+        ranks = []
+        for rank in range(world):
+            stream = ImageStream(source, normals, 16, 12, seed=seed, rank=rank, world=world,
+                                 memory=1 << 22)
+            loader = DataLoader(stream, batch_size=None, num_workers=workers)
+            batches = [p.tolist() for _, p in loader]
+            assert len(batches) == len(stream) == (6 if seed is None else 5)
+            ranks.append(batches)
+        together = [sum((ranks[r][i] for r in range(world)), []) for i in range(len(ranks[0]))]
+        flat = sum(together, [])
+        assert len(set(flat)) == len(flat) == (70 if seed is None else 60)
+        shown[seed] = together
+    plain = ImageStream(source, normals, 16, 12, seed=4)
+    assert shown[4] == [p.tolist() for _, p in plain]  # whatever the ranks and workers
+
+
+def test_workers_stream_from_kaggle_too(kaggle: StandIn) -> None:
+    kaggle.archives["someone/xrays"] = Archive.of(images(40))
+    source = open_spec()
+    stream = ImageStream(source, source.samples, 32, 8, seed=0)
+    order = [p.tolist() for _, p in stream]
+    again = ImageStream(source, source.samples, 32, 8, seed=0)
+    for context in ("fork", "spawn"):
+        loader = DataLoader(again, batch_size=None, num_workers=2, multiprocessing_context=context)
+        assert [p.tolist() for _, p in loader] == order
+
+
+# ----------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def test_training_from_kaggle_gives_the_weights_of_the_folder_and_keeps_the_key_secret(
+    kaggle: StandIn, chest: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    kaggle.archives["someone/xrays"] = Archive.of_folder(chest)
+    kaggle.faults.extend(["status-500", "drop"])
+    folders = [train(tiny(tmp_path / name, data=spec, batch_size=8))[0]
+               for name, spec in (("folder", str(chest)), ("kaggle", SPEC))]
+    weights = [torch.load(f / "best.pt", weights_only=True) for f in folders]
+    assert weights[0]["model"].keys() == weights[1]["model"].keys()
+    assert all(torch.equal(v, weights[1]["model"][k]) for k, v in weights[0]["model"].items())
+    requests = kaggle.calls["range"]
+    metrics = evaluate([folders[1]]) + evaluate([folders[0]], data=SPEC)
+    assert metrics[0]["auroc"] == metrics[1]["auroc"] and metrics[0]["n_normal"] == 10
+    assert kaggle.calls["range"] > requests
+    printed = capsys.readouterr()
+    assert "images take at most" in printed.out and "MB in" in printed.out
+    assert KEY not in printed.out + printed.err and "signature=" not in printed.out + printed.err
+    artefacts = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(artefacts) > 15
+    assert not [p for p in artefacts if KEY.encode() in p.read_bytes()]
+
+
+def test_killed_while_streaming_and_resumed_it_ends_with_the_same_weights(
+    kaggle: StandIn, tmp_path: Path
+) -> None:
+    kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
+    settings = {"data": SPEC, "batch_size": 4, "samples": 500, "checkpoint_minutes": 0.0,
+                "memory_limit_gb": 0.001}  # so little that it streams all the time
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (
+        {"width": 4, "image_size": 32, "latent_dim": 8, "epochs": 2, "device": "cpu",
+         "output_dir": tmp_path / "killed"} | settings).items()]
+    child: list[subprocess.Popen] = []
+    wanted, last = threading.Event(), tmp_path / "killed/unet/last.pt"
+
+    def kill_within_the_first_epoch(ranges: int) -> None:
+        if last.exists() and not wanted.is_set():  # steps are saved, and more is being streamed
+            child[0].send_signal(signal.SIGKILL)
+            wanted.set()
+
+    kaggle.served = kill_within_the_first_epoch
+    child.append(subprocess.Popen(
+        [sys.executable, "train.py", *flags], cwd=Path(__file__).parent.parent,
+        env=os.environ | server_environment(kaggle), stdout=subprocess.DEVNULL))
+    assert child[0].wait(timeout=120) == -signal.SIGKILL
+    kaggle.served = None
+    state = torch.load(last, weights_only=True)
+    assert state["epoch"] == 0 and 0 < state["stream"]["next_batch"] < 125
+    resumed, = train(tiny(tmp_path / "killed", resume="auto", epochs=2, **settings))
+    straight, = train(tiny(tmp_path / "straight", epochs=2, **settings))
+    one, other = (torch.load(f / "last.pt", weights_only=True) for f in (resumed, straight))
+    assert all(torch.equal(v, other["model"][k]) for k, v in one["model"].items())
+    assert [r["val_loss"] for r in one["log"]] == [r["val_loss"] for r in other["log"]]
+    assert [r["train_loss"] for r in one["log"]] == [r["train_loss"] for r in other["log"]]
