@@ -10,12 +10,12 @@ ARGS   ?=
 EVAL_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare evaluate test clean
+.PHONY: help setup train compare evaluate test drills clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo '  DATA=folder-or-csv  what to train and test on (default: the built-in phantom)'
+	@echo '  DATA=folder, CSV or kaggle:owner/name (default: the built-in phantom)'
 	@echo '  ARGS="--epochs 5"   more flags for train.py;  EVAL_ARGS="..." for evaluate.py'
 	@echo '  OUT=runs  PYTHON=python3  VENV=.venv'
 
@@ -39,7 +39,10 @@ evaluate: setup ## test and compare the runs there are
 
 test: setup ## run the tests
 	$(PY) -m pip install --quiet --disable-pip-version-check 'pydicom>=3.0'
-	$(PY) -m pytest -q tests $(ARGS)
+	$(PY) -m pytest -q -m "not drill" tests $(ARGS)
+
+drills: setup ## run the long fault drills
+	$(PY) -m pytest -q -m drill tests $(ARGS)
 
 clean: ## remove caches (never runs, never .venv)
 	rm -rf __pycache__ tests/__pycache__ .pytest_cache build

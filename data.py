@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import copy
 import csv
+import ctypes
 import errno
 import hashlib
 import io
@@ -50,6 +51,7 @@ SPLITS = ("train", "val", "test")
 MIN_NORMALS = 50  # fewer cannot teach a model what is normal
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".tif", ".tiff", ".dcm")
 MAX_PIXELS = 100_000_000  # a larger image is a mistake or an attack, never a radiograph
+SHUFFLE_GROUP, SHUFFLE_WINDOW = 16, 512  # images; see epoch_order
 MAX_BAD_SHARE = 0.05  # of a stream's images; more unreadable ones than this stop the run
 
 
@@ -662,9 +664,9 @@ def read_covid(
 TIMEOUT = (10, 30)  # seconds: to connect; without a byte
 TRIES, FIRST_TRIES = 12, 4  # in a row, before giving up; fewer while nothing has worked yet
 LONGEST_WAIT = 600  # seconds; a server that asks for more is not waited for
-# Neighbours in the archive are fetched together: at most so many bytes or files, over gaps of at
-# most GAP (a request costs about as much as so many bytes).
-BLOCK, BLOCK_FILES, GAP, CHUNK = 4 << 20, 32, 64 << 10, 256 << 10
+# Neighbours in the archive are fetched together: at most so many bytes, over gaps of at most GAP
+# (a request costs about as much as so many bytes).
+BLOCK, GAP, CHUNK = 8 << 20, 64 << 10, 1 << 20
 
 
 class Temporary(Exception):
@@ -853,7 +855,7 @@ class Wire:
 
         What was received before a connection broke is not asked for again.
         """
-        data = bytearray(max(0, end - start) if start >= 0 else 0)
+        data = bytearray(end - start) if start >= 0 else bytearray()
         done = 0
 
         def once() -> None:
@@ -1047,7 +1049,9 @@ class KaggleSource(Source):
         numbers = np.empty(len(rows), dtype=np.int64)
         for number, run in enumerate(self._runs(rows)):
             numbers[run] = number
-        return numbers
+        # Groups of the shuffle are wanted at different times: their images are fetched apart.
+        groups = np.arange(len(rows)) // SHUFFLE_GROUP
+        return np.unique(numbers * len(rows) + groups, return_inverse=True)[1]
 
     def _runs(self, rows: np.ndarray) -> list[list[int]]:
         """Which places in `rows` are neighbours in the archive, to be fetched by one request."""
@@ -1056,8 +1060,7 @@ class KaggleSource(Source):
         for place in np.argsort(self.index.start[rows], kind="stable").tolist():
             start = int(self.index.start[rows[place]])
             end = start + int(self.index.length[rows[place]])
-            if not runs or start - last > GAP or end - first > BLOCK or len(
-                    runs[-1]) == BLOCK_FILES:
+            if not runs or start - last > GAP or end - first > BLOCK:
                 runs.append([])
                 first = start
             runs[-1].append(place)
@@ -1531,6 +1534,16 @@ class Budget:
             self.whole = None
 
 
+def share_one_heap() -> None:
+    """Let all threads take memory from one heap (Linux with glibc; elsewhere nothing happens).
+
+    Each thread would keep a heap of its own with what it freed: several times what is counted.
+    """
+    if sys.platform == "linux" and (libc := ctypes.CDLL(None)) and hasattr(libc, "mallopt"):
+        m_arena_max = -8
+        libc.mallopt(m_arena_max, 1)
+
+
 class Memory:
     """The bytes that images may take, by use. One for all streams that live at the same time.
 
@@ -1573,13 +1586,10 @@ def held(budget: Budget | None, count: int, halt: threading.Event | None = None)
 # The stream
 
 
-SHUFFLE_GROUP, SHUFFLE_WINDOW = 16, 1024
-
-
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """Order of an epoch: a permutation of range(count), int64, a pure function of its arguments.
 
-    Groups of 16 neighbours are shuffled, then single images within windows of 1,024: random
+    Groups of 16 neighbours are shuffled, then single images within windows of 512: random
     enough for training, while neighbours in the source are still wanted at about the same time.
     """
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
@@ -1647,8 +1657,9 @@ class ImageStream(IterableDataset):
                 f"--memory-limit-gb: {self.memory.limit / 2**30:.4f} is too little for batches of "
                 f"{self.batch_size} images of {self.image_size}x{self.image_size} pixels; "
                 f"{need:.4f} is enough")
-        waiting = max(batches + 1, min(batches + self._ahead, room // 2))
-        return waiting, min(room - waiting, len(self.samples)) if self.cache else 0
+        keep = len(self.samples) if self.cache else 0
+        waiting = min(batches + self._ahead, max(batches + 1, room // 2, room - keep))
+        return waiting, min(room - waiting, keep)
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch's order the next iteration takes, from its beginning."""
@@ -1718,6 +1729,7 @@ class ImageStream(IterableDataset):
         reach = (room + 1) // 2
         ahead = room - reach
 
+        share_one_heap()
         halt, jobs = threading.Event(), queue.SimpleQueue()
         futures: dict[int, Future] = {}
         planned = 0
