@@ -875,13 +875,14 @@ class Wire:
                         data = bytearray(total - first)
                     if first != start + done or last >= start + len(data):
                         raise Temporary("another range than was asked for")
-                    view = memoryview(data)
                     while done <= last - start:
-                        size = response.raw.readinto(view[done : min(done + CHUNK, len(data))])
-                        if not size:
+                        # Not response.iter_content, which would copy it several times over.
+                        chunk = response.raw.read(CHUNK, decode_content=False)
+                        if not chunk:
                             break
-                        done += size
-                        self.traffic["bytes"] += size
+                        data[done : done + len(chunk)] = chunk
+                        done += len(chunk)
+                        self.traffic["bytes"] += len(chunk)
                         if halt is not None and halt.is_set():
                             raise Halted
             except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
@@ -1372,8 +1373,8 @@ def describe(source: Source, splits: Splits) -> str:
     remote = isinstance(source, KaggleSource)  # there a look would cost a request each
     sizes = [] if remote else sorted({size for s in some if (size := image_size_of(source, s))})
     if remote:
-        share = sum(source.size_of(s) for s in splits.train) / 1e9
-        lines.append(f"  training images: {share:,.2f} GB, streamed, nothing is stored on disk")
+        size = sum(source.size_of(s) for s in splits.train) / 1e6
+        lines.append(f"  training images: {size:,.1f} MB, streamed; nothing is stored on disk")
     if sizes:
         low, high = sizes[0], sizes[-1]
         lines.append(f"  image sizes (of about 20 looked at): {low[0]}x{low[1]}"
@@ -1891,9 +1892,9 @@ def describe_memory(loaders: Loaders) -> str:
     parts = (memory.flight.limit, memory.pixels.limit, waiting, kept * image)
     flight, pixels, waiting, kept_mb = (f"{part / 1e6:,.0f}" for part in parts)
     share = "all" if kept == there else f"{kept:,} of {there:,}"
-    return (f"memory    images take at most {sum(parts) / 1e6:,.0f} MB: files in flight {flight}, "
-            f"decoding {pixels}, waiting {waiting},\n          kept for later epochs {kept_mb} "
-            f"({share} training and validation images)")
+    return (f"memory    images never take more than {memory.limit / 1e6:,.0f} MB; of these files "
+            f"in flight at most {flight},\n          decoding {pixels}, waiting {waiting}, kept "
+            f"for later epochs {kept_mb} ({share} training and validation images)")
 
 
 def split_for_training(source: Source, config: Config) -> Splits:
