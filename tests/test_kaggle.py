@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 import zipfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -664,6 +666,41 @@ def test_the_bound_is_never_exceeded_and_nothing_locks_up(kaggle: StandIn) -> No
         assert memory.whole.held == sum(stream._is_kept) * size**2  # all else is given back
         assert memory.limit < 8 * largest or not stream.bad
     assert refused
+
+
+def test_all_that_is_planned_ahead_finds_room_without_the_consumer(
+    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A consumer that never comes back for more leaves no thread waiting for room."""
+    kaggle.archives["someone/xrays"] = Archive.of(images(300), zipfile.ZIP_STORED)
+    source = open_spec()
+    planned: list[Future] = []
+
+    class Noted(Future):
+        def __init__(self) -> None:
+            super().__init__()
+            planned.append(self)
+
+    monkeypatch.setattr(data, "Future", Noted)
+    for limit in (400_000, 1 << 20):
+        stream = ImageStream(source, source.samples, 32, 16, seed=1, memory=limit, cache=False)
+        seen = 0
+        for _, positions in stream:
+            seen += len(positions)
+            assert not wait(planned, timeout=20).not_done
+            planned.clear()
+        assert seen == 288 and stream.memory.whole.peak <= limit
+
+
+def test_a_bomb_is_not_inflated_beyond_its_declared_size(kaggle: StandIn) -> None:
+    files = images(3) | {"normal/bomb.png": bytes(64 << 20)}
+    kaggle.archives["someone/xrays"] = lie(Archive.of(files), "normal/bomb.png", full=1000)
+    source = open_spec()
+    tracemalloc.start()
+    with pytest.raises(data.BadImage, match="longer than the 1,000 bytes"):
+        source.read_file("normal/bomb.png")
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
 
 
 def test_no_part_of_the_memory_is_promised_twice() -> None:
