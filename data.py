@@ -914,10 +914,13 @@ class Wire:
                     raise BadImage("listed by Kaggle, but not there (404)") from None
                 raise
             if data[:4] == b"PK\3\4" and not file.endswith(".zip"):  # Kaggle zips large files
-                with zipfile.ZipFile(io.BytesIO(data)) as packed:
-                    data = packed.open(packed.infolist()[0]).read(size + 1)
+                try:
+                    with zipfile.ZipFile(io.BytesIO(data)) as packed:
+                        data = packed.open(packed.infolist()[0]).read(size + 1)
+                except (zipfile.BadZipFile, zlib.error, RuntimeError, IndexError, EOFError):
+                    raise BadImage("a zip file that cannot be unpacked") from None
             if len(data) != size:
-                raise Temporary("a file of another length than listed")
+                raise BadImage(f"{len(data):,} bytes long instead of {size:,} as listed")
             return bytes(data)
 
         return self.persist(once, halt)
@@ -949,8 +952,7 @@ class ZipIndex:
                 extra = extra[4 + length :]
             if name.endswith(b"/"):
                 continue
-            if not flags & 0x800:  # not UTF-8
-                name = name.decode("cp437").encode()
+            name = name.decode("utf-8" if flags & 0x800 else "cp437", "replace").encode()
             rows[name] = len(fields[0])
             values = (start, packed, full, crc, 255 if flags & 1 else method)
             for column, value in zip(fields, values, strict=True):
@@ -1031,7 +1033,7 @@ class KaggleSource(Source):
     def list_files(self) -> list[str]:
         """Names of all files, sorted; makes the index."""
         self.index = read_zip_index(self.wire)
-        return [self.index.name(row).decode("utf-8", "replace") for row in range(len(self.index))]
+        return [self.index.name(row).decode() for row in range(len(self.index))]
 
     def size_of(self, sample: Sample) -> int:
         return int(self.index.full[self.index.row(sample.key)])
