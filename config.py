@@ -59,7 +59,7 @@ class Config:
                                low=1)
     augment: bool = knob(True, "small random shifts, turns, flips, brightness and contrast")
     memory_limit_gb: float = knob(4.0, "most memory for images: in flight, being decoded, waiting, "
-                           "and kept for later epochs; what does not fit is read again", low=1e-3)
+                           "and kept for later epochs; what does not fit is read again", low=0)
 
     # How
     epochs: int | None = knob(None, "passes over the training images in total, earlier ones "
@@ -318,7 +318,7 @@ def kaggle_credentials() -> dict[str, str]:
         reason = type(error).__name__
         raise UserError(f"the Kaggle access token cannot be read ({reason})") from None
     if token and token.strip():
-        return {"api_token": token.strip()}
+        return _plain({"api_token": token.strip()})
     file = kaggle_folder() / "kaggle.json"
     found = {}
     if file.is_file():
@@ -339,7 +339,15 @@ def kaggle_credentials() -> dict[str, str]:
         raise UserError(f"Kaggle credentials: {missing} is missing beside its other half")
     if not found:
         raise UserError(NO_KAGGLE_KEY.format(file=file))
-    return {"username": found["username"], "password": found["key"]}
+    return _plain({"username": found["username"], "password": found["key"]})
+
+
+def _plain(credentials: dict[str, str]) -> dict[str, str]:
+    """The credentials, if an HTTP header can hold them."""
+    if not all(value.isascii() and value.isprintable() for value in credentials.values()):
+        raise UserError("the Kaggle credentials hold characters that no key has (typographic "
+                        "quotes?); copy them again from kaggle.com, Settings, API")
+    return credentials
 
 
 def kaggle_folder() -> Path:

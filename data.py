@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import email.utils
 import errno
 import hashlib
 import io
@@ -23,6 +24,7 @@ import re
 import struct
 import sys
 import threading
+import time
 import warnings
 import zipfile
 import zlib
@@ -51,6 +53,7 @@ SPLITS = ("train", "val", "test")
 MIN_NORMALS = 50  # fewer cannot teach a model what is normal
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".tif", ".tiff", ".dcm")
 MAX_PIXELS = 100_000_000  # a larger image is a mistake or an attack, never a radiograph
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS judges
 SHUFFLE_GROUP, SHUFFLE_WINDOW = 16, 512  # images; see epoch_order
 MAX_BAD_SHARE = 0.05  # of a stream's images; more unreadable ones than this stop the run
 
@@ -134,6 +137,8 @@ class Source:
         Ends early by Halted once `halt` is set.
         """
         for sample in samples:
+            if halt.is_set():
+                raise Halted
             try:
                 yield sample, self.read(sample)
             except (OSError, BadImage) as error:
@@ -549,14 +554,20 @@ _LABEL = ("label", "class", "target")
 
 def _rows(text: str) -> Iterator[dict[str, str]]:
     """A CSV's rows with lower-case column names and stripped values."""
-    for row in csv.DictReader(io.StringIO(text)):
-        yield {(k or "").strip().lower(): (v or "").strip() for k, v in row.items()
-               if not isinstance(v, list)}
+    try:
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            yield {(k or "").strip().lower(): (v or "").strip() for k, v in row.items()
+                   if not isinstance(v, list)}
+    except csv.Error as error:
+        raise UserError(f"--data: a table beginning {text[:60]!r} is no CSV ({error})") from None
 
 
 def _has_columns(text: str, *wanted: tuple[str, ...]) -> bool:
     """Whether the CSV's header has one of each group of column names."""
-    first = next(csv.reader([text.split("\n", 1)[0].strip()]), [])
+    try:
+        first = next(csv.reader([text.split("\n", 1)[0].strip()]), [])
+    except csv.Error:
+        return False
     header = [c.strip().lower() for c in first]
     return all(any(name in header for name in group) for group in wanted)
 
@@ -599,7 +610,7 @@ def read_csv_of_paths(
             NORMAL if normal else ABNORMAL, "" if normal else finding,
             row.get("view", ""), SPLIT_NAMES.get(split, "")))
         if row.get("mask"):
-            masks[key] = row["mask"]
+            masks[key] = os.path.normpath(row["mask"]).replace(os.sep, "/")
     return Layout(f"images listed in {file}", samples, masks)
 
 
@@ -667,6 +678,7 @@ LONGEST_WAIT = 600  # seconds; a server that asks for more is not waited for
 # Neighbours in the archive are fetched together: at most so many bytes, over gaps of at most GAP
 # (a request costs about as much as so many bytes).
 BLOCK, GAP, CHUNK = 8 << 20, 64 << 10, 1 << 20
+LARGEST_FILE = 256 << 20  # of tables and masks, which are read whole
 
 
 class Temporary(Exception):
@@ -687,6 +699,16 @@ def pause(seconds: float, halt: threading.Event | None) -> None:
         raise Halted
 
 
+def seconds_of(retry_after: str) -> float | None:
+    """What a Retry-After header asks for, as a number or as a date; None if it says neither."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
 class Wire:
     """What Kaggle is asked, through its official client, and the ranges of a data set's archive.
 
@@ -698,6 +720,7 @@ class Wire:
         self.spec, self.owner, self.name, self.version = spec, owner, name, version
         self.credentials = kaggle_credentials()
         self.size, self.etag = 0, ""  # of the archive
+        self.worked = False  # whether Kaggle has given anything yet
         self.traffic: Counter = Counter()  # API calls, requests, bytes
         self.tried_again: Counter = Counter()  # reason -> times
         self.__setstate__({})
@@ -736,18 +759,20 @@ class Wire:
 
     def persist(self, once: Callable, halt: threading.Event | None) -> object:
         """once(), again and again while it raises Temporary, with growing, random waits."""
-        tries = TRIES if self.size else FIRST_TRIES
         failures = 0
         while True:
+            tries = TRIES if self.worked else FIRST_TRIES
             try:
-                return once()
+                result = once()
+                self.worked = True
+                return result
             except Temporary as error:
                 failures = 1 if error.progress else failures + 1
                 self.tried_again[str(error)] += 1
                 if failures >= tries:
                     raise self._stop(
                         f"{error}, {failures} times in a row. Check the network; "
-                        + ("go on from the last checkpoint with --resume" if self.size else
+                        + ("go on from the last checkpoint with --resume" if self.worked else
                            "or download the data set yourself and give its folder")) from None
                 wait = error.after
                 if wait is None:
@@ -763,9 +788,8 @@ class Wire:
         """What an HTTP error of the API means."""
         page = f"https://www.kaggle.com/datasets/{self.owner}/{self.name}"
         if status == 429 or status >= 500:
-            after = headers.get("Retry-After", "")
             reason = "too many requests" if status == 429 else "an error of the server"
-            return Temporary(f"{reason} ({status})", float(after) if after.isdigit() else None)
+            return Temporary(f"{reason} ({status})", seconds_of(headers.get("Retry-After", "")))
         if status == 401:
             return self._stop("Kaggle refuses the credentials (401); make a new token on "
                               "kaggle.com: Settings, API, Create New Token")
@@ -786,6 +810,8 @@ class Wire:
             if status < 400:  # the client also raises for an error told in the body
                 status = int(error.response.json()["code"])
             raise self._judge(status, error.response.headers, what) from None
+        except (requests.exceptions.JSONDecodeError, TypeError, KeyError, AttributeError):
+            raise Temporary("an answer of Kaggle that its client does not understand") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise Temporary(f"no connection to Kaggle ({type(error).__name__})") from None
 
@@ -846,7 +872,8 @@ class Wire:
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         if response.status_code == 200:
             total = response.headers.get("Content-Length", "")
-        if not first and (etag != self.etag or (total.isdigit() and int(total) != self.size)):
+        other = bool(etag and self.etag and etag != self.etag)
+        if not first and (other or (total.isdigit() and int(total) != self.size)):
             response.close()
             raise self._changed()
 
@@ -935,7 +962,7 @@ class ZipIndex:
     def __init__(self, directory: bytes, end: int) -> None:
         rows: dict[bytes, int] = {}
         fields = [array(code) for code in "QQQIB"]  # start, packed and full size, CRC, method
-        at = 0
+        at = folders = 0
         while directory[at : at + 4] == b"PK\1\2":
             (_, _, _, flags, method, _, _, crc, packed, full, n_name, n_extra, n_comment, _, _, _,
              start) = struct.unpack_from("<4s6H3I5H2I", directory, at)
@@ -951,6 +978,7 @@ class ZipIndex:
                     start = next(values, start) if start == 0xFFFFFFFF else start
                 extra = extra[4 + length :]
             if name.endswith(b"/"):
+                folders += 1
                 continue
             name = name.decode("utf-8" if flags & 0x800 else "cp437", "replace").encode()
             rows[name] = len(fields[0])
@@ -959,15 +987,18 @@ class ZipIndex:
                 column.append(value)
         names = sorted(rows)
         order = np.array([rows[name] for name in names], dtype=np.int64)
-        start, *rest = (np.frombuffer(column, column.typecode) for column in fields)
-        if len(start) and (start.max() >= end):
+        start, *rest = (np.array(column, dtype=column.typecode) for column in fields)
+        if len(start) and start.max() >= end:
             raise ValueError("a member begins behind the directory")
+        if len(start) and max(rest[0].max(), rest[1].max()) >= 1 << 40:
+            raise ValueError("a member is said to have a terabyte and more")
         # A member ends where the next one begins, whatever its own header adds.
         edges = np.unique(np.append(start, np.uint64(end)))
         length = edges[np.searchsorted(edges, start, side="right")] - start
         self.start, self.length = start[order].astype(np.int64), length[order].astype(np.int64)
         self.packed, self.full = (values[order].astype(np.int64) for values in rest[:2])
         self.crc, self.method = rest[2][order].astype(np.uint32), rest[3][order]
+        self.entries = len(fields[0]) + folders
         self._names = b"".join(names)
         self._name_ends = np.cumsum([0, *map(len, names)]).astype(np.uint32)
 
@@ -1009,7 +1040,10 @@ def read_zip_index(wire: Wire) -> ZipIndex:
         if count == 0xFFFF or 0xFFFFFFFF in (length, start):  # Zip64
             _, _, record, _ = struct.unpack_from("<4sIQI", tail, tail.rindex(b"PK\6\7", 0, at))
             *_, count, length, start = struct.unpack("<4sQ2H2I4Q", part(record, 56))
-        return ZipIndex(part(start, length), start)
+        index = ZipIndex(part(start, length), start)
+        if index.entries != count:
+            raise ValueError(f"{index.entries} of {count} entries of its directory are readable")
+        return index
     except (ValueError, struct.error, UnicodeDecodeError) as error:
         raise UserError(f"--data {wire.spec}: what Kaggle gives is not a readable zip archive "
                         f"({error})") from None
@@ -1042,10 +1076,10 @@ class KaggleSource(Source):
         return self.index.crc[self.index.row(sample.key)].tobytes()
 
     def read_file(self, name: str) -> bytes:
-        return self._member(self.index.row(name))
-
-    def read(self, sample: Sample) -> bytes:
-        return self.read_file(sample.key)
+        row = self.index.row(name)
+        if self.index.full[row] > LARGEST_FILE:
+            raise BadImage(f"larger than {LARGEST_FILE / 1e6:,.0f} MB")
+        return self._member(row)
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
         rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
@@ -1077,9 +1111,10 @@ class KaggleSource(Source):
     def cost(self, samples: list[Sample]) -> int:
         rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
         spans = (self._span(rows[run]) for run in self._runs(rows))
-        # One request's bytes at a time, and one member unpacked.
+        # One request's bytes at a time; one member unpacked, which zlib does in pieces that it
+        # joins, beside the one before; and a member that is fetched once more.
         return max((end - start for start, end in spans), default=0) + int(
-            self.index.full[rows].max(initial=0))
+            3 * self.index.full[rows].max(initial=0) + self.index.length[rows].max(initial=0))
 
     def fetch(self, samples: list[Sample],
               halt: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
@@ -1104,17 +1139,18 @@ class KaggleSource(Source):
                 halt: threading.Event | None = None) -> bytes:
         """A member's content, checked; damaged bytes are fetched once more. BadImage."""
         start, length = int(self.index.start[row]), int(self.index.length[row])
-        if span is not None:
-            try:
-                return self._unpack(row, span)
-            except BadImage as error:
-                self.wire.tried_again[f"a damaged file ({error})"] += 1
-        return self._unpack(row, self.wire.read_range(start, start + length, halt))
+        if span is None:
+            span = memoryview(self.wire.read_range(start, start + length, halt))
+        try:
+            return self._unpack(row, span)
+        except BadImage as error:
+            self.wire.tried_again[f"a damaged file ({error})"] += 1
+        return self._unpack(row, memoryview(self.wire.read_range(start, start + length, halt)))
 
-    def _unpack(self, row: int, span: bytes | memoryview) -> bytes:
+    def _unpack(self, row: int, span: memoryview) -> bytes:
         packed, full = int(self.index.packed[row]), int(self.index.full[row])
         method = int(self.index.method[row])
-        if bytes(span[:4]) != b"PK\3\4":
+        if len(span) < 30 or bytes(span[:4]) != b"PK\3\4":
             raise BadImage("no member of the archive begins there")
         n_name, n_extra = struct.unpack_from("<HH", span, 26)
         content = span[30 + n_name + n_extra :][:packed]
@@ -1174,6 +1210,8 @@ class KaggleFilesSource(KaggleSource):
         raise OSError("not looked into: it would cost a call of the API")
 
     def read_file(self, name: str) -> bytes:
+        if name not in self.sizes:
+            raise FileNotFoundError(errno.ENOENT, "not in the data set", name)
         return self.wire.download(name, self.sizes[name])
 
     def fetch(self, samples: list[Sample],
@@ -1341,10 +1379,11 @@ def duplicates_across(source: Source, splits: Splits) -> list[tuple[str, str]]:
     for name in SPLITS:
         for s in getattr(splits, name):
             by_size[source.size_of(s)].append((name, s))
-    pairs, seen = [], {}
+    pairs = []
     for size, group in by_size.items():
         if not size or len({name for name, _ in group}) < 2:
             continue
+        seen: dict[bytes, tuple[str, Sample]] = {}
         for name, s in group:
             try:
                 digest = source.digest(s)
@@ -1409,15 +1448,16 @@ def decode_image(data: bytes, size: int, budget: "Budget | None" = None,
     if bytes(data[128:132]) == b"DICM":
         return _decode_dicom(data, size, budget, halt)
     try:
-        with warnings.catch_warnings():  # Pillow's own warning of many pixels: judged below
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{image.width}x{image.height} pixels is more than any radiograph")
+        # A progressive JPEG holds its coefficients at full size, whatever is decoded of it.
+        more = 2 * len(image.getbands()) * image.width * image.height if image.info.get(
+            "progressive") else 0
         image.draft(None, (2 * size, 2 * size))
         # Bytes a pixel: decoded, and what the conversions below make of it.
-        depth = 1 if image.mode in ("1", "L") else 12 if image.mode.startswith(("I", "F")) else 9
-        with held(budget, image.width * image.height * depth, halt):
+        depth = {"L": 2, "1": 3}.get(image.mode, 20 if image.mode[0] in "IF" else 12)
+        with held(budget, image.width * image.height * depth + more, halt):
             return _grey_square(image, size)
     except Image.DecompressionBombError:
         raise BadImage("more pixels than any radiograph") from None
@@ -1464,7 +1504,8 @@ def _decode_dicom(data: bytes, size: int, budget: "Budget | None",
         dicom = pydicom.dcmread(io.BytesIO(data))
         if dicom.Rows * dicom.Columns > MAX_PIXELS:
             raise BadImage(f"{dicom.Columns}x{dicom.Rows} pixels is more than any radiograph")
-        with held(budget, dicom.Rows * dicom.Columns * 24, halt):  # float64 on the way
+        planes = int(dicom.get("NumberOfFrames") or 1) * int(dicom.get("SamplesPerPixel") or 1)
+        with held(budget, dicom.Rows * dicom.Columns * planes * 24, halt):  # float64 on the way
             values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
             inverted = dicom.PhotometricInterpretation == "MONOCHROME1"
             values = values.astype(np.float32)
@@ -1695,6 +1736,7 @@ class ImageStream(IterableDataset):
         """A stream of every step-th image in order, which shares what this one keeps in memory."""
         other = copy.copy(self)
         other.seed, other.stop_on_bad, other.positions = None, False, self.positions[::step]
+        other.next_batch = other._start = 0
         return other
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1800,6 +1842,7 @@ class ImageStream(IterableDataset):
                     with held(memory.flight, self.source.cost(group), halt):
                         for sample, data in self.source.fetch(group, halt):
                             self._decode(data, todo.pop(sample.key), memory, waiting, halt)
+                            del data
                 except BadImage as error:  # too large a file
                     for sample in group:
                         if sample.key in todo:
@@ -1830,16 +1873,17 @@ class ImageStream(IterableDataset):
         positions = []
         for i in batch.tolist():
             row = images[len(positions)]
-            if self._is_kept[i]:
+            future = futures.pop(i, None)
+            if future is None:
                 row.copy_(self._kept[i])
             else:
                 try:
-                    row.copy_(torch.from_numpy(futures.pop(i).result().copy())[None])
+                    row.copy_(torch.from_numpy(future.result().copy())[None])
                 except (BadImage, OSError) as error:
                     self._note_bad(self.samples[i].key, str(error))
                     continue
                 waiting.give(self.image_size**2)
-                if i < len(self._kept):
+                if i < len(self._kept) and not self._is_kept[i]:  # by another pass meanwhile
                     memory.whole.take(self.image_size**2)
                     self._kept[i] = row
                     self._is_kept[i] = True

@@ -343,6 +343,8 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
     for images, _ in some:
         scorer.add(*reconstruct(images))
         bar.update(len(images))
+    if not bar.done:
+        raise UserError("none of the training images that the scores are calibrated on can be read")
     scorer.finish()
     scores: dict[str, list[torch.Tensor]] = {name: [] for name in SCORERS}
     for images, _ in loaders.val:
@@ -422,6 +424,8 @@ def train_one(config: Config, loaders: Loaders) -> Path:
     schedule_epochs = config.epochs
     if checkpoint:
         state = load_checkpoint(checkpoint, config.model)
+        if "optimizer" in state and "stream" not in state:
+            raise UserError(f"{checkpoint}: of an earlier version; start over without --resume")
         if "optimizer" not in state:
             raise UserError(f"{checkpoint}: holds weights only; resume from the last.pt beside it")
         if state["epoch"]:
@@ -434,6 +438,7 @@ def train_one(config: Config, loaders: Loaders) -> Path:
         step, epoch, rows = state["step"], state["epoch"], state["log"]
         best_loss, bad_epochs = state["best_loss"], state["bad_epochs"]
         schedule_epochs = state["schedule_epochs"]
+        stream.set_epoch(epoch)
         if state["stream"]["next_batch"]:
             stream.load_state_dict(state["stream"])
             loss_sum, count = state["loss_sum"], state["count"]

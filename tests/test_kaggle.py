@@ -1,5 +1,6 @@
 """Streaming from Kaggle: the real client against a stand-in on loopback."""
 
+import email.utils
 import io
 import json
 import os
@@ -358,6 +359,12 @@ def test_retry_after_is_honoured_and_waits_grow_without_it(
     assert len({round(wait, 6) for wait in server.pauses}) == 10  # jitter
 
 
+def test_a_date_in_retry_after_is_understood() -> None:
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    assert 95 < data.seconds_of(soon) <= 100 and data.seconds_of("17") == 17
+    assert data.seconds_of("") is None and data.seconds_of("\u00b2") is None
+
+
 def test_a_server_that_asks_for_an_hour_ends_the_run(
     faulty: tuple[StandIn, data.KaggleSource]
 ) -> None:
@@ -450,10 +457,27 @@ def test_a_member_that_lies_is_refused(kaggle: StandIn, fields: dict, reason: st
     source = open_spec()
     limit = 48 << 20  # the bomb alone would be more
     stream = ImageStream(source, source.samples, 32, 8, memory=limit if "full" in fields else
-                         1 << 30)
+                         4 << 30)
     assert len(everything(stream)[0]) == 40
     assert reason in stream.bad["normal/bomb.png"]
     assert "full" not in fields or stream.memory.whole.peak < limit
+
+
+def test_an_index_that_lies_or_is_damaged_is_refused(kaggle: StandIn) -> None:
+    archive = Archive.of(images(40), zipfile.ZIP_STORED)
+    broken = bytearray(archive.data)
+    at = broken.index(b"PK\1\2")
+    for _ in range(20):
+        at = broken.index(b"PK\1\2", at + 4)
+    broken[at] = 0
+    kaggle.archives["someone/xrays"] = Archive(bytes(broken), {})
+    with pytest.raises(UserError, match="20 of 40 entries"):
+        open_spec()
+    name = b"normal/a.png"
+    huge = VirtualNIH._entry(name.decode(), 0xFFFFFFFF, 1, 0)  # its one Zip64 value is the size
+    huge = huge[:42] + bytes(4) + huge[46:-8] + b"\xff" * 8
+    with pytest.raises(ValueError, match="terabyte"):
+        data.ZipIndex(huge, 100)
 
 
 def test_a_member_over_the_bound_is_refused_before_it_is_fetched(kaggle: StandIn) -> None:
@@ -480,7 +504,7 @@ def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(kaggle: StandIn
     assert len(everything(stream)[0]) == 40
     assert "more pixels than any" in stream.bad["normal/wide.png"] or (
         "60000x60000" in stream.bad["normal/wide.png"])
-    assert "3.0 MB" in stream.bad["normal/large.png"]
+    assert "6.0 MB" in stream.bad["normal/large.png"]
     assert stream.memory.whole.peak < 10 << 20
 
 
@@ -502,6 +526,14 @@ def test_wrong_credentials_are_told_from_a_missing_data_set(
     monkeypatch.setenv("KAGGLE_KEY", "wrong")
     with pytest.raises(UserError, match="refuses the credentials"):
         open_spec("kaggle:someone/nothing")
+
+
+def test_keys_with_typographic_quotes_are_refused_in_one_line(
+    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAGGLE_KEY", "\u201cabc\u201d")
+    with pytest.raises(UserError, match="quotes"):
+        open_spec()
 
 
 def test_a_busy_api_is_asked_again(kaggle: StandIn) -> None:
@@ -554,7 +586,7 @@ def test_whatever_passing_faults_come_nothing_is_lost_unnamed(kaggle: StandIn, s
     source = open_spec()
     wanted = everything(ImageStream(source, source.samples, 32, 8, seed=seed))
     rng = random.Random(seed)
-    limit = rng.choice([2 << 20, 4 << 20, 1 << 30])
+    limit = rng.choice([4 << 20, 16 << 20, 1 << 30])
     stream = ImageStream(source, source.samples, 32, 8, seed=seed, memory=limit, stop_on_bad=False)
     kaggle.faults.extend(rng.choice([*FLEETING, *[""] * 8]) for _ in range(400))
     order, pixels = everything(stream)
@@ -620,6 +652,21 @@ def test_a_listed_file_that_is_not_there_is_skipped_and_named(
     stream = ImageStream(source, source.samples, 32, 8)
     assert len(everything(stream)[0]) == 99
     assert "404" in stream.bad[source.samples[5].key]
+
+
+def test_single_files_are_asked_for_patiently_and_named_if_broken(
+    by_file: tuple[StandIn, data.KaggleSource]
+) -> None:
+    server, source = by_file
+    server.api_faults.extend([500] * 8)
+    keys = [s.key for s in source.samples]
+    files = server.archives["someone/xrays"].files
+    files[keys[4]] = files[keys[4]][:-7]
+    files[keys[5]] = b"PK\3\4 but no zip".ljust(len(files[keys[5]]))
+    stream = ImageStream(source, source.samples, 32, 8)
+    assert len(everything(stream)[0]) == 98 and set(stream.bad) == set(keys[4:6])
+    with pytest.raises(OSError):
+        source.read_file("masks/nowhere.png")
 
 
 def test_a_file_that_kaggle_zipped_is_unpacked(by_file: tuple[StandIn, data.KaggleSource]) -> None:
@@ -714,6 +761,20 @@ def test_no_part_of_the_memory_is_promised_twice() -> None:
     assert total <= config.memory_bytes
     assert f"never take more than {config.memory_bytes / 1e6:,.0f} MB" in data.describe_memory(
         loaders)
+
+
+def test_two_passes_over_one_stream_at_a_time_do_not_lock_up() -> None:
+    source = data.PhantomSource(60, 16)
+    stream = ImageStream(source, source.samples[:60], 16, 8, seed=0)
+    pairs: list[bool] = []
+
+    def both() -> None:
+        pairs.extend(torch.equal(x, y) for (x, _), (y, _) in zip(stream, stream, strict=True))
+
+    thread = threading.Thread(target=both, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and pairs == [True] * 7
 
 
 def test_a_limit_too_small_says_what_is_needed() -> None:

@@ -102,6 +102,37 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
     assert strip[0] == strip[1]
 
 
+def test_a_run_resumed_between_two_epochs_takes_the_next_epochs_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = train(tiny(tmp_path / "whole", epochs=3))
+    monkeypatch.setattr(train_module, "validate", interrupt_at(2))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path / "part", epochs=3))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "part/unet/last.pt")["stream"]["next_batch"] == 0
+    (part,) = train(tiny(tmp_path / "part", epochs=3, resume="auto"))
+    a, b = load_checkpoint(whole / "last.pt"), load_checkpoint(part / "last.pt")
+    assert same_state(a["model"], b["model"]) and a["best_loss"] == b["best_loss"]
+
+
+def test_ending_a_run_that_was_interrupted_within_an_epoch_calibrates_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "validate", interrupt_at(2))
+    monkeypatch.setattr(train_module.time, "monotonic", jumping_clock())  # saves within epochs
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path, epochs=3))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "unet/last.pt")["stream"]["next_batch"]
+    counted: list[int] = []
+    real = train_module.AnomalyScorer.add
+    monkeypatch.setattr(train_module.AnomalyScorer, "add", lambda self, x, y: (
+        counted.append(len(x)), real(self, x, y))[1])
+    train(tiny(tmp_path, epochs=1, resume="auto"))
+    assert sum(counted) == 64
+
+
 def interrupt_at(call: int) -> object:
     real, calls = train_module.validate, []
 
