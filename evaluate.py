@@ -16,8 +16,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
     """Keyword arguments for `evaluate` or `predict` from the command line."""
     parser = make_parser("evaluate.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, e.g. runs/unet")
-    parser.add_argument("--data", metavar="SPEC", help="other data to test on: synthetic, a folder, "
-                        "a CSV or kaggle:owner/name (default: what the run was trained on)")
+    parser.add_argument("--data", metavar="SPEC", help="other data to test on: synthetic, a "
+                        "folder, a CSV or kaggle:owner/name (default: what the run was trained on)")
     parser.add_argument("--split", default="test", metavar="{test,val}",
                         help="val: choose settings there, never on test (default: test)")
     parser.add_argument("--samples", type=int, metavar="N",
