@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from config import Config, UserError, kaggle_credentials
+from models import Draws
 
 NORMAL, ABNORMAL = 0, 1
 SPLITS = ("train", "val", "test")
@@ -1969,20 +1970,19 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True).float().div_(255)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, draws: Draws) -> Tensor:
     """Each image turned, moved, scaled, perhaps mirrored, made brighter and of other contrast.
 
     float [B,1,H,W] in [0,1] to the same. Rotation up to 5 degrees, shift 5 %, scale 5 %,
     brightness 0.05, contrast 10 %; what comes in from outside repeats the edge.
-    generator: on the CPU, so that every device sees the same.
     """
     B = len(images)
 
     def uniform(spread: float) -> Tensor:
-        return (torch.rand(B, generator=generator) * 2 - 1) * spread
+        return (draws.rand() * 2 - 1) * spread
 
     angle, zoom = uniform(math.radians(5)), 1 + uniform(0.05)
-    mirror = torch.where(torch.rand(B, generator=generator) < 0.5, -1.0, 1.0)
+    mirror = torch.where(draws.rand() < 0.5, -1.0, 1.0)
     dx, dy = uniform(0.1), uniform(0.1)  # grid coordinates span 2, so this is 5 % of the side
     theta = torch.stack([
         torch.stack([angle.cos() * zoom * mirror, -angle.sin() * zoom, dx], dim=1),

@@ -221,41 +221,65 @@ MODEL_CLASSES = {"unet": UNet, "reversed_ae": ReversedAutoencoder}
 SKIP_FREE_SHARE = 0.25
 
 
-def coarse_noise(images: Tensor, generator: torch.Generator) -> Tensor:
+class Draws:
+    """Random numbers for the images of a batch, or for one rank's slice of a global batch.
+
+    Numbers are drawn on the CPU for all `total` images, and those of images start..start+count-1
+    are given: so an image meets the same ones on every device and on any number of ranks.
+    """
+
+    def __init__(self, generator: torch.Generator, count: int, start: int = 0,
+                 total: int | None = None) -> None:
+        self.generator, self.total = generator, count if total is None else total
+        self.rows = slice(start, start + count)
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform in [0,1), float [count, *shape]."""
+        return torch.rand((self.total, *shape), generator=self.generator)[self.rows]
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal, float [count, *shape]."""
+        return torch.randn((self.total, *shape), generator=self.generator)[self.rows]
+
+    def randint(self, high: int, *shape: int) -> Tensor:
+        """Uniform in 0..high-1, int64 [count, *shape]."""
+        return torch.randint(high, (self.total, *shape), generator=self.generator)[self.rows]
+
+
+def coarse_noise(images: Tensor, draws: Draws) -> Tensor:
     """Zero-mean noise on a coarse grid, smoothly enlarged: [B,1,H,W] like `images`.
 
     After Kascenas et al., MIDL 2022 (section 3): noise must be coarse, since a network can
     remove pixel noise without knowing any anatomy. Here every image draws its own standard
     deviation, uniform in 0-0.25, and its own grid of 4, 8, 16 or 32 cells a side.
-    generator: on the CPU, so that every device sees the same noise.
     """
-    B, _, H, W = images.shape
-    choice = torch.randint(4, (B, 1, 1, 1), generator=generator)
-    strength = torch.rand((B, 1, 1, 1), generator=generator) * 0.25
+    H, W = images.shape[2:]
+    choice = draws.randint(4, 1, 1, 1)
+    strength = draws.rand(1, 1, 1) * 0.25
     noise = torch.zeros_like(images)
     for i, cells in enumerate((4, 8, 16, 32)):
-        grid = torch.randn((B, 1, cells, cells), generator=generator)
+        grid = draws.randn(1, cells, cells)
         grid = (grid * strength * (choice == i)).to(images.device)
         noise += F.interpolate(grid, size=(H, W), mode="bilinear", align_corners=False)
     # The grid's lines must not always lie in the same place.
-    shift = torch.randint(H, (2,), generator=generator).tolist()
+    shift = torch.randint(H, (2,), generator=draws.generator).tolist()
     return noise.roll(shift, dims=(2, 3))
 
 
-def corrupt(images: Tensor, objective: str, generator: torch.Generator) -> Tensor:
+def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
     """What the network sees of clean images [B,1,H,W] under the objective; same shape, in [0,1]."""
     if objective == "plain":
         return images
-    return (images + coarse_noise(images, generator)).clamp(0, 1)
+    return (images + coarse_noise(images, draws)).clamp(0, 1)
 
 
-def objective_loss(model: nn.Module, images: Tensor, objective: str,
-                   generator: torch.Generator) -> Tensor:
+def objective_loss(model: nn.Module, inputs: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error against the clean images, averaged over the model's reconstructions.
 
-    images: clean, [B,1,H,W]. The loss is computed in fp32 whatever the network's precision.
+    inputs: what the model sees, [B,1,H,W]; images: the same, clean. The loss is computed in fp32
+    whatever the network's precision.
     """
-    views = model.reconstructions(corrupt(images, objective, generator), SKIP_FREE_SHARE)
+    views = model.reconstructions(inputs, SKIP_FREE_SHARE)
     losses = [F.l1_loss(view.float(), images[: len(view)]) for view in views]
     return torch.stack(losses).mean()
 

@@ -49,7 +49,7 @@ from data import (
     to_float,
     write_splits,
 )
-from models import SCORERS, AnomalyScorer, create_model, objective_loss
+from models import SCORERS, AnomalyScorer, Draws, corrupt, create_model, objective_loss
 
 FORMAT = 1  # of the checkpoints
 CALIBRATION_IMAGES = 256  # training normals that the scorer is calibrated on, at most
@@ -316,8 +316,9 @@ def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch
     total, count = 0.0, 0
     for i, (images, _) in enumerate(loader):
         with autocast(device, precision):
-            loss = objective_loss(model, to_float(images, device), config.objective,
-                                  seeded(config.seed, "validate", i))
+            images = to_float(images, device)
+            draws = Draws(seeded(config.seed, "validate", i), len(images))
+            loss = objective_loss(model, corrupt(images, config.objective, draws), images)
         total += loss.item() * len(images)
         count += len(images)
     if not count:
@@ -483,15 +484,16 @@ def train_one(config: Config, loaders: Loaders) -> Path:
         model.train()
         for images, _ in loaders.train:
             torch.manual_seed(seeded(config.seed, "dropout", step).initial_seed())
-            generator = seeded(config.seed, "step", step)
             images = to_float(images, device)
+            draws = Draws(seeded(config.seed, "step", step), len(images))
             if config.augment:
-                images = augment(images, generator)
+                images = augment(images, draws)
+            inputs = corrupt(images, config.objective, draws)
             rate = learning_rate_at(step, total_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with autocast(device, precision):
-                loss = objective_loss(model, images, config.objective, generator)
+                loss = objective_loss(model, inputs, images)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -37,6 +37,7 @@ from data import (
     write_splits,
 )
 from evaluate import TrivialScores
+from models import Draws
 
 # ----------------------------------------------------------------------------------------------
 # The phantom
@@ -541,19 +542,19 @@ def test_augmentation_is_seeded_small_and_keeps_the_range() -> None:
     images = torch.from_numpy(np.stack([draw_phantom(i, 64)[0] for i in range(16)]))
     images = images[:, None].float() / 255
 
-    def generator(seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
+    def draws(seed: int, count: int = 16) -> Draws:
+        return Draws(torch.Generator().manual_seed(seed), count)
 
-    out = augment(images, generator(0))
-    assert torch.equal(out, augment(images, generator(0)))
-    assert not torch.equal(out, augment(images, generator(1)))
+    out = augment(images, draws(0))
+    assert torch.equal(out, augment(images, draws(0)))
+    assert not torch.equal(out, augment(images, draws(1)))
     assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
     # A bright spot in the middle ends up within what shift, turn and scale allow, and turned
     # images stay upright: about half are mirrored, none is upside down.
     spot = torch.zeros(200, 1, 64, 64)
     spot[:, :, 30:34, 30:34] = 0.5
     spot[:, :, 4:8, 56:60] = 1.0  # top right
-    moved = augment(spot, generator(2))[:, 0]
+    moved = augment(spot, draws(2, 200))[:, 0]
     y, x = np.unravel_index(moved.flatten(1).argmax(1).numpy(), (64, 64))
     assert y.max() < 16 and 60 < (x > 32).sum() < 140
     assert (np.minimum(x, 63 - x) < 16).all()

@@ -10,6 +10,7 @@ from models import (
     MODEL_CLASSES,
     SCORERS,
     AnomalyScorer,
+    Draws,
     box_filter,
     coarse_noise,
     corrupt,
@@ -23,6 +24,10 @@ SIZES = {"unet": 54_986_305, "reversed_ae": 272_717_697}
 
 def gen(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws(count: int, seed: int = 0) -> Draws:
+    return Draws(gen(seed), count)
 
 
 def small(name: str, **settings: object) -> torch.nn.Module:
@@ -42,7 +47,8 @@ def test_parameter_counts_at_the_defaults(name: str) -> None:
 @pytest.mark.parametrize("name", MODEL_CLASSES)
 def test_every_parameter_gets_a_gradient(name: str, objective: str) -> None:
     model = small(name).train()
-    objective_loss(model, torch.rand(8, 1, 32, 32, generator=gen()), objective, gen()).backward()
+    images = torch.rand(8, 1, 32, 32, generator=gen())
+    objective_loss(model, corrupt(images, objective, draws(8)), images).backward()
     for key, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, key
 
@@ -84,9 +90,9 @@ def test_an_image_size_that_does_not_fit_is_refused(name: str, size: int) -> Non
 
 def test_coarse_noise_is_coarse_zero_mean_and_seeded() -> None:
     images = torch.zeros(400, 1, 64, 64)
-    noise = coarse_noise(images, gen(1))
-    assert torch.equal(noise, coarse_noise(images, gen(1)))
-    assert not torch.equal(noise, coarse_noise(images, gen(2)))
+    noise = coarse_noise(images, draws(400, 1))
+    assert torch.equal(noise, coarse_noise(images, draws(400, 1)))
+    assert not torch.equal(noise, coarse_noise(images, draws(400, 2)))
     assert abs(noise.mean()) < 0.005
     assert 0.05 < noise.std() < 0.2
     step = (noise[..., 1:] - noise[..., :-1]).abs().mean()
@@ -95,17 +101,25 @@ def test_coarse_noise_is_coarse_zero_mean_and_seeded() -> None:
 
 def test_objectives_corrupt_the_input_but_ask_for_the_clean_image() -> None:
     images = torch.rand(4, 1, 32, 32, generator=gen())
-    assert corrupt(images, "plain", gen()) is images
-    noisy = corrupt(images, "denoise", gen())
+    assert corrupt(images, "plain", draws(4)) is images
+    noisy = corrupt(images, "denoise", draws(4))
     assert not torch.equal(noisy, images) and noisy.min() >= 0 and noisy.max() <= 1
 
     class Copy(torch.nn.Module):
         def reconstructions(self, x: Tensor, share: float) -> list[Tensor]:
             return [x]
 
-    assert objective_loss(Copy(), images, "plain", gen()) == 0
+    assert objective_loss(Copy(), images, images) == 0
     expected = (noisy - images).abs().mean()
-    assert torch.allclose(objective_loss(Copy(), images, "denoise", gen()), expected)
+    assert torch.allclose(objective_loss(Copy(), noisy, images), expected)
+
+
+def test_a_ranks_slice_meets_the_same_random_numbers_as_in_the_whole_batch() -> None:
+    images = torch.rand(6, 1, 32, 32, generator=gen())
+    whole = corrupt(images, "denoise", draws(6, 3))
+    parts = [corrupt(images[a:b], "denoise", Draws(gen(3), b - a, a, 6))
+             for a, b in ((0, 4), (4, 6))]
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_box_filter_is_the_mean_of_what_lies_inside() -> None:
