@@ -17,6 +17,7 @@ import errno
 import hashlib
 import io
 import math
+import mmap
 import os
 import queue
 import random
@@ -32,7 +33,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -678,7 +679,7 @@ TRIES, FIRST_TRIES = 12, 4  # in a row, before giving up; fewer while nothing ha
 LONGEST_WAIT = 600  # seconds; a server that asks for more is not waited for
 # Neighbours in the archive are fetched together: at most so many bytes, over gaps of at most GAP
 # (a request costs about as much as so many bytes).
-BLOCK, GAP, CHUNK = 8 << 20, 64 << 10, 1 << 20
+BLOCK, GAP, CHUNK = 8 << 20, 64 << 10, 1 << 17
 LARGEST_FILE = 256 << 20  # of tables and masks, which are read whole
 
 
@@ -708,6 +709,18 @@ def seconds_of(retry_after: str) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except (ValueError, TypeError):
         return None
+
+
+def _buffer(size: int) -> memoryview:
+    """Memory of its own from the kernel, and back to it once nobody looks at it.
+
+    Buffers of megabytes that came from the heap would leave holes there between what is small and
+    lives longer; what a process takes would grow beyond what it holds.
+    """
+    # All of it at once, where the kernel can: cheaper than page by page.
+    how = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE} if hasattr(
+        mmap, "MAP_POPULATE") else {}
+    return memoryview(mmap.mmap(-1, max(1, size), **how))[:size]
 
 
 class Wire:
@@ -878,12 +891,12 @@ class Wire:
             response.close()
             raise self._changed()
 
-    def read_range(self, start: int, end: int, halt: threading.Event | None = None) -> bytearray:
+    def read_range(self, start: int, end: int, halt: threading.Event | None = None) -> memoryview:
         """Bytes start..end-1 of the archive; start < 0: so many of its last ones (end is unused).
 
         What was received before a connection broke is not asked for again.
         """
-        data = bytearray(end - start) if start >= 0 else bytearray()
+        data = _buffer(end - start) if start >= 0 else _buffer(0)
         done = 0
 
         def once() -> None:
@@ -900,7 +913,7 @@ class Wire:
                     if start < 0:  # the first contact: now the size is known
                         start, self.size = first, total
                         self.etag = response.headers.get("ETag", "")
-                        data = bytearray(total - first)
+                        data = _buffer(total - first)
                     if first != start + done or last >= start + len(data):
                         raise Temporary("another range than was asked for")
                     while done <= last - start:
@@ -1122,7 +1135,7 @@ class KaggleSource(Source):
         rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
         for run in self._runs(rows):
             start, end = self._span(rows[run])
-            data = memoryview(self.wire.read_range(start, end, halt))
+            data = self.wire.read_range(start, end, halt)
             for place in run:
                 row = int(rows[place])
                 at = int(self.index.start[row]) - start
@@ -1138,15 +1151,17 @@ class KaggleSource(Source):
 
     def _member(self, row: int, span: memoryview | None = None,
                 halt: threading.Event | None = None) -> bytes:
-        """A member's content, checked; damaged bytes are fetched once more. BadImage."""
+        """A member's content, checked; damaged bytes are fetched again, twice. BadImage."""
         start, length = int(self.index.start[row]), int(self.index.length[row])
         if span is None:
-            span = memoryview(self.wire.read_range(start, start + length, halt))
-        try:
-            return self._unpack(row, span)
-        except BadImage as error:
-            self.wire.tried_again[f"a damaged file ({error})"] += 1
-        return self._unpack(row, memoryview(self.wire.read_range(start, start + length, halt)))
+            span = self.wire.read_range(start, start + length, halt)
+        for _ in range(2):
+            try:
+                return self._unpack(row, span)
+            except BadImage as error:
+                self.wire.tried_again[f"a damaged file ({error})"] += 1
+            span = self.wire.read_range(start, start + length, halt)
+        return self._unpack(row, span)
 
     def _unpack(self, row: int, span: memoryview) -> bytes:
         packed, full = int(self.index.packed[row]), int(self.index.full[row])
@@ -1611,6 +1626,31 @@ class Memory:
         self.pixels = Budget(self.limit // 4, self.whole)
 
 
+class Waiting(Budget):
+    """Room for so many decoded images that wait for their batch, in one piece of memory.
+
+    Single arrays would lie scattered over the heap between the large buffers of decoding.
+    """
+
+    def __init__(self, room: int, image_size: int, whole: Budget) -> None:
+        super().__init__(room * image_size**2, whole)
+        # Not a tensor: no thread that a program's end may cut short should be inside of torch.
+        self._images = np.empty((room, image_size, image_size), np.uint8)
+        self._free = list(range(room - 1, -1, -1))  # the last one freed is the next one used
+
+    def put(self, image: np.ndarray) -> int:
+        """Keep an image, uint8 [H,W], for which room has been taken; the number of its place."""
+        place = self._free.pop()
+        self._images[place] = image
+        return place
+
+    def fetch(self, place: int, into: Tensor) -> None:
+        """Copy the image there into uint8 [H,W], and give its room back."""
+        into.copy_(torch.from_numpy(self._images[place]))
+        self._free.append(place)
+        self.give(into.numel())
+
+
 @contextlib.contextmanager
 def held(budget: Budget | None, count: int, halt: threading.Event | None = None) -> Iterator[None]:
     """While inside, the bytes are held. BadImage if the budget could never hold them."""
@@ -1678,10 +1718,12 @@ class ImageStream(IterableDataset):
         self.blocks = source.blocks(samples)
         self.positions = np.arange(len(samples))  # which of the samples, before shuffling
         self._kept: Tensor | None = None
-        # Ahead of the batch being made: where neighbours come together, a window of the shuffle,
-        # and another one for the neighbours.
+        # Ahead of the batch being made: a few files or groups of neighbours a thread; and the
+        # neighbours of what is wanted, which may lie a window of the shuffle further on.
         together = len(set(self.blocks.tolist())) < len(self.blocks)
-        self._ahead = 2 * SHUFFLE_WINDOW if together else max(batch_size, 2 * source.threads)
+        self._reach = SHUFFLE_WINDOW if together else 1
+        self._ahead = self._reach + max(
+            batch_size, 4 * source.threads * (SHUFFLE_GROUP if together else 1))
         # 64 batches: enough for as many DataLoader workers as anyone would start.
         wanted = 64 * self.batch_size + self._ahead + (len(samples) if cache else 0)
         self.allotted = min(int(share * self.memory.left), wanted * image_size**2)
@@ -1746,7 +1788,7 @@ class ImageStream(IterableDataset):
         memory = Memory(self.memory.limit // workers) if worker else self.memory
         room, kept = self.divide(workers if worker else 0)
         image_bytes = self.image_size**2
-        waiting = Budget(room * image_bytes, memory.whole)
+        waiting = Waiting(room, self.image_size, memory.whole)
         if self._kept is None:  # in the process that will fill it
             self._kept = torch.empty((kept, 1, self.image_size, self.image_size),
                                      dtype=torch.uint8)
@@ -1772,7 +1814,7 @@ class ImageStream(IterableDataset):
         # after those: neighbours of one of them, fetched with it. So they never need more than
         # their part of the memory, and no thread waits for room that only it could make.
         room -= (5 if worker else 3) * self.batch_size
-        reach = (room + 1) // 2
+        reach = min(self._reach, (room + 1) // 2)
         ahead = room - reach
 
         share_one_heap()
@@ -1823,7 +1865,7 @@ class ImageStream(IterableDataset):
                 jobs.put(None)
             waiting.leave()
 
-    def _load(self, job: dict[int, Future], memory: Memory, waiting: Budget,
+    def _load(self, job: dict[int, Future], memory: Memory, waiting: Waiting,
               halt: threading.Event) -> None:
         """Read and decode the images at these positions; each one's future gets it or the error."""
         todo = {self.samples[p].key: future for p, future in job.items()}
@@ -1852,7 +1894,7 @@ class ImageStream(IterableDataset):
             for future in todo.values():
                 future.set_exception(error)
 
-    def _decode(self, data: bytes | Exception, future: Future, memory: Memory, waiting: Budget,
+    def _decode(self, data: bytes | Exception, future: Future, memory: Memory, waiting: Waiting,
                 halt: threading.Event) -> None:
         if isinstance(data, Exception):
             future.set_exception(data)
@@ -1864,12 +1906,12 @@ class ImageStream(IterableDataset):
             except BaseException:
                 waiting.give(self.image_size**2)
                 raise
-            future.set_result(image)
+            future.set_result(waiting.put(image))
         except BaseException as error:  # the consumer raises it
             future.set_exception(error)
 
     def _assemble(self, batch: np.ndarray, futures: dict[int, Future], memory: Memory,
-                  waiting: Budget) -> tuple[Tensor, Tensor]:
+                  waiting: Waiting) -> tuple[Tensor, Tensor]:
         images = torch.empty((len(batch), 1, self.image_size, self.image_size), dtype=torch.uint8)
         positions = []
         for i in batch.tolist():
@@ -1879,11 +1921,10 @@ class ImageStream(IterableDataset):
                 row.copy_(self._kept[i])
             else:
                 try:
-                    row.copy_(torch.from_numpy(future.result().copy())[None])
+                    waiting.fetch(future.result(), row[0])
                 except (BadImage, OSError) as error:
                     self._note_bad(self.samples[i].key, str(error))
                     continue
-                waiting.give(self.image_size**2)
                 if i < len(self._kept) and not self._is_kept[i]:  # by another pass meanwhile
                     memory.whole.take(self.image_size**2)
                     self._kept[i] = row
