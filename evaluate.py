@@ -22,8 +22,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
                         help="val: choose settings there, never on test (default: test)")
     parser.add_argument("--samples", type=int, metavar="N",
                         help="at most N images, drawn evenly from both labels (default: all)")
-    parser.add_argument("--scorer", metavar="NAME", help="zscore, mse, mae, ssim, or all for a "
-                        "table of every one (default: zscore)")
+    parser.add_argument("--scorer", metavar="NAME", help="fused, zscore, peak, features, mse, "
+                        "mae, ssim, or all for a table of every one (default: fused)")
     parser.add_argument("--image", metavar="PATH", help="score this image, or every image in "
                         "this folder, instead of testing")
     parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
@@ -76,7 +76,7 @@ from data import (
     split_samples,
     to_float,
 )
-from models import DEFAULT_SCORER, SCORERS, AnomalyScorer, create_model, ssim_map
+from models import DEFAULT_SCORER, OWN_MAP, SCORERS, AnomalyScorer, Reading, create_model, read
 from train import Progress, autocast, choose_device, choose_precision, load_checkpoint, place
 
 RESAMPLES = 1000
@@ -99,11 +99,11 @@ class Run:
     fingerprint: str  # of the data it was trained on
 
     @torch.inference_mode()
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B,1,H,W] to (images, reconstructions), both fp32 in [0,1] on the device."""
+    def read(self, images: Tensor) -> Reading:
+        """What the model makes of uint8 images [B,1,H,W]; on the device."""
         images = to_float(images, self.device)
         with autocast(self.device, self.precision):
-            return images, self.model(images).float()
+            return read(self.model, images)
 
 
 def load_run(path: str | Path, device: str = "auto") -> Run:
@@ -123,7 +123,7 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
     precision, _ = choose_precision(config.precision, where)
     model = create_model(config.model, config)
     model.load_state_dict(state["model"])
-    scorer = AnomalyScorer(config.image_size)
+    scorer = AnomalyScorer()
     scorer.load_state_dict(state["scorer"])
     name = NAMES[config.model]
     if folder.resolve().name != config.model:
@@ -248,8 +248,6 @@ class Scored:
     samples: list[Sample]
     scores: dict[str, np.ndarray]  # scorer -> [n]
     trivial: dict[str, np.ndarray]
-    mse: np.ndarray  # of the reconstruction
-    ssim: np.ndarray
     bad: dict[str, str]  # images that could not be read
     pixel_auroc: float | None = None  # for data with masks
     peaks: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # (finding, hit)
@@ -266,24 +264,20 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
                          memory=run.config.memory_bytes, cache=False)
     scores: dict[str, list] = {name: [] for name in SCORERS}
     baselines: dict[str, list] = {}
-    mse, ssim, order, peaks = [], [], [], []
-    pixels, in_lesion = [], []
+    order, peaks, pixels, in_lesion = [], [], [], []
     bar = Progress(len(samples), f"scoring with {run.name}")
     for images, positions in stream:
-        x, reconstruction = run.reconstruct(images)
-        for name in SCORERS:
-            maps = run.scorer.anomaly_map(name, x, reconstruction)
-            scores[name].append(run.scorer.score(name, maps).cpu().double().numpy())
-            if name == scorer:
-                for i, map_ in zip(positions.tolist(), maps[:, 0].cpu().numpy(), strict=True):
-                    mask = lesion_mask(source, samples[i], run.config.image_size)
-                    if mask is not None:
-                        pixels.append(map_.ravel().astype(np.float32))
-                        in_lesion.append(mask.ravel())
-                        if mask.any():
-                            peaks.append((samples[i].finding, peak_in_lesion(map_, mask)))
-        mse.append((x - reconstruction).square().mean((1, 2, 3)).cpu().numpy())
-        ssim.append(ssim_map(x, reconstruction).mean((1, 2, 3)).cpu().numpy())
+        reading = run.read(images)
+        for name, values in run.scorer.scores(reading).items():
+            scores[name].append(values.numpy())
+        maps = run.scorer.anomaly_map(scorer, reading)[:, 0].cpu().numpy()
+        for i, map_ in zip(positions.tolist(), maps, strict=True):
+            mask = lesion_mask(source, samples[i], run.config.image_size)
+            if mask is not None:
+                pixels.append(map_.ravel())
+                in_lesion.append(mask.ravel())
+                if mask.any():
+                    peaks.append((samples[i].finding, peak_in_lesion(map_, mask)))
         for name, values in (trivial(images.numpy()) if trivial else {}).items():
             baselines.setdefault(name, []).append(values)
         order += positions.tolist()
@@ -304,7 +298,7 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
         is_ap = [s.view.startswith("AP") for s in seen]
         trivial_scores["is it an AP film"] = np.array(is_ap, dtype=float)
     return Scored(seen, {k: np.concatenate(v) for k, v in scores.items()}, trivial_scores,
-                  np.concatenate(mse), np.concatenate(ssim), stream.bad, pixel_auroc, peaks)
+                  stream.bad, pixel_auroc, peaks)
 
 
 def lesion_mask(source: Source, sample: Sample, size: int) -> np.ndarray | None:
@@ -501,8 +495,9 @@ def evaluate(
         metrics = measure(run, scored, scorer, weights)
         well = scored.labels == NORMAL
         metrics |= {
-            "reconstruction_mse": float(scored.mse[well].mean()) if well.any() else None,
-            "reconstruction_ssim": float(scored.ssim[well].mean()) if well.any() else None,
+            "reconstruction_mse": float(scored.scores["mse"][well].mean()) if well.any() else None,
+            "reconstruction_ssim": 1 - float(scored.scores["ssim"][well].mean())
+            if well.any() else None,
             "scorer": scorer, "data": source.title, "external": external, "split": split,
             "data_fingerprint": source.fingerprint(), "trained_on": run.config.data,
             "model": run.config.model, "unreadable": scored.bad,
@@ -743,9 +738,9 @@ def pictures(run: Run, source: Source, samples: list[Sample],
     size = run.config.image_size
     images = torch.stack([torch.from_numpy(decode_image(source.read(s), size).copy())[None]
                           for s in samples])
-    x, reconstruction = run.reconstruct(images)
-    maps = run.scorer.anomaly_map(scorer, x, reconstruction)
-    return tuple(t[:, 0].cpu().numpy() for t in (x, reconstruction, maps))
+    reading = run.read(images)
+    maps = run.scorer.anomaly_map(scorer, reading)
+    return tuple(t[:, 0].cpu().numpy() for t in (reading.images, reading.reconstruction, maps))
 
 
 def map_top(maps: np.ndarray) -> float:
@@ -869,9 +864,9 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
                 raise UserError(f"--image {file}: cannot be read as an image ({error})") from None
             skipped.append(f"skipped   {name}: {error}")
             continue
-        x, reconstruction = loaded.reconstruct(torch.from_numpy(pixels.copy())[None, None])
-        maps = loaded.scorer.anomaly_map(scorer, x, reconstruction)
-        score = loaded.scorer.score(scorer, maps).cpu().double()
+        reading = loaded.read(torch.from_numpy(pixels.copy())[None, None])
+        maps = loaded.scorer.anomaly_map(scorer, reading)
+        score = loaded.scorer.scores(reading)[scorer]
         row = {"image": name, "score": round(float(score), 6),
                "percentile_among_normals": round(
                    float(loaded.scorer.percentile(scorer, score)[0]), 1),
@@ -880,7 +875,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         rows.append(row)
         np.save(folder / f"{stem}_map.npy", maps[0, 0].cpu().numpy().astype(np.float32))
         picture = folder / f"{stem}_heatmap.png"
-        draw_prediction(loaded, row, x, reconstruction, maps, scorer, picture)
+        draw_prediction(loaded, row, reading, maps, scorer, picture)
         bar.update(1)
     bar.close()
     print("\n".join(skipped) or "", end="\n" if skipped else "")
@@ -903,19 +898,21 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     return rows
 
 
-def draw_prediction(run: Run, row: dict, x: Tensor, reconstruction: Tensor, maps: Tensor,
-                    scorer: str, file: Path) -> None:
+def draw_prediction(run: Run, row: dict, reading: Reading, maps: Tensor, scorer: str,
+                    file: Path) -> None:
     """Input, reconstruction and heatmap side by side.
 
-    The colour scale ends where the map's own peak lies, or at twice the threshold if that is
-    more, so that a normal image does not glow.
+    The colour scale ends where the map's own peak lies, or at twice what peaks of normal images
+    reach if that is more, so that a normal image does not glow.
     """
-    image, back, map_ = (t[0, 0].cpu().numpy() for t in (x, reconstruction, maps))
+    image, back, map_ = (t[0, 0].cpu().numpy()
+                         for t in (reading.images, reading.reconstruction, maps))
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     axes = figure.subplots(1, 3)
     show_image(axes[0], image, "input")
     show_image(axes[1], back, "reconstruction")
-    shown = show_map(axes[2], image, map_, max(float(map_.max()), 2 * row["threshold"]))
+    usual = run.scorer.threshold(scorer if scorer in OWN_MAP else "peak", 0.95)
+    shown = show_map(axes[2], image, map_, max(float(map_.max()), 2 * usual))
     axes[2].set_title("anomaly map", fontsize=9)
     figure.colorbar(shown, ax=axes[2], label=scorer)
     figure.suptitle(f"{row['image']}: score {row['score']:.4g}, percentile "

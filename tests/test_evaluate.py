@@ -29,6 +29,7 @@ from evaluate import (
     weighted_auroc,
     weighted_average_precision,
 )
+from models import SCORERS
 from train import load_checkpoint, save_checkpoint, train
 
 
@@ -112,17 +113,17 @@ def test_evaluation_writes_metrics_scores_and_pictures(
                                                   "histogram.png", "examples.png"}
     saved = json.loads((folder / "metrics.json").read_text())
     assert set(saved) >= KEYS and saved["auroc"] == metrics["auroc"]
-    assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "zscore")
+    assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "fused")
     assert "not real X-rays" in saved["data"] and not saved["external"]
     # The figures must follow from the scores in the table beside them.
     with open(folder / "scores.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     labels = np.array([int(r["label"]) for r in rows])
-    scores = np.array([float(r["zscore"]) for r in rows])
+    scores = np.array([float(r["fused"]) for r in rows])
     assert roc_auc_score(labels, scores) == pytest.approx(saved["auroc"], abs=1e-3)
     low, high = saved["auroc_ci"]
     assert low < saved["auroc"] < high
-    threshold = load_run(runs[0]).scorer.threshold("zscore", 0.95)
+    threshold = load_run(runs[0]).scorer.threshold("fused", 0.95)
     assert saved["threshold"] == threshold
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
@@ -146,7 +147,7 @@ def test_two_runs_are_compared_on_the_same_images(
         rows = list(csv.DictReader(f))
     assert [r["run"] for r in rows] == ["unet", "reversed_ae"]
     assert [float(r["auroc"]) for r in rows] == [r["auroc"] for r in results]
-    assert set(results[0]["scorers"]) == {"zscore", "mse", "mae", "ssim"}
+    assert set(results[0]["scorers"]) == set(SCORERS)
     page = (above / "comparison.md").read_text()
     assert "not real X-rays" in page and "clear difference" in page and "not for diagnosis" in page
     with Image.open(above / "comparison.png") as picture:
@@ -255,11 +256,11 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
     images = tmp_path / "new"
     shutil.copytree(xrays / "abnormal", images)
     (images / "broken.png").write_bytes(b"x")
-    rows = predict(runs[0], images, tmp_path / "out")
+    rows = predict(runs[0], images, tmp_path / "out", "peak")
     assert len(rows) == 12
     out = capsys.readouterr().out
     assert "skipped   broken.png" in out and "Not a diagnosis" in out
-    threshold = load_run(runs[0]).scorer.threshold("zscore", 0.95)
+    threshold = load_run(runs[0]).scorer.threshold("peak", 0.95)
     for row in rows:
         assert row["verdict"] == ("abnormal" if row["score"] > threshold else "normal")
         map_ = np.load(tmp_path / "out" / row["image"].replace(".png", "_map.npy"))
@@ -269,7 +270,7 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
         assert (tmp_path / "out" / row["image"].replace(".", "_heatmap.")).exists()
     with open(tmp_path / "out" / "predictions.csv", newline="") as f:
         assert [r["image"] for r in csv.DictReader(f)] == [r["image"] for r in rows]
-    alone = predict(runs[0], images / rows[3]["image"])
+    alone = predict(runs[0], images / rows[3]["image"], scorer="peak")
     assert alone[0]["score"] == pytest.approx(rows[3]["score"], rel=1e-5)
     assert (images / rows[3]["image"]).read_bytes() == (
         xrays / "abnormal" / rows[3]["image"]).read_bytes()
