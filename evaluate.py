@@ -196,6 +196,16 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
+                      weights: np.ndarray) -> tuple[float, float, float]:
+    """(AUROC of scores b less that of scores a, its 95 % interval): both on the same resamples."""
+    once = np.ones((1, len(labels)))
+    one, two = (weighted_auroc(scores, labels, once)[0] for scores in (a, b))
+    differences = (bootstrap(weighted_auroc, b, labels, weights)
+                   - bootstrap(weighted_auroc, a, labels, weights))
+    return float(two - one), *interval(differences)
+
+
 def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
     """A plain sentence on the AUROC difference b - a and its 95 % interval."""
     better, worse = (name_b, name_a) if difference >= 0 else (name_a, name_b)
@@ -413,6 +423,7 @@ def measure(run: Run, scored: Scored, scorer: str, weights: np.ndarray) -> dict[
         result["average_precision_ci"] = interval(
             bootstrap(weighted_average_precision, scores, labels, weights))
         result["auroc_by_finding"] = by_finding(scored, scores)
+        result["auroc_by_view"] = by_view(scored, scores)
     return result
 
 
@@ -427,6 +438,18 @@ def by_finding(scored: Scored, scores: np.ndarray) -> dict[str, dict[str, float]
             auroc = weighted_auroc(scores[chosen], labels[chosen], np.ones((1, chosen.sum())))
             table[str(finding)] = {"auroc": float(auroc[0]), "n": int(count)}
     return table
+
+
+def by_view(scored: Scored, scores: np.ndarray) -> dict[str, dict[str, float]]:
+    """AUROC within the images of each view, n of them; {} where no two views are known."""
+    labels, views = scored.labels, np.array([s.view for s in scored.samples])
+    table = {}
+    for view, count in Counter(views).most_common():
+        chosen = views == view
+        if view and len(set(labels[chosen])) == 2:
+            auroc = weighted_auroc(scores[chosen], labels[chosen], np.ones((1, count)))
+            table[str(view)] = {"auroc": float(auroc[0]), "n": int(count)}
+    return table if len(set(views) - {""}) > 1 else {}
 
 
 def best_direction(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -564,12 +587,14 @@ def results_table(names: list[str], results: list[dict]) -> str:
         lines += [row(f"  {scorer}", g) for scorer, g in r.get("scorers", {}).items()]
     lines.append("trivial scores, each in its better direction:")
     lines += [f"  {k:<26}{v:>6.3f}" for k, v in first["baselines"].items()]
-    if first["auroc_by_finding"]:
-        lines += ["", f"{'AUROC by finding':<28}" + "".join(f"{n[:14]:>15}" for n in names)]
-        for finding, entry in first["auroc_by_finding"].items():
-            label = f"  {finding[:18]} ({entry['n']})"
+    for title in ("AUROC by finding", "AUROC by view"):
+        key = title.lower().replace(" ", "_")
+        if first[key]:
+            lines += ["", f"{title:<28}" + "".join(f"{n[:14]:>15}" for n in names)]
+        for group, entry in first[key].items():
+            label = f"  {group[:18]} ({entry['n']})"
             lines.append(f"{label:<28}" + "".join(
-                f"{r['auroc_by_finding'][finding]['auroc']:>15.3f}" for r in results))
+                f"{r[key][group]['auroc']:>15.3f}" for r in results))
     if "pixel_auroc" in first:
         lines.append(f"{'pixel AUROC':<28}" + "".join(
             f"{r['pixel_auroc']:>15.3f}" for r in results))
@@ -616,11 +641,9 @@ def compare(runs: list[Run], sources: list[Source], scored: list[Scored], result
         labels = scored[0].labels
         for a in range(len(runs)):
             for b in range(a + 1, len(runs)):
-                one, two = (bootstrap(weighted_auroc, scored[i].scores[results[i]["scorer"]],
-                                      labels, weights) for i in (a, b))
+                one, two = (scored[i].scores[results[i]["scorer"]] for i in (a, b))
                 verdicts.append(verdict(runs[a].name, runs[b].name,
-                                        results[b]["auroc"] - results[a]["auroc"],
-                                        *interval(two - one)))
+                                        *paired_difference(one, two, labels, weights)))
     print("\n".join(["", *lines, *verdicts]))
     text = ["# Comparison", "", f"Tested on: {results[0]['data']}. Trained on: "
             f"{results[0]['trained_on']}.", "", "```", table, "```", "",

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,13 @@ import evaluate as evaluate_module
 from config import UserError
 from data import Sample, read_splits
 from evaluate import (
+    Scored,
+    by_view,
     draw_evenly,
     evaluate,
     interval,
     load_run,
+    paired_difference,
     parse_arguments,
     patient_weights,
     peak_in_lesion,
@@ -81,6 +85,49 @@ def test_the_verdict_names_the_better_and_says_whether_it_is_clear(
     difference: float, low: float, high: float, says: str
 ) -> None:
     assert verdict("A", "B", difference, low, high).startswith(says)
+
+
+@pytest.mark.parametrize(("skill_a", "skill_b", "says"), [
+    (0.5, 2.0, r"B scores 0\.\d+ higher than A, .*: a clear difference"),
+    (1.0, 1.0, r"[AB] scores 0\.0\d+ higher than [AB], .*: no clear difference"),
+    (2.0, 0.5, r"A scores 0\.\d+ higher than B, .*: a clear difference"),
+])
+def test_the_verdict_is_right_on_a_constructed_win_tie_and_loss(
+    skill_a: float, skill_b: float, says: str
+) -> None:
+    rng = np.random.RandomState(0)
+    labels = np.repeat([0, 1], 150)
+    a, b = (skill * labels + rng.randn(300) for skill in (skill_a, skill_b))
+    weights = patient_weights([str(i // 2) for i in range(300)])
+    difference, low, high = paired_difference(a, b, labels, weights)
+    assert low < difference < high
+    expected = roc_auc_score(labels, b) - roc_auc_score(labels, a)
+    assert difference == pytest.approx(expected, abs=1e-9)
+    assert re.match(says, verdict("A", "B", difference, low, high))
+
+
+def test_pairing_makes_a_small_but_steady_difference_clear() -> None:
+    rng = np.random.RandomState(1)
+    labels = np.repeat([0, 1], 150)
+    a = labels + rng.randn(300)
+    b = a + 0.15 * labels  # nearly the same scores, a little better on every abnormal image
+    weights = patient_weights([str(i) for i in range(300)])
+    assert "a clear difference" in verdict("A", "B", *paired_difference(a, b, labels, weights))
+
+
+def test_subgroups_by_view_are_measured_within_the_view() -> None:
+    views, labels = ["PA"] * 4 + ["AP"] * 4 + [""] * 2, [0, 0, 1, 1, 0, 0, 1, 1, 0, 1]
+    samples = [Sample(str(i), str(i), y, view=v)
+               for i, (y, v) in enumerate(zip(labels, views, strict=True))]
+    scores = np.array([1, 2, 3, 4, 13, 14, 11, 12, 0, 0.5])
+    assert by_view(samples_scored(samples), scores) == {
+        "PA": {"auroc": 1.0, "n": 4}, "AP": {"auroc": 0.0, "n": 4}}
+    one_view = [dataclasses.replace(s, view="PA") for s in samples]
+    assert by_view(samples_scored(one_view), scores) == {}
+
+
+def samples_scored(samples: list[Sample]) -> Scored:
+    return Scored(samples, {}, {}, {})
 
 
 def test_a_peak_counts_in_the_lesion_or_just_beside_it() -> None:
