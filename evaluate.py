@@ -260,7 +260,9 @@ class Scored:
     trivial: dict[str, np.ndarray]
     bad: dict[str, str]  # images that could not be read
     pixel_auroc: float | None = None  # for data with masks
-    peaks: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # (finding, hit)
+    # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
+    # sum, and its share of the image's area, which is what a map that knows nothing would give.
+    located: list[tuple[bool, float, float]] = dataclasses.field(default_factory=list)
 
     @property
     def labels(self) -> np.ndarray:
@@ -274,7 +276,7 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
                          memory=run.config.memory_bytes, cache=False)
     scores: dict[str, list] = {name: [] for name in SCORERS}
     baselines: dict[str, list] = {}
-    order, peaks, pixels, in_lesion = [], [], [], []
+    order, located, pixels, in_lesion = [], [], [], []
     bar = Progress(len(samples), f"scoring with {run.name}")
     for images, positions in stream:
         reading = run.read(images)
@@ -283,11 +285,12 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
         maps = run.scorer.anomaly_map(scorer, reading)[:, 0].cpu().numpy()
         for i, map_ in zip(positions.tolist(), maps, strict=True):
             mask = lesion_mask(source, samples[i], run.config.image_size)
-            if mask is not None:
+            if mask is not None and mask.any():
+                energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
+                located.append((peak_in_lesion(map_, mask), energy, float(mask.mean())))
+            if mask is not None and not source.boxes:  # a box holds much besides its lesion
                 pixels.append(map_.ravel())
                 in_lesion.append(mask.ravel())
-                if mask.any():
-                    peaks.append((samples[i].finding, peak_in_lesion(map_, mask)))
         for name, values in (trivial(images.numpy()) if trivial else {}).items():
             baselines.setdefault(name, []).append(values)
         order += positions.tolist()
@@ -298,7 +301,7 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
     if not all(np.isfinite(np.concatenate(v)).all() for v in scores.values()):
         raise UserError(f"{run.folder}: its scores are not finite numbers; train it again")
     pixel_auroc = None
-    if peaks:
+    if any(mask.any() for mask in in_lesion):
         truth = np.concatenate(in_lesion)
         thin = max(1, len(truth) // 5_000_000)  # more pixels would change no digit shown
         pixel_auroc = float(roc_auc_score(truth[::thin], np.concatenate(pixels)[::thin]))
@@ -308,7 +311,7 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
         is_ap = [s.view.startswith("AP") for s in seen]
         trivial_scores["is it an AP film"] = np.array(is_ap, dtype=float)
     return Scored(seen, {k: np.concatenate(v) for k, v in scores.items()}, trivial_scores,
-                  stream.bad, pixel_auroc, peaks)
+                  stream.bad, pixel_auroc, located)
 
 
 def lesion_mask(source: Source, sample: Sample, size: int) -> np.ndarray | None:
@@ -452,6 +455,17 @@ def by_view(scored: Scored, scores: np.ndarray) -> dict[str, dict[str, float]]:
     return table if len(set(views) - {""}) > 1 else {}
 
 
+def localisation(scored: Scored) -> dict[str, object]:
+    """How well the maps point at lesions; lesions as large as the median count as large."""
+    hits, energies, areas = np.array(scored.located).T
+    large = areas >= np.median(areas)
+    return {"pixel_auroc": scored.pixel_auroc, "n_located": len(hits),
+            "peak_in_lesion": float(hits.mean()), "peak_tolerance": PEAK_TOLERANCE,
+            "peak_in_small_lesion": float(hits[~large].mean()) if not large.all() else None,
+            "peak_in_large_lesion": float(hits[large].mean()),
+            "energy_in_lesion": float(energies.mean()), "lesion_area": float(areas.mean())}
+
+
 def best_direction(scores: np.ndarray, labels: np.ndarray) -> float:
     """AUROC of a trivial score in whichever direction is better: the most that can be claimed."""
     auroc = float(weighted_auroc(scores, labels, np.ones((1, len(labels))))[0])
@@ -529,10 +543,8 @@ def evaluate(
         if metrics["auroc"] is not None:
             metrics["baselines"] = {k: best_direction(v, scored.labels)
                                     for k, v in (all_scored or [scored])[0].trivial.items()}
-        if scored.pixel_auroc is not None:
-            metrics["pixel_auroc"] = scored.pixel_auroc
-            metrics["peak_in_lesion"] = float(np.mean([hit for _, hit in scored.peaks]))
-            metrics["peak_tolerance"] = PEAK_TOLERANCE
+        if scored.located:
+            metrics |= localisation(scored)
         if whole_grid:
             metrics["scorers"] = {k: measure(run, scored, k, weights) for k in SCORERS}
         folder = result_folder(run, source, split)
@@ -595,12 +607,18 @@ def results_table(names: list[str], results: list[dict]) -> str:
             label = f"  {group[:18]} ({entry['n']})"
             lines.append(f"{label:<28}" + "".join(
                 f"{r[key][group]['auroc']:>15.3f}" for r in results))
-    if "pixel_auroc" in first:
-        lines.append(f"{'pixel AUROC':<28}" + "".join(
-            f"{r['pixel_auroc']:>15.3f}" for r in results))
-        lines.append(f"{'map peak in lesion':<28}" + "".join(
-            f"{share(r['peak_in_lesion']):>15}" for r in results)
-            + f"   (within {PEAK_TOLERANCE:.0%} of the image side)")
+    if "n_located" in first:
+        lines.append(f"\nlocalisation of {first['n_located']} lesions")
+        if first["pixel_auroc"] is not None:
+            lines.append(f"{'  pixel AUROC':<28}" + "".join(
+                f"{r['pixel_auroc']:>15.3f}" for r in results))
+        for key, title in (("peak_in_lesion", "map peak in lesion"),
+                           ("peak_in_small_lesion", "  the smaller half"),
+                           ("peak_in_large_lesion", "  the larger half"),
+                           ("energy_in_lesion", "share of map in lesion")):
+            lines.append(f"  {title:<26}" + "".join(f"{share(r[key]):>15}" for r in results))
+        lines.append(f"  The peak may lie {PEAK_TOLERANCE:.0%} of the image side beside it. The "
+                     f"lesions cover {share(first['lesion_area'])} of the image.")
     drift = [r["specificity_at_threshold"] for r in results]
     if min(drift) < 0.90:
         lines.append(f"Careful: the threshold set for 95 % specificity reaches {share(min(drift))} "

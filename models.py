@@ -441,13 +441,15 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     Wang et al. 2004: 11x11 Gaussian window of standard deviation 1.5, K1 = 0.01, K2 = 0.03;
     borders are mirrored so that the map has the image's size.
     """
-    t = torch.arange(11, dtype=a.dtype, device=a.device) - 5
-    g = torch.exp(-t.square() / (2 * 1.5**2))
-    g = g / g.sum()
+    H, W = a.shape[2:]
+    bell = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
+    bell = [g / sum(bell) for g in bell]
 
     def blur(x: Tensor) -> Tensor:
+        # Sums, since a convolution rounds differently for batches of different sizes.
         x = F.pad(x, (5, 5, 5, 5), mode="reflect")
-        return F.conv2d(F.conv2d(x, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))
+        x = sum(g * x[:, :, i : i + H] for i, g in enumerate(bell))
+        return sum(g * x[..., i : i + W] for i, g in enumerate(bell))
 
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2
@@ -517,8 +519,10 @@ class AnomalyScorer:
         for name in OWN_MAP:
             scores[name] = self.anomaly_map(name, reading).mean((1, 2, 3))
         scores = {name: value.cpu().double() for name, value in scores.items()}
-        away = (reading.features.cpu().double() - self.feature_mean) @ self.whitening
-        scores["features"] = away.square().mean(1).sqrt()
+        away = reading.features.cpu().double() - self.feature_mean
+        # Row by row: a product of matrices rounds differently for batches of different sizes.
+        white = torch.stack([row @ self.whitening for row in away])
+        scores["features"] = white.square().mean(1).sqrt()
         return self._fuse(scores) if self.normal_scores else scores
 
     def _fuse(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:

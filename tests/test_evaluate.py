@@ -24,6 +24,7 @@ from evaluate import (
     evaluate,
     interval,
     load_run,
+    localisation,
     paired_difference,
     parse_arguments,
     patient_weights,
@@ -139,6 +140,33 @@ def test_a_peak_counts_in_the_lesion_or_just_beside_it() -> None:
         assert peak_in_lesion(map_, mask) is hit
 
 
+def test_localisation_counts_peaks_by_lesion_size_and_the_share_of_the_map() -> None:
+    located = [(True, 0.5, 0.2), (True, 0.4, 0.3), (True, 0.2, 0.02), (False, 0.1, 0.01)]
+    got = localisation(Scored([], {}, {}, {}, 0.9, located))
+    assert (got["n_located"], got["pixel_auroc"], got["peak_in_lesion"]) == (4, 0.9, 0.75)
+    assert (got["peak_in_small_lesion"], got["peak_in_large_lesion"]) == (0.5, 1.0)
+    assert got["energy_in_lesion"] == pytest.approx(0.3)
+    assert got["lesion_area"] == pytest.approx(0.1325)
+
+
+def test_maps_are_held_against_the_boxes_of_nih(runs: list[Path], tmp_path: Path) -> None:
+    rows = ["Image Index,Finding Labels,Patient ID,View Position"]
+    for i in range(8):
+        write_image(tmp_path / "nih" / "images" / f"{i}.png", i)
+        rows.append(f"{i}.png,{'Nodule' if i < 3 else 'No Finding'},{i},{'PA' if i % 2 else 'AP'}")
+    (tmp_path / "nih" / "Data_Entry_2017.csv").write_text("\n".join(rows))
+    # The first box is the whole film, where every peak must lie; the second a corner.
+    (tmp_path / "nih" / "BBox_List_2017.csv").write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n0.png,Nodule,0,0,1024,1024,,,\n"
+        "1.png,Nodule,0,0,32,32,,,\n")
+    (metrics,) = evaluate(runs[0], data=str(tmp_path / "nih"))
+    assert metrics["n_located"] == 2 and metrics["pixel_auroc"] is None
+    assert metrics["peak_in_large_lesion"] == 1
+    assert metrics["lesion_area"] == pytest.approx((1 + 1 / 1024) / 2)
+    assert 0.5 < metrics["energy_in_lesion"] < 0.51
+    assert set(metrics["auroc_by_view"]) == {"PA", "AP"}
+
+
 def test_a_limited_test_is_drawn_evenly_and_always_the_same() -> None:
     samples = [Sample(str(i), str(i), int(i >= 90)) for i in range(100)]
     chosen = draw_evenly(samples, 40)
@@ -174,7 +202,7 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     assert saved["threshold"] == threshold
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
-    assert 0 <= saved["pixel_auroc"] <= 1 and 0 <= saved["peak_in_lesion"] <= 1
+    assert 0 <= saved["pixel_auroc"] <= 1 and saved["n_located"] == 100
     assert set(saved["auroc_by_finding"]) == {"opacity", "nodule", "effusion", "missing", "doubled"}
     text = capsys.readouterr().out
     assert "not real X-rays" in text and "PCA reconstruction error" in text

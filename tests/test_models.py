@@ -342,6 +342,11 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(model_name: str) -> No
         for name in SCORERS:
             one_by_one = torch.cat([a[name] for a in alone])
             assert torch.allclose(together[name], one_by_one, rtol=1e-4, atol=1e-6), name
+        # What the network gave once is scored bitwise the same in any company.
+        whole = read(model, x)
+        alone = [scorer.scores(Reading(*(t[i : i + 1] for t in whole))) for i in range(6)]
+        for name in SCORERS:
+            assert torch.equal(torch.cat([a[name] for a in alone]), together[name]), name
 
 
 def test_threshold_and_percentile_refer_to_validation_normals() -> None:
