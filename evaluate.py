@@ -76,7 +76,16 @@ from data import (
     split_samples,
     to_float,
 )
-from models import DEFAULT_SCORER, OWN_MAP, SCORERS, AnomalyScorer, Reading, create_model, read
+from models import (
+    CALIBRATED,
+    DEFAULT_SCORER,
+    OWN_MAP,
+    SCORERS,
+    AnomalyScorer,
+    Reading,
+    create_model,
+    read,
+)
 from train import Progress, autocast, choose_device, choose_precision, load_checkpoint, place
 
 RESAMPLES = 1000
@@ -119,6 +128,8 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
         raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
                         f"go on with: python train.py --model {config.model} --resume {folder} "
                         f"(--epochs {state['epoch']} ends it now)")
+    if not state["scorer"].keys() >= set(CALIBRATED):
+        raise UserError(f"{folder}: calibrated by an earlier version of this project; train again")
     where, _ = choose_device(device)
     precision, _ = choose_precision(config.precision, where)
     model = create_model(config.model, config)
