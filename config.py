@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 MODELS = ("unet", "reversed_ae")
-OBJECTIVES = ("denoise", "plain")
+OBJECTIVES = ("heal", "denoise", "plain")
 
 
 class UserError(Exception):
@@ -44,7 +44,8 @@ class Config:
     # What is trained
     model: str = knob("unet", "which autoencoder; both trains one after the other",
                       (*MODELS, "both"))
-    objective: str = knob("denoise", "denoise: heal coarse noise; plain: reproduce the clean image",
+    objective: str = knob("heal", "heal: restore a normal image from noise, opacities and foreign "
+                          "patches; denoise: from coarse noise alone; plain: reproduce the input",
                           OBJECTIVES)
     image_size: int = knob(128, "side of the square images in pixels; a multiple of 16",
                            low=16, high=1024)

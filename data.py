@@ -72,6 +72,10 @@ class Sample:
     split: str = ""  # train, val or test where the source prescribes it
 
 
+# Left, top, right and bottom of a rectangle, as shares of the image's sides.
+Box = tuple[float, float, float, float]
+
+
 class Source:
     """A set of labelled images. Subclasses fill the fields and say how to read one."""
 
@@ -81,6 +85,7 @@ class Source:
     samples: list[Sample]
     left_out: Counter  # reason -> number of images or rows that were left out
     masks: dict[str, str] = {}  # image key -> name of its mask's file
+    boxes: dict[str, list[Box]] = {}  # image key -> boxes drawn round its lesions
     threads = os.cpu_count() or 1  # that read and decode at the same time
     version = ""  # tells a set from a later one of the same name, where the source knows
 
@@ -102,6 +107,12 @@ class Source:
 
     def mask(self, sample: Sample, size: int) -> np.ndarray | None:
         """Where the lesion is, bool [size,size]; None if the source does not know."""
+        if sample.key in self.boxes:
+            inside = np.zeros((size, size), dtype=bool)
+            for box in self.boxes[sample.key]:
+                left, top, right, bottom = (round(side * size) for side in box)
+                inside[top : max(bottom, top + 1), left : max(right, left + 1)] = True
+            return inside
         if sample.key not in self.masks:
             return None
         name = self.masks[sample.key]
@@ -453,7 +464,7 @@ class FolderSource(Source):
                 )
         else:
             raise UserError(f"--data {spec}: neither a folder nor a CSV file")
-        self.samples, self.masks = layout.samples, layout.masks
+        self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
         self.title = f"{layout.title} in {path.resolve()}"
 
     def read_file(self, name: str) -> bytes:
@@ -470,6 +481,7 @@ class Layout(NamedTuple):
     title: str
     samples: list[Sample]
     masks: dict[str, str] = {}  # image key -> mask file, for the layouts that have masks
+    boxes: dict[str, list[Box]] = {}
 
 
 def recognise_layout(
@@ -641,7 +653,17 @@ def read_nih(
             key, row["patient id"], NORMAL if normal else ABNORMAL,
             "" if normal else row["finding labels"], row.get("view position", ""),
             split_of.get(row["image index"], "")))
-    return Layout("NIH ChestX-ray14", sorted(samples, key=lambda s: s.key))
+    boxes: dict[str, list[Box]] = {}
+    if "BBox_List_2017.csv" in tables:
+        # Image, finding, x, y, width, height, in pixels of the 1024 x 1024 films; the header has
+        # brackets and commas of its own, so columns are taken by place.
+        rows = csv.reader(io.StringIO(read_text(tables["BBox_List_2017.csv"])))
+        for name, _, *numbers in (row for row in rows if len(row) >= 6):
+            if name in by_name:
+                with contextlib.suppress(ValueError):  # the header
+                    x, y, width, height = (float(n) / 1024 for n in numbers[:4])
+                    boxes.setdefault(by_name[name], []).append((x, y, x + width, y + height))
+    return Layout("NIH ChestX-ray14", sorted(samples, key=lambda s: s.key), boxes=boxes)
 
 
 def read_covid(
@@ -1073,7 +1095,7 @@ class KaggleSource(Source):
         self.left_out = Counter()
         names = self.list_files()
         layout = recognise_layout(names, self.read_text, spec, self.left_out)
-        self.samples, self.masks = layout.samples, layout.masks
+        self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
         self.title = f"{layout.title}, Kaggle data set {wire.owner}/{wire.name}" + (
             f" version {wire.version}" if wire.version else "")
         self.version = wire.etag

@@ -22,8 +22,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
                         help="val: choose settings there, never on test (default: test)")
     parser.add_argument("--samples", type=int, metavar="N",
                         help="at most N images, drawn evenly from both labels (default: all)")
-    parser.add_argument("--scorer", metavar="NAME", help="zscore, mse, mae, ssim, or all for a "
-                        "table of every one (default: zscore)")
+    parser.add_argument("--scorer", metavar="NAME", help="fused, zscore, peak, features, mse, "
+                        "mae, ssim, or all for a table of every one (default: fused)")
     parser.add_argument("--image", metavar="PATH", help="score this image, or every image in "
                         "this folder, instead of testing")
     parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
@@ -76,7 +76,16 @@ from data import (
     split_samples,
     to_float,
 )
-from models import DEFAULT_SCORER, SCORERS, AnomalyScorer, create_model, ssim_map
+from models import (
+    CALIBRATED,
+    DEFAULT_SCORER,
+    OWN_MAP,
+    SCORERS,
+    AnomalyScorer,
+    Reading,
+    create_model,
+    read,
+)
 from train import Progress, autocast, choose_device, choose_precision, load_checkpoint, place
 
 RESAMPLES = 1000
@@ -99,11 +108,11 @@ class Run:
     fingerprint: str  # of the data it was trained on
 
     @torch.inference_mode()
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B,1,H,W] to (images, reconstructions), both fp32 in [0,1] on the device."""
+    def read(self, images: Tensor) -> Reading:
+        """What the model makes of uint8 images [B,1,H,W]; on the device."""
         images = to_float(images, self.device)
         with autocast(self.device, self.precision):
-            return images, self.model(images).float()
+            return read(self.model, images)
 
 
 def load_run(path: str | Path, device: str = "auto") -> Run:
@@ -119,11 +128,13 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
         raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
                         f"go on with: python train.py --model {config.model} --resume {folder} "
                         f"(--epochs {state['epoch']} ends it now)")
+    if not state["scorer"].keys() >= set(CALIBRATED):
+        raise UserError(f"{folder}: calibrated by an earlier version of this project; train again")
     where, _ = choose_device(device)
     precision, _ = choose_precision(config.precision, where)
     model = create_model(config.model, config)
     model.load_state_dict(state["model"])
-    scorer = AnomalyScorer(config.image_size)
+    scorer = AnomalyScorer()
     scorer.load_state_dict(state["scorer"])
     name = NAMES[config.model]
     if folder.resolve().name != config.model:
@@ -196,6 +207,16 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
+                      weights: np.ndarray) -> tuple[float, float, float]:
+    """(AUROC of scores b less that of scores a, its 95 % interval): both on the same resamples."""
+    once = np.ones((1, len(labels)))
+    one, two = (weighted_auroc(scores, labels, once)[0] for scores in (a, b))
+    differences = (bootstrap(weighted_auroc, b, labels, weights)
+                   - bootstrap(weighted_auroc, a, labels, weights))
+    return float(two - one), *interval(differences)
+
+
 def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
     """A plain sentence on the AUROC difference b - a and its 95 % interval."""
     better, worse = (name_b, name_a) if difference >= 0 else (name_a, name_b)
@@ -248,11 +269,11 @@ class Scored:
     samples: list[Sample]
     scores: dict[str, np.ndarray]  # scorer -> [n]
     trivial: dict[str, np.ndarray]
-    mse: np.ndarray  # of the reconstruction
-    ssim: np.ndarray
     bad: dict[str, str]  # images that could not be read
     pixel_auroc: float | None = None  # for data with masks
-    peaks: list[tuple[str, bool]] = dataclasses.field(default_factory=list)  # (finding, hit)
+    # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
+    # sum, and its share of the image's area, which is what a map that knows nothing would give.
+    located: list[tuple[bool, float, float]] = dataclasses.field(default_factory=list)
 
     @property
     def labels(self) -> np.ndarray:
@@ -266,24 +287,21 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
                          memory=run.config.memory_bytes, cache=False)
     scores: dict[str, list] = {name: [] for name in SCORERS}
     baselines: dict[str, list] = {}
-    mse, ssim, order, peaks = [], [], [], []
-    pixels, in_lesion = [], []
+    order, located, pixels, in_lesion = [], [], [], []
     bar = Progress(len(samples), f"scoring with {run.name}")
     for images, positions in stream:
-        x, reconstruction = run.reconstruct(images)
-        for name in SCORERS:
-            maps = run.scorer.anomaly_map(name, x, reconstruction)
-            scores[name].append(run.scorer.score(name, maps).cpu().double().numpy())
-            if name == scorer:
-                for i, map_ in zip(positions.tolist(), maps[:, 0].cpu().numpy(), strict=True):
-                    mask = lesion_mask(source, samples[i], run.config.image_size)
-                    if mask is not None:
-                        pixels.append(map_.ravel().astype(np.float32))
-                        in_lesion.append(mask.ravel())
-                        if mask.any():
-                            peaks.append((samples[i].finding, peak_in_lesion(map_, mask)))
-        mse.append((x - reconstruction).square().mean((1, 2, 3)).cpu().numpy())
-        ssim.append(ssim_map(x, reconstruction).mean((1, 2, 3)).cpu().numpy())
+        reading = run.read(images)
+        for name, values in run.scorer.scores(reading).items():
+            scores[name].append(values.numpy())
+        maps = run.scorer.anomaly_map(scorer, reading)[:, 0].cpu().numpy()
+        for i, map_ in zip(positions.tolist(), maps, strict=True):
+            mask = lesion_mask(source, samples[i], run.config.image_size)
+            if mask is not None and mask.any():
+                energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
+                located.append((peak_in_lesion(map_, mask), energy, float(mask.mean())))
+            if mask is not None and not source.boxes:  # a box holds much besides its lesion
+                pixels.append(map_.ravel())
+                in_lesion.append(mask.ravel())
         for name, values in (trivial(images.numpy()) if trivial else {}).items():
             baselines.setdefault(name, []).append(values)
         order += positions.tolist()
@@ -294,7 +312,7 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
     if not all(np.isfinite(np.concatenate(v)).all() for v in scores.values()):
         raise UserError(f"{run.folder}: its scores are not finite numbers; train it again")
     pixel_auroc = None
-    if peaks:
+    if any(mask.any() for mask in in_lesion):
         truth = np.concatenate(in_lesion)
         thin = max(1, len(truth) // 5_000_000)  # more pixels would change no digit shown
         pixel_auroc = float(roc_auc_score(truth[::thin], np.concatenate(pixels)[::thin]))
@@ -304,7 +322,7 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
         is_ap = [s.view.startswith("AP") for s in seen]
         trivial_scores["is it an AP film"] = np.array(is_ap, dtype=float)
     return Scored(seen, {k: np.concatenate(v) for k, v in scores.items()}, trivial_scores,
-                  np.concatenate(mse), np.concatenate(ssim), stream.bad, pixel_auroc, peaks)
+                  stream.bad, pixel_auroc, located)
 
 
 def lesion_mask(source: Source, sample: Sample, size: int) -> np.ndarray | None:
@@ -419,6 +437,7 @@ def measure(run: Run, scored: Scored, scorer: str, weights: np.ndarray) -> dict[
         result["average_precision_ci"] = interval(
             bootstrap(weighted_average_precision, scores, labels, weights))
         result["auroc_by_finding"] = by_finding(scored, scores)
+        result["auroc_by_view"] = by_view(scored, scores)
     return result
 
 
@@ -433,6 +452,29 @@ def by_finding(scored: Scored, scores: np.ndarray) -> dict[str, dict[str, float]
             auroc = weighted_auroc(scores[chosen], labels[chosen], np.ones((1, chosen.sum())))
             table[str(finding)] = {"auroc": float(auroc[0]), "n": int(count)}
     return table
+
+
+def by_view(scored: Scored, scores: np.ndarray) -> dict[str, dict[str, float]]:
+    """AUROC within the images of each view, n of them; {} where no two views are known."""
+    labels, views = scored.labels, np.array([s.view for s in scored.samples])
+    table = {}
+    for view, count in Counter(views).most_common():
+        chosen = views == view
+        if view and len(set(labels[chosen])) == 2:
+            auroc = weighted_auroc(scores[chosen], labels[chosen], np.ones((1, count)))
+            table[str(view)] = {"auroc": float(auroc[0]), "n": int(count)}
+    return table if len(set(views) - {""}) > 1 else {}
+
+
+def localisation(scored: Scored) -> dict[str, object]:
+    """How well the maps point at lesions; lesions as large as the median count as large."""
+    hits, energies, areas = np.array(scored.located).T
+    large = areas >= np.median(areas)
+    return {"pixel_auroc": scored.pixel_auroc, "n_located": len(hits),
+            "peak_in_lesion": float(hits.mean()), "peak_tolerance": PEAK_TOLERANCE,
+            "peak_in_small_lesion": float(hits[~large].mean()) if not large.all() else None,
+            "peak_in_large_lesion": float(hits[large].mean()),
+            "energy_in_lesion": float(energies.mean()), "lesion_area": float(areas.mean())}
 
 
 def best_direction(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -501,8 +543,9 @@ def evaluate(
         metrics = measure(run, scored, scorer, weights)
         well = scored.labels == NORMAL
         metrics |= {
-            "reconstruction_mse": float(scored.mse[well].mean()) if well.any() else None,
-            "reconstruction_ssim": float(scored.ssim[well].mean()) if well.any() else None,
+            "reconstruction_mse": float(scored.scores["mse"][well].mean()) if well.any() else None,
+            "reconstruction_ssim": 1 - float(scored.scores["ssim"][well].mean())
+            if well.any() else None,
             "scorer": scorer, "data": source.title, "external": external, "split": split,
             "data_fingerprint": source.fingerprint(), "trained_on": run.config.data,
             "model": run.config.model, "unreadable": scored.bad,
@@ -511,10 +554,8 @@ def evaluate(
         if metrics["auroc"] is not None:
             metrics["baselines"] = {k: best_direction(v, scored.labels)
                                     for k, v in (all_scored or [scored])[0].trivial.items()}
-        if scored.pixel_auroc is not None:
-            metrics["pixel_auroc"] = scored.pixel_auroc
-            metrics["peak_in_lesion"] = float(np.mean([hit for _, hit in scored.peaks]))
-            metrics["peak_tolerance"] = PEAK_TOLERANCE
+        if scored.located:
+            metrics |= localisation(scored)
         if whole_grid:
             metrics["scorers"] = {k: measure(run, scored, k, weights) for k in SCORERS}
         folder = result_folder(run, source, split)
@@ -569,18 +610,26 @@ def results_table(names: list[str], results: list[dict]) -> str:
         lines += [row(f"  {scorer}", g) for scorer, g in r.get("scorers", {}).items()]
     lines.append("trivial scores, each in its better direction:")
     lines += [f"  {k:<26}{v:>6.3f}" for k, v in first["baselines"].items()]
-    if first["auroc_by_finding"]:
-        lines += ["", f"{'AUROC by finding':<28}" + "".join(f"{n[:14]:>15}" for n in names)]
-        for finding, entry in first["auroc_by_finding"].items():
-            label = f"  {finding[:18]} ({entry['n']})"
+    for title in ("AUROC by finding", "AUROC by view"):
+        key = title.lower().replace(" ", "_")
+        if first[key]:
+            lines += ["", f"{title:<28}" + "".join(f"{n[:14]:>15}" for n in names)]
+        for group, entry in first[key].items():
+            label = f"  {group[:18]} ({entry['n']})"
             lines.append(f"{label:<28}" + "".join(
-                f"{r['auroc_by_finding'][finding]['auroc']:>15.3f}" for r in results))
-    if "pixel_auroc" in first:
-        lines.append(f"{'pixel AUROC':<28}" + "".join(
-            f"{r['pixel_auroc']:>15.3f}" for r in results))
-        lines.append(f"{'map peak in lesion':<28}" + "".join(
-            f"{share(r['peak_in_lesion']):>15}" for r in results)
-            + f"   (within {PEAK_TOLERANCE:.0%} of the image side)")
+                f"{r[key][group]['auroc']:>15.3f}" for r in results))
+    if "n_located" in first:
+        lines.append(f"\nlocalisation of {first['n_located']} lesions")
+        if first["pixel_auroc"] is not None:
+            lines.append(f"{'  pixel AUROC':<28}" + "".join(
+                f"{r['pixel_auroc']:>15.3f}" for r in results))
+        for key, title in (("peak_in_lesion", "map peak in lesion"),
+                           ("peak_in_small_lesion", "  the smaller half"),
+                           ("peak_in_large_lesion", "  the larger half"),
+                           ("energy_in_lesion", "share of map in lesion")):
+            lines.append(f"  {title:<26}" + "".join(f"{share(r[key]):>15}" for r in results))
+        lines.append(f"  The peak may lie {PEAK_TOLERANCE:.0%} of the image side beside it. The "
+                     f"lesions cover {share(first['lesion_area'])} of the image.")
     drift = [r["specificity_at_threshold"] for r in results]
     if min(drift) < 0.90:
         lines.append(f"Careful: the threshold set for 95 % specificity reaches {share(min(drift))} "
@@ -621,11 +670,9 @@ def compare(runs: list[Run], sources: list[Source], scored: list[Scored], result
         labels = scored[0].labels
         for a in range(len(runs)):
             for b in range(a + 1, len(runs)):
-                one, two = (bootstrap(weighted_auroc, scored[i].scores[results[i]["scorer"]],
-                                      labels, weights) for i in (a, b))
+                one, two = (scored[i].scores[results[i]["scorer"]] for i in (a, b))
                 verdicts.append(verdict(runs[a].name, runs[b].name,
-                                        results[b]["auroc"] - results[a]["auroc"],
-                                        *interval(two - one)))
+                                        *paired_difference(one, two, labels, weights)))
     print("\n".join(["", *lines, *verdicts]))
     text = ["# Comparison", "", f"Tested on: {results[0]['data']}. Trained on: "
             f"{results[0]['trained_on']}.", "", "```", table, "```", "",
@@ -743,9 +790,9 @@ def pictures(run: Run, source: Source, samples: list[Sample],
     size = run.config.image_size
     images = torch.stack([torch.from_numpy(decode_image(source.read(s), size).copy())[None]
                           for s in samples])
-    x, reconstruction = run.reconstruct(images)
-    maps = run.scorer.anomaly_map(scorer, x, reconstruction)
-    return tuple(t[:, 0].cpu().numpy() for t in (x, reconstruction, maps))
+    reading = run.read(images)
+    maps = run.scorer.anomaly_map(scorer, reading)
+    return tuple(t[:, 0].cpu().numpy() for t in (reading.images, reading.reconstruction, maps))
 
 
 def map_top(maps: np.ndarray) -> float:
@@ -869,9 +916,9 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
                 raise UserError(f"--image {file}: cannot be read as an image ({error})") from None
             skipped.append(f"skipped   {name}: {error}")
             continue
-        x, reconstruction = loaded.reconstruct(torch.from_numpy(pixels.copy())[None, None])
-        maps = loaded.scorer.anomaly_map(scorer, x, reconstruction)
-        score = loaded.scorer.score(scorer, maps).cpu().double()
+        reading = loaded.read(torch.from_numpy(pixels.copy())[None, None])
+        maps = loaded.scorer.anomaly_map(scorer, reading)
+        score = loaded.scorer.scores(reading)[scorer]
         row = {"image": name, "score": round(float(score), 6),
                "percentile_among_normals": round(
                    float(loaded.scorer.percentile(scorer, score)[0]), 1),
@@ -880,7 +927,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         rows.append(row)
         np.save(folder / f"{stem}_map.npy", maps[0, 0].cpu().numpy().astype(np.float32))
         picture = folder / f"{stem}_heatmap.png"
-        draw_prediction(loaded, row, x, reconstruction, maps, scorer, picture)
+        draw_prediction(loaded, row, reading, maps, scorer, picture)
         bar.update(1)
     bar.close()
     print("\n".join(skipped) or "", end="\n" if skipped else "")
@@ -903,19 +950,21 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     return rows
 
 
-def draw_prediction(run: Run, row: dict, x: Tensor, reconstruction: Tensor, maps: Tensor,
-                    scorer: str, file: Path) -> None:
+def draw_prediction(run: Run, row: dict, reading: Reading, maps: Tensor, scorer: str,
+                    file: Path) -> None:
     """Input, reconstruction and heatmap side by side.
 
-    The colour scale ends where the map's own peak lies, or at twice the threshold if that is
-    more, so that a normal image does not glow.
+    The colour scale ends where the map's own peak lies, or at twice what peaks of normal images
+    reach if that is more, so that a normal image does not glow.
     """
-    image, back, map_ = (t[0, 0].cpu().numpy() for t in (x, reconstruction, maps))
+    image, back, map_ = (t[0, 0].cpu().numpy()
+                         for t in (reading.images, reading.reconstruction, maps))
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     axes = figure.subplots(1, 3)
     show_image(axes[0], image, "input")
     show_image(axes[1], back, "reconstruction")
-    shown = show_map(axes[2], image, map_, max(float(map_.max()), 2 * row["threshold"]))
+    usual = run.scorer.threshold(scorer if scorer in OWN_MAP else "peak", 0.95)
+    shown = show_map(axes[2], image, map_, max(float(map_.max()), 2 * usual))
     axes[2].set_title("anomaly map", fontsize=9)
     figure.colorbar(shown, ax=axes[2], label=scorer)
     figure.suptitle(f"{row['image']}: score {row['score']:.4g}, percentile "

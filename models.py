@@ -7,9 +7,13 @@
 Every image tensor here is float [B,1,H,W] with values in [0,1]; H = W = the model's image size.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from config import Config, UserError
 
@@ -91,7 +95,11 @@ class UNet(nn.Module):
         may run it on the first share of the batch only; its result has that many images, and is
         left out at 0.
         """
-        *skips, bottom = self.features(x)
+        return self.from_features(self.features(x), skip_free_share)
+
+    def from_features(self, maps: list[Tensor], skip_free_share: float = 1.0) -> list[Tensor]:
+        """What `reconstructions` gives, from the encoder's maps."""
+        *skips, bottom = maps
         latent = self.to_latent(bottom.flatten(1))
         bottom = self._bottom_from(latent)
         y = bottom
@@ -100,7 +108,7 @@ class UNet(nn.Module):
             y = block(torch.cat([skip, y], dim=1))
         result = [torch.sigmoid(self.out(y))]
         if skip_free_share > 0:
-            result.append(self._decode_bottom(bottom[: max(1, round(len(x) * skip_free_share))]))
+            result.append(self._decode_bottom(bottom[: max(1, round(len(y) * skip_free_share))]))
         return result
 
     def _bottom_from(self, latent: Tensor) -> Tensor:
@@ -116,8 +124,8 @@ class ReversedAutoencoder(nn.Module):
     """Asymmetric autoencoder without skip connections (after Bercea et al., MIDL 2023).
 
     Strided convolutions and two Linear layers lead down to the latent, two Linear layers and
-    three transposed convolutions back up. `features` serve the reversed embedding: the encoder
-    run once more, on the reconstruction.
+    three transposed convolutions back up. Its training runs the encoder once more, on the
+    reconstruction (`reversed_embedding_loss`).
 
     width: channels of the first level; the encoder's levels have 1, 2, 4 and 8 times as many.
     """
@@ -187,7 +195,30 @@ class ReversedAutoencoder(nn.Module):
 
     def reconstructions(self, x: Tensor, skip_free_share: float = 1.0) -> list[Tensor]:
         """[forward(x)]: the one view this model has, in the form that U-Net gives its two."""
-        return [self(x)]
+        return self.from_features(self.features(x), skip_free_share)
+
+    def from_features(self, maps: list[Tensor], skip_free_share: float = 1.0) -> list[Tensor]:
+        """What `reconstructions` gives, from the encoder's maps."""
+        return [self.decode(self.to_latent(maps[-1].flatten(1)))]
+
+    def reversed_embedding_loss(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """How far the encoder's maps of the reconstruction lie from those of the clean image.
+
+        Bercea et al.: sum over the levels of half the mean squared difference and of 1 - cosine.
+        The encoder is the measure here and is held still, weights and running statistics: it
+        would otherwise make the term small by mapping everything to one place.
+        """
+        loss = torch.zeros((), device=images.device)
+        both = torch.cat([images, reconstruction])  # one pass: BatchNorm treats them alike
+        for block in self.down:
+            held = {k: v.detach() for k, v in block.named_parameters()}
+            held |= {k: v.clone() for k, v in block.named_buffers()}
+            both = functional_call(block, held, both)
+            wanted, got = (half.flatten(1).float() for half in both.chunk(2))
+            wanted = wanted.detach()
+            loss = loss + F.mse_loss(got, wanted) / 2
+            loss = loss + (1 - F.cosine_similarity(got, wanted, dim=1)).mean()
+        return loss
 
 
 def check_image_size(model: str, image_size: int, multiple: int) -> None:
@@ -219,6 +250,8 @@ MODEL_CLASSES = {"unet": UNet, "reversed_ae": ReversedAutoencoder}
 
 # Share of a training batch on which U-Net's skip-free decoder is trained too.
 SKIP_FREE_SHARE = 0.25
+# Of the reversed-embedding term, which so becomes about as large as the reconstruction's error.
+REVERSED_WEIGHT = 0.01
 
 
 class Draws:
@@ -260,40 +293,141 @@ def coarse_noise(images: Tensor, draws: Draws) -> Tensor:
     for i, cells in enumerate((4, 8, 16, 32)):
         grid = draws.randn(1, cells, cells)
         grid = (grid * strength * (choice == i)).to(images.device)
-        noise += F.interpolate(grid, size=(H, W), mode="bilinear", align_corners=False)
+        # Continued round the edges, so that rolling leaves no seam.
+        grid = F.pad(grid, (1, 1, 1, 1), mode="circular")
+        high, wide = (round(side * (cells + 2) / cells) for side in (H, W))
+        grid = F.interpolate(grid, size=(high, wide), mode="bilinear", align_corners=False)
+        y, x = (high - H) // 2, (wide - W) // 2
+        noise += grid[..., y : y + H, x : x + W]
     # The grid's lines must not always lie in the same place.
     shift = torch.randint(H, (2,), generator=draws.generator).tolist()
     return noise.roll(shift, dims=(2, 3))
 
 
+def soft_shapes(images: Tensor, draws: Draws, count: int) -> Tensor:
+    """Soft-edged blobs, `count` for each image, [B,count,H,W] in [0,1] (1 inside).
+
+    Radii of 4-30 % of the image side, stretched, turned, and with lobes: the distance from the
+    centre is changed by smooth noise, so that no outline is an ellipse. An edge falls from 0.73
+    to 0.27 over 2-10 % of the side: harder ones would be found by the edge alone.
+    """
+    H, W = images.shape[2:]
+
+    def uniform(low: float, high: float) -> Tensor:
+        return (low + (high - low) * draws.rand(count, 1, 1)).to(images.device)
+
+    y = (torch.arange(H, device=images.device)[:, None] + 0.5) / H - uniform(0.05, 0.95)
+    x = (torch.arange(W, device=images.device) + 0.5) / W - uniform(0.05, 0.95)
+    angle = uniform(0, math.pi)
+    radius_u, radius_v = (uniform(math.log(0.04), math.log(0.3)).exp() for _ in range(2))
+    u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    distance = ((u / radius_u).square() + (v / radius_v).square()).sqrt()
+    distance = distance + uniform(0, 0.6) * smooth_noise(images, draws, count, 6)
+    edge = uniform(0.01, 0.05) / torch.minimum(radius_u, radius_v)
+    return torch.sigmoid((1 - distance) / edge)
+
+
+def smooth_noise(images: Tensor, draws: Draws, count: int, cells: int) -> Tensor:
+    """Standard normal numbers on a grid of cells x cells, enlarged to [B,count,H,W]."""
+    grid = draws.randn(count, cells, cells).to(images.device)
+    return F.interpolate(grid, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+def add_opacities(images: Tensor, draws: Draws) -> Tensor:
+    """One to three bright or dark opacities on 70 % of the images, smooth or grainy."""
+    count = 3
+    shapes = soft_shapes(images, draws, count)
+    there = draws.rand(count, 1, 1) < 0.5
+    there[:, 0] = True
+    there &= draws.rand(1, 1, 1) < 0.7
+    strength = (0.08 + 0.42 * draws.rand(count, 1, 1)) * there
+    strength = strength * torch.where(draws.rand(count, 1, 1) < 0.65, 1, -1)  # bright more often
+    texture = smooth_noise(images, draws, count, max(4, images.shape[-1] // 4))
+    texture = 1 + draws.rand(count, 1, 1).to(images.device) * texture
+    return images + (strength.to(images.device) * shapes * texture).sum(1, keepdim=True)
+
+
+def add_foreign_patch(images: Tensor, draws: Draws, clean: Tensor) -> Tensor:
+    """A piece of another image of the batch, shifted, perhaps flipped, on half of the images.
+
+    clean: where pieces are taken from, [B,1,H,W]. One image alone gets none.
+    """
+    B = len(images)
+    shape = soft_shapes(images, draws, 1)
+    blend = (0.4 + 0.6 * draws.rand(1, 1, 1)) * (draws.rand(1, 1, 1) < 0.5)
+    offset, flip = draws.rand(), torch.where(draws.rand(2) < 0.5, 1.0, -1.0)
+    shift = draws.rand(2) - 0.5  # in half sides: up to a quarter of the side
+    if B == 1:
+        return images
+    partner = (torch.arange(B) + 1 + (offset * (B - 1)).long()) % B
+    theta = torch.zeros(B, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip[:, 0], flip[:, 1], shift
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    patch = F.grid_sample(clean[partner.to(images.device)], grid, padding_mode="reflection",
+                          align_corners=False)
+    return images + blend.to(images.device) * shape * (patch - images)
+
+
 def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
-    """What the network sees of clean images [B,1,H,W] under the objective; same shape, in [0,1]."""
+    """What the network sees of clean images [B,1,H,W] under the objective; same shape, in [0,1].
+
+    heal composes the corruptions: with only one kind in an image a network learns to look for
+    the kind rather than for what a normal image looks like.
+    """
     if objective == "plain":
         return images
-    return (images + coarse_noise(images, draws)).clamp(0, 1)
+    seen = images
+    if objective == "heal":
+        seen = add_foreign_patch(seen, draws, images)
+        seen = add_opacities(seen, draws)
+    return (seen + coarse_noise(images, draws)).clamp(0, 1)
 
 
 def objective_loss(model: nn.Module, inputs: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error against the clean images, averaged over the model's reconstructions.
 
     inputs: what the model sees, [B,1,H,W]; images: the same, clean. The loss is computed in fp32
-    whatever the network's precision.
+    whatever the network's precision. In training a Reversed Autoencoder adds its own term; not
+    in validation, since the encoder that measures it changes from epoch to epoch.
     """
     views = model.reconstructions(inputs, SKIP_FREE_SHARE)
-    losses = [F.l1_loss(view.float(), images[: len(view)]) for view in views]
-    return torch.stack(losses).mean()
+    loss = torch.stack([F.l1_loss(view.float(), images[: len(view)]) for view in views]).mean()
+    if model.training and isinstance(model, ReversedAutoencoder):
+        loss = loss + REVERSED_WEIGHT * model.reversed_embedding_loss(images, views[0])
+    return loss
 
 
 # ----------------------------------------------------------------------------------------------
 # Scorers: from input and reconstruction to an anomaly map and an anomaly score
 
 SCORERS = {
-    "zscore": "residual as per-pixel z-score among training normals, low-passed, absolute",
+    "fused": "mean of zscore, peak and features, each standardised on validation normals",
+    "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
+    "peak": "the largest 1 % of the zscore map",
+    "features": "Mahalanobis distance of the encoder's averaged maps from training normals",
     "mse": "squared residual",
     "mae": "absolute residual",
     "ssim": "1 - structural similarity",
 }
-DEFAULT_SCORER = "zscore"
+DEFAULT_SCORER = "fused"
+FUSED = ("zscore", "peak", "features")  # equal weights: none is fitted, on anomalies least of all
+OWN_MAP = ("mse", "mae", "ssim")  # the other scorers show the zscore map
+SCALES = (1 / 32, 1 / 16, 1 / 8)  # sides of the low-pass windows, as shares of the image side
+
+
+class Reading(NamedTuple):
+    """What a model makes of a batch of images: all that the scorers look at. fp32."""
+
+    images: Tensor  # [B,1,H,W] in [0,1]
+    reconstruction: Tensor  # [B,1,H,W] in [0,1]
+    features: Tensor  # [B,F], the encoder's maps of all levels, averaged over their positions
+
+
+def read(model: nn.Module, images: Tensor) -> Reading:
+    """The Reading of images [B,1,H,W]; the encoder runs once."""
+    maps = model.features(images)
+    pooled = torch.cat([m.float().mean((2, 3)) for m in maps], dim=1)
+    return Reading(images, model.from_features(maps, 0.0)[0].float(), pooled)
 
 
 def box_filter(maps: Tensor, side: int) -> Tensor:
@@ -307,13 +441,15 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     Wang et al. 2004: 11x11 Gaussian window of standard deviation 1.5, K1 = 0.01, K2 = 0.03;
     borders are mirrored so that the map has the image's size.
     """
-    t = torch.arange(11, dtype=a.dtype, device=a.device) - 5
-    g = torch.exp(-t.square() / (2 * 1.5**2))
-    g = g / g.sum()
+    H, W = a.shape[2:]
+    bell = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
+    bell = [g / sum(bell) for g in bell]
 
     def blur(x: Tensor) -> Tensor:
+        # Sums, since a convolution rounds differently for batches of different sizes.
         x = F.pad(x, (5, 5, 5, 5), mode="reflect")
-        return F.conv2d(F.conv2d(x, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))
+        x = sum(g * x[:, :, i : i + H] for i, g in enumerate(bell))
+        return sum(g * x[..., i : i + W] for i, g in enumerate(bell))
 
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2
@@ -325,60 +461,85 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
 
 
 class AnomalyScorer:
-    """Reads reconstructions: anomaly maps, scores, and what is normal for both.
+    """Reads what a model makes of images: anomaly maps, scores, and what is normal for both.
 
     Calibrated on normal images alone. Training normals give the residual's mean and standard
-    deviation at every pixel (`add` for each batch, then `finish`); validation normals give the
-    scores that thresholds and percentiles refer to (`normal_scores`).
+    deviation at every pixel and the features' Gaussian (`add` for each batch, then `finish`);
+    validation normals give what scores are standardised by and what thresholds and percentiles
+    refer to (`refer_to`).
     """
 
-    def __init__(self, image_size: int) -> None:
-        shape = (1, 1, image_size, image_size)
-        self.count = 0
-        self.mean, self.std = torch.zeros(shape), torch.ones(shape)
+    def __init__(self) -> None:
+        self._sum, self._squares = torch.zeros(()), torch.zeros(())  # float64 [scales,H,W] later
+        self._features: list[Tensor] = []
         self.normal_scores: dict[str, Tensor] = {}  # scorer -> sorted float64 [n]
-        self._sum = torch.zeros(shape, dtype=torch.float64)
-        self._squares = torch.zeros(shape, dtype=torch.float64)
 
-    def add(self, images: Tensor, reconstructions: Tensor) -> None:
-        """Take in a batch of training normals and their reconstructions, both [B,1,H,W]."""
-        residual = (images - reconstructions).cpu().double()  # MPS has no float64
-        self._sum += residual.sum(0, keepdim=True)
-        self._squares += residual.square().sum(0, keepdim=True)
-        self.count += len(residual)
+    def add(self, reading: Reading) -> None:
+        """Take in what the model makes of a batch of training normals."""
+        residual = low_passed(reading).cpu().double()  # MPS has no float64
+        self._sum = self._sum + residual.sum(0)
+        self._squares = self._squares + residual.square().sum(0)
+        self._features.append(reading.features.cpu().double())
 
     def finish(self) -> None:
-        """Turn what was added into the per-pixel mean and standard deviation."""
+        """Turn what was added into means, deviations and the features' Gaussian."""
+        features = torch.cat(self._features)
+        self.count = len(features)
         mean = self._sum / self.count
         variance = (self._squares / self.count - mean**2).clamp(min=0)
         # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
-        # The floor (2.5 of 255 grey levels) keeps pixels that never vary from ruling the score.
+        # The floor (1 of 255 grey levels) keeps pixels that never vary from ruling the score.
         side = 2 * round(mean.shape[-1] / 64) + 1
-        self.mean = mean.float()
-        self.std = box_filter(variance, side).sqrt().clamp(min=0.01).float()
+        self.mean = mean.float()  # [scales,H,W]
+        self.std = box_filter(variance[None], side)[0].sqrt().clamp(min=1 / 255).float()
+        self.feature_mean, self.whitening = gaussian(features)
+        self._features = []
 
-    def anomaly_map(self, scorer: str, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """How abnormal each pixel looks, [B,1,H,W], at least 0; images and maps in fp32."""
+    def anomaly_map(self, scorer: str, reading: Reading) -> Tensor:
+        """How abnormal each pixel looks, [B,1,H,W], at least 0."""
+        if scorer not in SCORERS:
+            raise UserError(f"--scorer {scorer}: not one of {', '.join(SCORERS)}")
+        x, y = reading.images, reading.reconstruction
         if scorer == "mse":
-            return (images - reconstructions).square()
+            return (x - y).square()
         if scorer == "mae":
-            return (images - reconstructions).abs()
+            return (x - y).abs()
         if scorer == "ssim":
-            return 1 - ssim_map(images, reconstructions)
-        if scorer == "zscore":
-            mean, std = self.mean.to(images.device), self.std.to(images.device)
-            z = (images - reconstructions - mean) / std
-            return box_filter(z, 2 * round(z.shape[-1] * 3 / 128) + 1).abs()
-        raise UserError(f"--scorer {scorer}: not one of {', '.join(SCORERS)}")
+            return 1 - ssim_map(x, y)
+        z = (low_passed(reading) - self.mean.to(x.device)) / self.std.to(x.device)
+        return z.abs().mean(1, keepdim=True)
 
-    @staticmethod
-    def score(scorer: str, maps: Tensor) -> Tensor:
-        """Anomaly score [B]: the mean of each map; for zscore the mean of its largest 1 %, since
-        a lesion covers little of the image."""
-        flat = maps.flatten(1)
-        if scorer == "zscore":
-            flat = flat.topk(max(1, flat.shape[1] // 100), dim=1).values
-        return flat.mean(dim=1)
+    def scores(self, reading: Reading) -> dict[str, Tensor]:
+        """Anomaly scores by every scorer, float64 [B] on the CPU; fused only after refer_to."""
+        z = self.anomaly_map("zscore", reading).flatten(1)
+        scores = {
+            "zscore": z.mean(1),
+            "peak": z.topk(max(1, z.shape[1] // 100), dim=1).values.mean(1),
+        }
+        for name in OWN_MAP:
+            scores[name] = self.anomaly_map(name, reading).mean((1, 2, 3))
+        scores = {name: value.cpu().double() for name, value in scores.items()}
+        away = reading.features.cpu().double() - self.feature_mean
+        # Row by row: a product of matrices rounds differently for batches of different sizes.
+        white = torch.stack([row @ self.whitening for row in away])
+        scores["features"] = white.square().mean(1).sqrt()
+        return self._fuse(scores) if self.normal_scores else scores
+
+    def _fuse(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores with the fused one added, in the order of SCORERS."""
+        parts = []
+        for name in FUSED:
+            # Logarithms: the parts are distances, and one must not drown the others.
+            normal = self.normal_scores[name].log()
+            parts.append((scores[name].log() - normal.mean()) / normal.std())
+        scores = scores | {"fused": torch.stack(parts).mean(0)}
+        return {name: scores[name] for name in SCORERS}
+
+    def refer_to(self, normals: list[dict[str, Tensor]]) -> None:
+        """Take the `scores` of all batches of validation normals as what is normal."""
+        scores = {name: torch.cat([s[name] for s in normals]) for name in normals[0]}
+        self.normal_scores = {name: value.sort().values for name, value in scores.items()}
+        self.normal_scores["fused"] = self._fuse(scores)["fused"].sort().values
 
     def threshold(self, scorer: str, specificity: float) -> float:
         """The score at or under which that share of the validation normals lie."""
@@ -392,9 +553,39 @@ class AnomalyScorer:
 
     def state_dict(self) -> dict[str, object]:
         """Everything calibrated, as tensors and plain numbers."""
-        return {"count": self.count, "mean": self.mean, "std": self.std,
-                "normal_scores": self.normal_scores}
+        return {name: getattr(self, name) for name in CALIBRATED}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count, self.mean, self.std = state["count"], state["mean"], state["std"]
-        self.normal_scores = dict(state["normal_scores"])
+        for name in CALIBRATED:
+            setattr(self, name, state[name])
+
+
+CALIBRATED = ("count", "mean", "std", "feature_mean", "whitening", "normal_scores")
+
+
+def low_passed(reading: Reading) -> Tensor:
+    """The residual seen through windows of each of SCALES, [B,scales,H,W]."""
+    residual = reading.images - reading.reconstruction
+    sides = (2 * round(scale * residual.shape[-1] / 2) + 1 for scale in SCALES)
+    return torch.cat([box_filter(residual, side) for side in sides], dim=1)
+
+
+def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean [F], whitening [F,F]) of features [n,F], so that (f - mean) @ whitening has unit
+    covariance.
+
+    There may be fewer images than features: the correlation matrix is drawn towards the identity
+    as far as its own noise calls for (Ledoit and Wolf 2004, equations 8-14).
+    """
+    n, _ = features.shape
+    mean = features.mean(0)
+    scale = features.std(0).clamp(min=1e-6)  # a dead channel stays one
+    x = (features - mean) / scale
+    S = x.T @ x / n
+    level = S.diagonal().mean()
+    target = level * torch.eye(len(S), dtype=S.dtype)
+    distance = (S - target).square().sum()
+    noise = (x.square().sum(1).square().sum() / n - S.square().sum()) / n
+    share = (noise / distance.clamp(min=1e-12)).clamp(0.01, 1)
+    values, vectors = torch.linalg.eigh((1 - share) * S + share * target)
+    return mean, vectors / values.clamp(min=1e-12).sqrt() / scale[:, None]

@@ -49,7 +49,7 @@ from data import (
     to_float,
     write_splits,
 )
-from models import SCORERS, AnomalyScorer, Draws, corrupt, create_model, objective_loss
+from models import AnomalyScorer, Draws, Reading, corrupt, create_model, objective_loss, read
 
 FORMAT = 1  # of the checkpoints
 CALIBRATION_IMAGES = 256  # training normals that the scorer is calibrated on, at most
@@ -331,31 +331,28 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
               precision: str) -> AnomalyScorer:
     """A scorer calibrated on training normals, with the scores of the validation normals."""
     model.eval()
-    scorer = AnomalyScorer(model.image_size)
+    scorer = AnomalyScorer()
     stream: ImageStream = loaders.train.dataset
     some = stream.every(math.ceil(len(stream.samples) / CALIBRATION_IMAGES))
 
-    def reconstruct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def reading(images: torch.Tensor) -> Reading:
         images = to_float(images, device)
         with autocast(device, precision):
-            return images, model(images).float()
+            return read(model, images)
 
     bar = Progress(len(some.positions) + len(loaders.val.dataset.samples), "calibrating")
     for images, _ in some:
-        scorer.add(*reconstruct(images))
+        scorer.add(reading(images))
         bar.update(len(images))
     if not bar.done:
         raise UserError("none of the training images that the scores are calibrated on can be read")
     scorer.finish()
-    scores: dict[str, list[torch.Tensor]] = {name: [] for name in SCORERS}
+    normals = []
     for images, _ in loaders.val:
-        images, reconstructions = reconstruct(images)
-        for name in SCORERS:
-            maps = scorer.anomaly_map(name, images, reconstructions)
-            scores[name].append(scorer.score(name, maps).cpu().double())
+        normals.append(scorer.scores(reading(images)))
         bar.update(len(images))
     bar.close()
-    scorer.normal_scores = {k: torch.cat(v).sort().values for k, v in scores.items()}
+    scorer.refer_to(normals)
     return scorer
 
 

@@ -24,6 +24,7 @@ from data import (
     ImageStream,
     PhantomSource,
     Sample,
+    Source,
     augment,
     create_dataloaders,
     decode_image,
@@ -142,6 +143,26 @@ def test_nih_is_read_by_column_name_with_its_official_lists() -> None:
                     ("00000001_001.png", "1", 0, "", "AP", "train"),
                     ("00000002_000.png", "2", 0, "", "PA", "test")]
     assert left_out == {"listed in the table but not there": 1}
+    assert found.boxes == {}
+
+
+def test_nih_boxes_are_shares_of_the_side_and_masks_at_any_size() -> None:
+    name = "images_001/images/00000001_000.png"
+    found, _ = layout([name, "images_002/images/00000002_000.png"], {
+        "Data_Entry_2017.csv": NIH,
+        "BBox_List_2017.csv": "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
+        "00000001_000.png,Cardiomegaly,256,512,128,256,,,\n"
+        "00000001_000.png,Nodule,0,0,4,4,,,\n"
+        "00000009_000.png,Mass,1,1,9,9,,,\n"})
+    assert found.boxes == {name: [(0.25, 0.5, 0.375, 0.75), (0, 0, 1 / 256, 1 / 256)]}
+    source = Source()
+    source.boxes = found.boxes
+    mask = source.mask(next(s for s in found.samples if s.key == name), 64)
+    wanted = np.zeros((64, 64), bool)
+    wanted[32:48, 16:24] = True
+    wanted[0, 0] = True  # a box under a pixel does not vanish
+    assert np.array_equal(mask, wanted)
+    assert source.mask(next(s for s in found.samples if s.key != name), 64) is None
 
 
 def test_covid_rules_keep_frontal_xrays_with_a_stated_finding() -> None:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,14 @@ import evaluate as evaluate_module
 from config import UserError
 from data import Sample, read_splits
 from evaluate import (
+    Scored,
+    by_view,
     draw_evenly,
     evaluate,
     interval,
     load_run,
+    localisation,
+    paired_difference,
     parse_arguments,
     patient_weights,
     peak_in_lesion,
@@ -29,6 +34,7 @@ from evaluate import (
     weighted_auroc,
     weighted_average_precision,
 )
+from models import SCORERS
 from train import load_checkpoint, save_checkpoint, train
 
 
@@ -82,6 +88,49 @@ def test_the_verdict_names_the_better_and_says_whether_it_is_clear(
     assert verdict("A", "B", difference, low, high).startswith(says)
 
 
+@pytest.mark.parametrize(("skill_a", "skill_b", "says"), [
+    (0.5, 2.0, r"B scores 0\.\d+ higher than A, .*: a clear difference"),
+    (1.0, 1.0, r"[AB] scores 0\.0\d+ higher than [AB], .*: no clear difference"),
+    (2.0, 0.5, r"A scores 0\.\d+ higher than B, .*: a clear difference"),
+])
+def test_the_verdict_is_right_on_a_constructed_win_tie_and_loss(
+    skill_a: float, skill_b: float, says: str
+) -> None:
+    rng = np.random.RandomState(0)
+    labels = np.repeat([0, 1], 150)
+    a, b = (skill * labels + rng.randn(300) for skill in (skill_a, skill_b))
+    weights = patient_weights([str(i // 2) for i in range(300)])
+    difference, low, high = paired_difference(a, b, labels, weights)
+    assert low < difference < high
+    expected = roc_auc_score(labels, b) - roc_auc_score(labels, a)
+    assert difference == pytest.approx(expected, abs=1e-9)
+    assert re.match(says, verdict("A", "B", difference, low, high))
+
+
+def test_pairing_makes_a_small_but_steady_difference_clear() -> None:
+    rng = np.random.RandomState(1)
+    labels = np.repeat([0, 1], 150)
+    a = labels + rng.randn(300)
+    b = a + 0.15 * labels  # nearly the same scores, a little better on every abnormal image
+    weights = patient_weights([str(i) for i in range(300)])
+    assert "a clear difference" in verdict("A", "B", *paired_difference(a, b, labels, weights))
+
+
+def test_subgroups_by_view_are_measured_within_the_view() -> None:
+    views, labels = ["PA"] * 4 + ["AP"] * 4 + [""] * 2, [0, 0, 1, 1, 0, 0, 1, 1, 0, 1]
+    samples = [Sample(str(i), str(i), y, view=v)
+               for i, (y, v) in enumerate(zip(labels, views, strict=True))]
+    scores = np.array([1, 2, 3, 4, 13, 14, 11, 12, 0, 0.5])
+    assert by_view(samples_scored(samples), scores) == {
+        "PA": {"auroc": 1.0, "n": 4}, "AP": {"auroc": 0.0, "n": 4}}
+    one_view = [dataclasses.replace(s, view="PA") for s in samples]
+    assert by_view(samples_scored(one_view), scores) == {}
+
+
+def samples_scored(samples: list[Sample]) -> Scored:
+    return Scored(samples, {}, {}, {})
+
+
 def test_a_peak_counts_in_the_lesion_or_just_beside_it() -> None:
     mask = np.zeros((100, 100), bool)
     mask[20:30, 20:30] = True
@@ -89,6 +138,33 @@ def test_a_peak_counts_in_the_lesion_or_just_beside_it() -> None:
         map_ = np.zeros((100, 100))
         map_[y, x] = 1
         assert peak_in_lesion(map_, mask) is hit
+
+
+def test_localisation_counts_peaks_by_lesion_size_and_the_share_of_the_map() -> None:
+    located = [(True, 0.5, 0.2), (True, 0.4, 0.3), (True, 0.2, 0.02), (False, 0.1, 0.01)]
+    got = localisation(Scored([], {}, {}, {}, 0.9, located))
+    assert (got["n_located"], got["pixel_auroc"], got["peak_in_lesion"]) == (4, 0.9, 0.75)
+    assert (got["peak_in_small_lesion"], got["peak_in_large_lesion"]) == (0.5, 1.0)
+    assert got["energy_in_lesion"] == pytest.approx(0.3)
+    assert got["lesion_area"] == pytest.approx(0.1325)
+
+
+def test_maps_are_held_against_the_boxes_of_nih(runs: list[Path], tmp_path: Path) -> None:
+    rows = ["Image Index,Finding Labels,Patient ID,View Position"]
+    for i in range(8):
+        write_image(tmp_path / "nih" / "images" / f"{i}.png", i)
+        rows.append(f"{i}.png,{'Nodule' if i < 3 else 'No Finding'},{i},{'PA' if i % 2 else 'AP'}")
+    (tmp_path / "nih" / "Data_Entry_2017.csv").write_text("\n".join(rows))
+    # The first box is the whole film, where every peak must lie; the second a corner.
+    (tmp_path / "nih" / "BBox_List_2017.csv").write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n0.png,Nodule,0,0,1024,1024,,,\n"
+        "1.png,Nodule,0,0,32,32,,,\n")
+    (metrics,) = evaluate(runs[0], data=str(tmp_path / "nih"))
+    assert metrics["n_located"] == 2 and metrics["pixel_auroc"] is None
+    assert metrics["peak_in_large_lesion"] == 1
+    assert metrics["lesion_area"] == pytest.approx((1 + 1 / 1024) / 2)
+    assert 0.5 < metrics["energy_in_lesion"] < 0.51
+    assert set(metrics["auroc_by_view"]) == {"PA", "AP"}
 
 
 def test_a_limited_test_is_drawn_evenly_and_always_the_same() -> None:
@@ -112,21 +188,21 @@ def test_evaluation_writes_metrics_scores_and_pictures(
                                                   "histogram.png", "examples.png"}
     saved = json.loads((folder / "metrics.json").read_text())
     assert set(saved) >= KEYS and saved["auroc"] == metrics["auroc"]
-    assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "zscore")
+    assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "fused")
     assert "not real X-rays" in saved["data"] and not saved["external"]
     # The figures must follow from the scores in the table beside them.
     with open(folder / "scores.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     labels = np.array([int(r["label"]) for r in rows])
-    scores = np.array([float(r["zscore"]) for r in rows])
+    scores = np.array([float(r["fused"]) for r in rows])
     assert roc_auc_score(labels, scores) == pytest.approx(saved["auroc"], abs=1e-3)
     low, high = saved["auroc_ci"]
     assert low < saved["auroc"] < high
-    threshold = load_run(runs[0]).scorer.threshold("zscore", 0.95)
+    threshold = load_run(runs[0]).scorer.threshold("fused", 0.95)
     assert saved["threshold"] == threshold
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
-    assert 0 <= saved["pixel_auroc"] <= 1 and 0 <= saved["peak_in_lesion"] <= 1
+    assert 0 <= saved["pixel_auroc"] <= 1 and saved["n_located"] == 100
     assert set(saved["auroc_by_finding"]) == {"opacity", "nodule", "effusion", "missing", "doubled"}
     text = capsys.readouterr().out
     assert "not real X-rays" in text and "PCA reconstruction error" in text
@@ -146,7 +222,7 @@ def test_two_runs_are_compared_on_the_same_images(
         rows = list(csv.DictReader(f))
     assert [r["run"] for r in rows] == ["unet", "reversed_ae"]
     assert [float(r["auroc"]) for r in rows] == [r["auroc"] for r in results]
-    assert set(results[0]["scorers"]) == {"zscore", "mse", "mae", "ssim"}
+    assert set(results[0]["scorers"]) == set(SCORERS)
     page = (above / "comparison.md").read_text()
     assert "not real X-rays" in page and "clear difference" in page and "not for diagnosis" in page
     with Image.open(above / "comparison.png") as picture:
@@ -255,11 +331,11 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
     images = tmp_path / "new"
     shutil.copytree(xrays / "abnormal", images)
     (images / "broken.png").write_bytes(b"x")
-    rows = predict(runs[0], images, tmp_path / "out")
+    rows = predict(runs[0], images, tmp_path / "out", "peak")
     assert len(rows) == 12
     out = capsys.readouterr().out
     assert "skipped   broken.png" in out and "Not a diagnosis" in out
-    threshold = load_run(runs[0]).scorer.threshold("zscore", 0.95)
+    threshold = load_run(runs[0]).scorer.threshold("peak", 0.95)
     for row in rows:
         assert row["verdict"] == ("abnormal" if row["score"] > threshold else "normal")
         map_ = np.load(tmp_path / "out" / row["image"].replace(".png", "_map.npy"))
@@ -269,7 +345,7 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
         assert (tmp_path / "out" / row["image"].replace(".", "_heatmap.")).exists()
     with open(tmp_path / "out" / "predictions.csv", newline="") as f:
         assert [r["image"] for r in csv.DictReader(f)] == [r["image"] for r in rows]
-    alone = predict(runs[0], images / rows[3]["image"])
+    alone = predict(runs[0], images / rows[3]["image"], scorer="peak")
     assert alone[0]["score"] == pytest.approx(rows[3]["score"], rel=1e-5)
     assert (images / rows[3]["image"]).read_bytes() == (
         xrays / "abnormal" / rows[3]["image"]).read_bytes()
@@ -302,6 +378,16 @@ def test_an_unfinished_run_is_not_evaluated(runs: list[Path], tmp_path: Path) ->
     save_checkpoint(dict(state) | {"scorer": None}, tmp_path / "unet" / "best.pt")
     with pytest.raises(UserError, match=r"training has not finished.*--resume"):
         evaluate(tmp_path / "unet")
+
+
+def test_a_run_calibrated_by_an_earlier_version_is_refused(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    state = load_checkpoint(runs[0] / "best.pt")
+    (tmp_path / "unet").mkdir()
+    save_checkpoint(dict(state) | {"scorer": {"mean": torch.zeros(1)}}, tmp_path / "unet/best.pt")
+    with pytest.raises(UserError, match=r"by an earlier version of this project; train again"):
+        load_run(tmp_path / "unet")
 
 
 def test_calibrated_scores_travel_with_the_weights(runs: list[Path]) -> None:

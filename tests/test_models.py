@@ -7,15 +7,23 @@ from torch import Tensor
 
 from config import OBJECTIVES, Config, UserError
 from models import (
+    FUSED,
     MODEL_CLASSES,
+    SCALES,
     SCORERS,
     AnomalyScorer,
     Draws,
+    Reading,
+    add_foreign_patch,
+    add_opacities,
     box_filter,
     coarse_noise,
     corrupt,
     create_model,
+    gaussian,
     objective_loss,
+    read,
+    soft_shapes,
     ssim_map,
 )
 
@@ -97,18 +105,72 @@ def test_coarse_noise_is_coarse_zero_mean_and_seeded() -> None:
     assert 0.05 < noise.std() < 0.2
     step = (noise[..., 1:] - noise[..., :-1]).abs().mean()
     assert step < 0.35 * noise.abs().mean(), "neighbouring pixels differ like pixel noise"
+    seam = (noise[..., 1:] - noise[..., :-1]).abs().mean((0, 1, 2)).max()
+    assert seam < 1.3 * step, "the place of the roll must not show"
 
 
-def test_objectives_corrupt_the_input_but_ask_for_the_clean_image() -> None:
-    images = torch.rand(4, 1, 32, 32, generator=gen())
+@pytest.mark.parametrize("size", [64, 128, 224])
+def test_shapes_are_soft_varied_and_of_the_same_share_at_every_size(size: int) -> None:
+    shapes = soft_shapes(torch.zeros(200, 1, size, size), draws(200), 1)
+    assert shapes.shape == (200, 1, size, size) and shapes.min() >= 0 and shapes.max() <= 1
+    areas = shapes.mean((1, 2, 3))
+    assert 0.03 < areas.mean() < 0.12 and areas.min() < 0.02 and areas.max() > 0.2
+    step = (shapes[..., 1:] - shapes[..., :-1]).abs().max()
+    assert step < 50 / size, "an edge that hard would be found by its edge alone"
+
+
+def changed(before: Tensor, after: Tensor) -> Tensor:
+    """Share of an image's pixels that visibly differ, [B]."""
+    return ((before - after).abs() > 0.02).float().mean((1, 2, 3))
+
+
+def test_opacities_are_on_most_images_bright_and_dark_and_local() -> None:
+    images = torch.full((400, 1, 64, 64), 0.5)
+    seen = add_opacities(images, draws(400))
+    share = changed(images, seen)
+    assert 0.6 < (share > 0).float().mean() < 0.8
+    assert 0.05 < share.mean() < 0.4
+    change = (seen - images).mean((1, 2, 3))[share > 0]
+    assert 0.55 < (change > 0).float().mean() < 0.85
+
+
+def test_a_foreign_patch_is_on_half_of_the_images_and_comes_from_another_one() -> None:
+    levels = torch.linspace(0, 1, 200)
+    images = levels[:, None, None, None].expand(200, 1, 64, 64).contiguous()
+    seen = add_foreign_patch(images, draws(200), images)
+    share = changed(images, seen)
+    assert 0.35 < (share > 0).float().mean() < 0.65
+    assert share.max() < 0.9, "the patch must leave some of the image as it was"
+    # With two images, what is pasted into one can only be the other.
+    two = torch.zeros(2, 1, 64, 64)
+    two[1] = 1
+    pasted = torch.stack([add_foreign_patch(two, draws(2, s), two) for s in range(20)])
+    assert pasted[:, 0].max() > 0.5 and pasted[:, 1].min() < 0.5
+    alone = images[:1]
+    assert torch.equal(add_foreign_patch(alone, draws(1, 1), alone), alone)
+
+
+@pytest.mark.parametrize("size", [64, 128, 224])
+def test_objectives_corrupt_the_input_within_its_range(size: int) -> None:
+    images = torch.rand(4, 1, size, size, generator=gen())
     assert corrupt(images, "plain", draws(4)) is images
-    noisy = corrupt(images, "denoise", draws(4))
-    assert not torch.equal(noisy, images) and noisy.min() >= 0 and noisy.max() <= 1
+    before = images.clone()
+    for objective in ("denoise", "heal"):
+        seen = corrupt(images, objective, draws(4))
+        assert seen.shape == images.shape and seen.min() >= 0 and seen.max() <= 1
+        assert (changed(images, seen) > 0).all()
+        assert torch.equal(seen, corrupt(images, objective, draws(4)))
+        assert not torch.equal(seen, corrupt(images, objective, draws(4, 1)))
+    assert torch.equal(images, before), "the target must stay clean"
 
+
+def test_the_loss_is_the_mean_absolute_error_against_the_clean_image() -> None:
     class Copy(torch.nn.Module):
         def reconstructions(self, x: Tensor, share: float) -> list[Tensor]:
             return [x]
 
+    images = torch.rand(4, 1, 32, 32, generator=gen())
+    noisy = corrupt(images, "heal", draws(4))
     assert objective_loss(Copy(), images, images) == 0
     expected = (noisy - images).abs().mean()
     assert torch.allclose(objective_loss(Copy(), noisy, images), expected)
@@ -116,10 +178,36 @@ def test_objectives_corrupt_the_input_but_ask_for_the_clean_image() -> None:
 
 def test_a_ranks_slice_meets_the_same_random_numbers_as_in_the_whole_batch() -> None:
     images = torch.rand(6, 1, 32, 32, generator=gen())
+    slices = ((0, 4), (4, 6))
     whole = corrupt(images, "denoise", draws(6, 3))
-    parts = [corrupt(images[a:b], "denoise", Draws(gen(3), b - a, a, 6))
-             for a, b in ((0, 4), (4, 6))]
+    parts = [corrupt(images[a:b], "denoise", Draws(gen(3), b - a, a, 6)) for a, b in slices]
     assert torch.equal(torch.cat(parts), whole)
+    # A foreign patch comes from the slice's own images; all else of heal is the same too.
+    same = images[:1].expand(6, 1, 32, 32).contiguous()
+    whole = corrupt(same, "heal", draws(6, 3))
+    parts = [corrupt(same[a:b], "heal", Draws(gen(3), b - a, a, 6)) for a, b in slices]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
+
+
+def test_the_reversed_embedding_teaches_the_decoder_and_holds_the_encoder_still() -> None:
+    model = small("reversed_ae").train()
+    images = torch.rand(4, 1, 32, 32, generator=gen())
+    statistics = model.down[0][1].running_mean.clone()
+    assert model.reversed_embedding_loss(images, images) < 1e-5
+    reconstruction = (0.5 * images).requires_grad_()
+    loss = model.reversed_embedding_loss(images, reconstruction)
+    loss.backward()
+    assert loss > 0.1 and reconstruction.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(model.down[0][1].running_mean, statistics)
+    # The clean image is the teacher: nothing flows back through it.
+    teacher = images.clone().requires_grad_()
+    model.eval().reversed_embedding_loss(teacher, reconstruction).backward()
+    assert teacher.grad is None or not teacher.grad.any()
+    # The loss of a training step holds the term.
+    model.train()
+    views = model.reconstructions(images)
+    assert objective_loss(model, images, images) > (views[0] - images).abs().mean() + 1e-3
 
 
 def test_box_filter_is_the_mean_of_what_lies_inside() -> None:
@@ -144,72 +232,148 @@ def test_ssim_against_the_formula_written_out() -> None:
     assert torch.allclose(ssim_map(a, a), torch.ones_like(a))
 
 
+def reading(residual: Tensor, seed: int = 0) -> Reading:
+    """A Reading with a given residual [B,1,H,W] and random features."""
+    features = torch.randn(len(residual), 6, generator=gen(seed))
+    return Reading(residual, torch.zeros_like(residual), features)
+
+
+def normal_residual(count: int, size: int, seed: int) -> Tensor:
+    return 0.1 + 0.05 * torch.randn(count, 1, size, size, generator=gen(seed))
+
+
 def calibrated(size: int = 16, n: int = 50) -> AnomalyScorer:
-    scorer = AnomalyScorer(size)
-    residual = 0.1 + 0.05 * torch.randn(n, 1, size, size, generator=gen(3))
-    for part in residual.split(7):
-        scorer.add(part, torch.zeros_like(part))
+    scorer = AnomalyScorer()
+    for i, part in enumerate(normal_residual(n, size, 3).split(7)):
+        scorer.add(reading(part, i))
     scorer.finish()
-    scorer.normal_scores = {name: torch.arange(100, dtype=torch.float64) for name in SCORERS}
+    scorer.refer_to([scorer.scores(reading(part, 100 + i))
+                     for i, part in enumerate(normal_residual(100, size, 4).split(30))])
     return scorer
 
 
-def test_calibration_is_mean_and_deviation_of_the_residual() -> None:
+def test_read_gives_reconstruction_and_averaged_features_from_one_pass() -> None:
+    for name in MODEL_CLASSES:
+        model = small(name).eval()
+        x = torch.rand(3, 1, 32, 32, generator=gen())
+        got = read(model, x)
+        assert torch.equal(got.images, x) and torch.equal(got.reconstruction, model(x))
+        means = [m.mean((2, 3)) for m in model.features(x)]
+        assert torch.allclose(got.features, torch.cat(means, 1), atol=1e-6)
+
+
+def test_the_gaussian_is_that_of_the_features_and_bears_fewer_images_than_features() -> None:
+    mixing = torch.eye(6, dtype=torch.float64) + 0.2 * torch.randn(6, 6, generator=gen())
+    x = 3 + torch.randn(20_000, 6, generator=gen(1), dtype=torch.float64) @ mixing
+    mean, whitening = gaussian(x)
+    white = (x - mean) @ whitening
+    assert torch.allclose(mean, x.mean(0))
+    assert torch.allclose(white.T @ white / len(x), torch.eye(6, dtype=x.dtype), atol=0.1)
+    few = torch.randn(20, 50, generator=gen(2), dtype=torch.float64)
+    few[:, 7] = 1.0  # a dead channel
+    mean, whitening = gaussian(few)
+    held_out = torch.randn(500, 50, generator=gen(3), dtype=torch.float64)
+    held_out[:, 7] = 1.0
+    distance = ((held_out - mean) @ whitening).square().mean(1)
+    assert torch.isfinite(distance).all() and distance.mean() < 3
+
+
+def test_calibration_is_mean_and_deviation_of_the_low_passed_residual() -> None:
     scorer = calibrated()
-    residual = 0.1 + 0.05 * torch.randn(50, 1, 16, 16, generator=gen(3))
-    assert torch.allclose(scorer.mean, residual.mean(0, keepdim=True), atol=1e-6)
-    assert scorer.std.mean().item() == pytest.approx(0.05, rel=0.05)
-    assert scorer.count == 50
+    residual = normal_residual(50, 16, 3)
+    assert scorer.count == 50 and scorer.mean.shape == (len(SCALES), 16, 16)
+    for i, scale in enumerate(SCALES):
+        seen = box_filter(residual, 2 * round(scale * 8) + 1)
+        assert torch.allclose(scorer.mean[i], seen.mean(0)[0], atol=1e-6)
+        expected = seen.std(0).mean().item()
+        assert scorer.std[i].mean().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_maps_and_scores_by_definition() -> None:
     scorer = calibrated()
     x, y = torch.rand(2, 3, 1, 16, 16, generator=gen(4))
-    assert torch.allclose(scorer.anomaly_map("mse", x, y), (x - y) ** 2)
-    assert torch.allclose(scorer.anomaly_map("mae", x, y), (x - y).abs())
-    assert torch.allclose(scorer.anomaly_map("ssim", x, y), 1 - ssim_map(x, y))
-    z = scorer.anomaly_map("zscore", x, y)
-    assert z.shape == x.shape and z.min() >= 0
-    assert torch.allclose(scorer.score("mse", z), z.mean((1, 2, 3)))
+    both = Reading(x, y, torch.randn(3, 6, generator=gen(5)))
+    assert torch.allclose(scorer.anomaly_map("mse", both), (x - y) ** 2)
+    assert torch.allclose(scorer.anomaly_map("mae", both), (x - y).abs())
+    assert torch.allclose(scorer.anomaly_map("ssim", both), 1 - ssim_map(x, y))
+    z = scorer.anomaly_map("zscore", both)
+    seen = [box_filter(x - y, 2 * round(scale * 8) + 1)[:, 0] for scale in SCALES]
+    expected = sum(((r - m) / s).abs() for r, m, s in zip(seen, scorer.mean, scorer.std,
+                                                         strict=True)) / len(SCALES)
+    assert torch.allclose(z[:, 0], expected, atol=1e-5)
+    scores = scorer.scores(both)
+    assert tuple(scores) == tuple(SCORERS)
+    assert torch.allclose(scores["mse"], ((x - y) ** 2).mean((1, 2, 3)).double())
+    assert torch.allclose(scores["zscore"], z.mean((1, 2, 3)).double())
     top = z.flatten(1).sort(descending=True).values[:, :2].mean(1)  # 1 % of 256 pixels
-    assert torch.allclose(scorer.score("zscore", z), top)
+    assert torch.allclose(scores["peak"], top.double())
+    fused = 0
+    for name in FUSED:
+        normal = scorer.normal_scores[name].log()
+        fused += (scores[name].log() - normal.mean()) / normal.std() / len(FUSED)
+    assert torch.allclose(scores["fused"], fused)
     with pytest.raises(UserError, match="--scorer nonsense"):
-        scorer.anomaly_map("nonsense", x, y)
+        scorer.anomaly_map("nonsense", both)
+
+
+def test_the_fused_score_gives_every_part_the_same_say_on_normals() -> None:
+    scorer = calibrated()
+    assert scorer.normal_scores["fused"].mean().abs() < 1e-6
+    usual = reading(normal_residual(1, 16, 7), 7)
+    before = scorer.scores(usual)["fused"]
+    odd = usual._replace(features=usual.features + 4)
+    assert scorer.scores(odd)["fused"] > before + 1
+    sick = usual._replace(images=usual.images + 0.1)
+    assert scorer.scores(sick)["fused"] > before + 1
 
 
 def test_a_lesion_raises_the_score_and_the_map_points_at_it() -> None:
     scorer = calibrated(64)
-    normal = 0.1 + 0.05 * torch.randn(1, 1, 64, 64, generator=gen(9))
+    normal = normal_residual(1, 64, 9)
     sick = normal.clone()
     sick[..., 40:50, 10:20] += 0.2
-    for name in ("zscore", "mse"):
-        maps = [scorer.anomaly_map(name, r, torch.zeros_like(r)) for r in (normal, sick)]
-        assert scorer.score(name, maps[1]) > scorer.score(name, maps[0])
-        inside = maps[1][..., 40:50, 10:20].mean()
-        assert inside > 2 * maps[1].mean()
+    normal, sick = reading(normal), reading(sick)
+    for name in ("fused", "zscore", "peak", "mse"):
+        assert scorer.scores(sick)[name] > scorer.scores(normal)[name]
+    for name in ("fused", "mse"):
+        map_ = scorer.anomaly_map(name, sick)
+        assert map_[..., 40:50, 10:20].mean() > 2 * map_.mean()
 
 
-@pytest.mark.parametrize("name", SCORERS)
-def test_a_score_does_not_depend_on_the_rest_of_the_batch(name: str) -> None:
-    model, scorer = small("unet", image_size=32).eval(), calibrated(32)
+@pytest.mark.parametrize("model_name", MODEL_CLASSES)
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(model_name: str) -> None:
+    model, scorer = small(model_name).eval(), AnomalyScorer()
     x = torch.rand(6, 1, 32, 32, generator=gen(5))
     with torch.inference_mode():
-        together = scorer.score(name, scorer.anomaly_map(name, x, model(x)))
-        alone = torch.cat([scorer.score(name, scorer.anomaly_map(name, i, model(i)))
-                           for i in x.split(1)])
-    assert torch.allclose(together, alone, rtol=1e-5, atol=1e-7)
+        scorer.add(read(model, torch.rand(40, 1, 32, 32, generator=gen(6))))
+        scorer.finish()
+        scorer.refer_to([scorer.scores(read(model, torch.rand(9, 1, 32, 32, generator=gen(7))))])
+        together = scorer.scores(read(model, x))
+        alone = [scorer.scores(read(model, i)) for i in x.split(1)]
+        for name in SCORERS:
+            one_by_one = torch.cat([a[name] for a in alone])
+            assert torch.allclose(together[name], one_by_one, rtol=1e-4, atol=1e-6), name
+        # What the network gave once is scored bitwise the same in any company.
+        whole = read(model, x)
+        alone = [scorer.scores(Reading(*(t[i : i + 1] for t in whole))) for i in range(6)]
+        for name in SCORERS:
+            assert torch.equal(torch.cat([a[name] for a in alone]), together[name]), name
 
 
 def test_threshold_and_percentile_refer_to_validation_normals() -> None:
     scorer = calibrated()
+    scorer.normal_scores["mse"] = torch.arange(100, dtype=torch.float64)
     assert scorer.threshold("mse", 0.95) == 95.0  # 96 of 100 normals lie at or under it
     assert scorer.percentile("mse", torch.tensor([-1.0, 0.0, 49.5, 99.0])).tolist() == [
         0, 1, 50, 100]
 
 
 def test_a_scorer_survives_its_state_dict() -> None:
-    scorer, copy = calibrated(), AnomalyScorer(16)
+    scorer, copy = calibrated(), AnomalyScorer()
     copy.load_state_dict(scorer.state_dict())
     x, y = torch.rand(2, 2, 1, 16, 16, generator=gen(6))
-    assert torch.equal(scorer.anomaly_map("zscore", x, y), copy.anomaly_map("zscore", x, y))
+    both = Reading(x, y, torch.randn(2, 6, generator=gen(5)))
+    assert torch.equal(scorer.anomaly_map("zscore", both), copy.anomaly_map("zscore", both))
+    for name, value in scorer.scores(both).items():
+        assert torch.equal(value, copy.scores(both)[name])
     assert copy.threshold("ssim", 0.9) == scorer.threshold("ssim", 0.9)

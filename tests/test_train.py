@@ -127,8 +127,8 @@ def test_ending_a_run_that_was_interrupted_within_an_epoch_calibrates_on_all(
     assert load_checkpoint(tmp_path / "unet/last.pt")["stream"]["next_batch"]
     counted: list[int] = []
     real = train_module.AnomalyScorer.add
-    monkeypatch.setattr(train_module.AnomalyScorer, "add", lambda self, x, y: (
-        counted.append(len(x)), real(self, x, y))[1])
+    monkeypatch.setattr(train_module.AnomalyScorer, "add", lambda self, x: (
+        counted.append(len(x.images)), real(self, x))[1])
     train(tiny(tmp_path, epochs=1, resume="auto"))
     assert sum(counted) == 64
 
@@ -206,7 +206,7 @@ def test_resume_of_a_folder_goes_on_in_that_folder(
 def test_resume_refuses_other_settings_with_the_list_of_differences(runs: list[Path]) -> None:
     config = load_config(runs[0])
     changed = dataclasses.replace(config, resume="auto", objective="plain", learning_rate=0.5)
-    with pytest.raises(UserError, match=r"--objective was 'denoise', is 'plain'.*--learning-rate"):
+    with pytest.raises(UserError, match=r"--objective was 'heal', is 'plain'.*--learning-rate"):
         train(changed)
 
 
