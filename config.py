@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import os
 import sys
@@ -28,6 +29,27 @@ OBJECTIVES = ("heal", "denoise", "plain")
 
 class UserError(Exception):
     """Something the user can put right. Shown as one line, without a traceback; exit code 2."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to end by a signal, and all is saved. The message says how to go on."""
+
+    def __init__(self, message: str, number: int = 2) -> None:
+        super().__init__(message)
+        self.number = number  # of the signal
+
+
+class _Screen(logging.Handler):
+    """What is logged goes to the screen as plain lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+log = logging.getLogger("imgae_dx")  # what training tells: on the screen, and in a run's run.log
+log.setLevel(logging.INFO)
+log.propagate = False
+log.addHandler(_Screen())
 
 
 def knob(default: object, help: str, choices: tuple = (), low: float | None = None,
@@ -65,7 +87,10 @@ class Config:
     # How
     epochs: int | None = knob(None, "passes over the training images in total, earlier ones "
                               "of a resumed run included; default: 30, 3 on the phantom", low=1)
-    batch_size: int = knob(8, "images in a training step", low=2)
+    batch_size: int | None = knob(8, "images in a training step, over all processes; auto: the "
+                                  "largest power of two whose step fits in memory", low=2)
+    micro_batch: int | None = knob(None, "images that a process takes at a time, their gradients "
+                                   "added up; default: as many as fit in memory", low=1)
     learning_rate: float = knob(1e-3, "peak learning rate", low=1e-12)
     schedule: str = knob("cosine", "learning rate after warm-up: falling to 2 %% by the last of "
                          "the epochs asked for at the first start, or constant",
@@ -76,8 +101,12 @@ class Config:
     seed: int = knob(0, "seed of everything random but the split by patients", low=0,
                      high=2**31 - 1)
     device: str = knob("auto", "", ("auto", "cpu", "cuda", "mps"))
-    precision: str = knob("auto", "auto: bf16 where the hardware gains by it, else fp32",
-                          ("auto", "fp32", "bf16"))
+    precision: str = knob("auto", "auto: bf16 where the hardware gains by it, fp16 on older CUDA "
+                          "devices, else fp32", ("auto", "fp32", "bf16", "fp16"))
+    compile: bool = knob(False, "compile the model with torch.compile: a slow start, then perhaps "
+                         "faster steps")
+    deterministic: bool = knob(False, "on CUDA, use only algorithms that give the same bits every "
+                               "time; slower (the CPU always does)")
 
     # Where to, and from where
     output_dir: str = knob("runs", "parent of the run folders, which are named after the model")
@@ -86,6 +115,8 @@ class Config:
     resume: str | None = knob(None, "continue the newest checkpoint of the run folder, or PATH")
     reuse: bool = knob(False, "leave a finished run of the same settings as it is, and resume an "
                        "unfinished one")
+    wandb: bool = knob(False, "also send every row of log.csv to Weights & Biases")
+    wandb_project: str = knob("imgae-dx", "its project there")
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -146,7 +177,7 @@ def _legal(f: dataclasses.Field) -> str:
 def _from_text(f: dataclasses.Field, text: str, where: str) -> object:
     """The value that a flag's or an environment variable's text stands for."""
     kind, optional = _type_of(f.name)
-    if optional and text.lower() in ("", "none"):
+    if optional and text.lower() in ("", "none", "auto"):
         return None
     try:
         if kind is bool:
@@ -377,8 +408,13 @@ def run_command(main: Callable[[], object], prog: str, when_interrupted: str = "
     try:
         main()
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # one of several processes says which it is
+        print(f"{prog}: {'' if rank == '0' else f'(process {rank}) '}{error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{prog}: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted{when_interrupted}", file=sys.stderr)
         return 130

@@ -1798,10 +1798,12 @@ class ImageStream(IterableDataset):
         return math.ceil(n / self.batch_size) if self.seed is None else n // self.batch_size
 
     def every(self, step: int) -> "ImageStream":
-        """A stream of every step-th image in order, which shares what this one keeps in memory."""
+        """A stream of every step-th image in order, whole for every rank, which shares what this
+        one keeps in memory."""
         other = copy.copy(self)
         other.seed, other.stop_on_bad, other.positions = None, False, self.positions[::step]
         other.next_batch = other._start = 0
+        other.rank, other.world = 0, 1
         return other
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1973,10 +1975,11 @@ class Loaders(NamedTuple):
     splits: Splits
 
 
-def create_dataloaders(config: Config) -> Loaders:
+def create_dataloaders(config: Config, rank: int = 0, world: int = 1) -> Loaders:
     """The three loaders for a configuration. `loader.dataset.samples[position]` tells the label.
 
-    train is shuffled anew for each `loader.dataset.set_epoch(n)`.
+    train is shuffled anew for each `loader.dataset.set_epoch(n)`. Of train and val, process `rank`
+    of `world` gets its slice of every batch.
     """
     source = open_source(config)
     splits = split_for_training(source, config)
@@ -1985,9 +1988,10 @@ def create_dataloaders(config: Config) -> Loaders:
     streams = {}
     for name, samples, share in (("test", splits.test, 1 / 4),
                                  ("val", splits.normals("val"), 1 / 3), ("train", splits.train, 1)):
+        alone = name == "test" or world == 1
         stream = ImageStream(source, samples, config.image_size, config.batch_size,
                              config.seed if name == "train" else None, memory, share,
-                             cache=name != "test")
+                             name != "test", *((0, 1) if alone else (rank, world)))
         streams[name] = DataLoader(stream, batch_size=None)
     return Loaders(streams["train"], streams["val"], streams["test"], source, splits)
 

@@ -3,6 +3,7 @@
     python train.py --model unet                             on the built-in phantom
     python train.py --model both --data my_xrays --epochs 30
     python train.py --model unet --resume                    go on where it stopped
+    torchrun --nproc_per_node=2 train.py --model unet        on two GPUs
 
 Every flag can also come from the environment (IMGAE_EPOCHS=5) or from --config FILE.
 """
@@ -10,7 +11,7 @@ Every flag can also come from the environment (IMGAE_EPOCHS=5) or from --config 
 import os
 import sys
 
-from config import Config, UserError, flag, parse_config, run_command, run_folder
+from config import Config, Stopped, UserError, flag, log, parse_config, run_command, run_folder
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     if status := run_command(lambda: parse_config(description=__doc__), "train.py"):
@@ -19,21 +20,31 @@ if __name__ == "__main__":  # --help and a mistyped flag are answered before tor
     # of spinning threads on the same cores slow each other down many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import contextlib
 import csv
 import ctypes
 import dataclasses
 import hashlib
+import io
 import json
+import logging
 import math
 import platform
+import shlex
 import shutil
+import signal
 import textwrap
+import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+import types
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -51,13 +62,17 @@ from data import (
 )
 from models import AnomalyScorer, Draws, Reading, corrupt, create_model, objective_loss, read
 
-FORMAT = 1  # of the checkpoints
+FORMAT = 2  # of the checkpoints
 CALIBRATION_IMAGES = 256  # training normals that the scorer is calibrated on, at most
 # Settings that a resumed run may change; any other change makes it another run.
 CHANGEABLE = ("epochs", "patience", "min_delta", "keep_every", "checkpoint_minutes", "device",
-              "precision", "memory_limit_gb", "output_dir", "resume", "reuse")
-LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "images_per_second",
-               "seconds", "peak_memory_mb")
+              "precision", "micro_batch", "compile", "deterministic", "memory_limit_gb",
+              "output_dir", "resume", "reuse", "wandb", "wandb_project")
+LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "skipped_steps",
+               "images_per_second", "data_wait", "seconds", "process_mb", "device_mb")
+# Steps in a row whose loss is no finite number, before the last good state is taken back.
+BAD_STEPS = 3
+LARGE_FILE = 500 << 20  # bytes; a larger last.pt is written at most once a minute
 
 
 # ----------------------------------------------------------------------------------------------
@@ -83,11 +98,17 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """("bf16" or "fp32", why)."""
+    """("bf16", "fp16" or "fp32", why)."""
+    if wanted == "fp16" and device.type == "mps":
+        raise UserError("--precision fp16: not on Apple GPUs; use --precision auto")
     if wanted != "auto":
         return wanted, "as asked"
-    if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-        return "bf16", "this GPU multiplies in bf16"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability()
+        if capability >= (8, 0):
+            return "bf16", "this GPU multiplies in bf16"
+        if capability >= (7, 0):
+            return "fp16", "this GPU multiplies in fp16 but not in bf16"
     if device.type == "cpu":
         try:
             flags = set(Path("/proc/cpuinfo").read_text().split())
@@ -95,14 +116,14 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
             flags = set()
         if found := flags & {"amx_bf16", "avx512_bf16"}:
             return "bf16", f"this CPU has {', '.join(sorted(found))}"
-    return "fp32", "no fast bf16 on this device"
+    return "fp32", "nothing narrower is fast on this device"
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """The context for the network's forward pass; BatchNorm's statistics stay in fp32."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def place(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
@@ -126,16 +147,73 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, -1)
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held so far: on a CUDA device there, else by the process. 0 if not known."""
+def be_deterministic() -> None:
+    """Let CUDA take only algorithms that add in a fixed order; where there is none, it warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for this
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _number_in(file: str, key: str = "") -> int | None:
+    """The first number in a file of the kernel's, or in its line that begins with `key`."""
+    try:
+        lines = Path(file).read_text().splitlines()
+        return next(int(line.removeprefix(key).split()[0]) for line in lines if
+                    line.startswith(key))
+    except (OSError, ValueError, IndexError, StopIteration):  # not there, or "max"
+        return None
+
+
+def system_memory() -> tuple[int, int] | None:
+    """(bytes that all processes here may use, bytes still free); None where that is not known.
+
+    On Linux, what the machine or the container's control group allows, whichever is less.
+    """
+    total = _number_in("/proc/meminfo", "MemTotal:")
+    free = _number_in("/proc/meminfo", "MemAvailable:")
+    if total is None or free is None:
+        return None
+    total, free = total << 10, free << 10
+    limit, used = (_number_in(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit is not None and used is not None:
+        cache = _number_in("/sys/fs/cgroup/memory.stat", "inactive_file") or 0
+        total, free = min(total, limit), min(free, limit - used + cache)
+    return total, free
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on the device; None if that is not known."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    memory = system_memory() if device.type == "cpu" else None
+    return memory[1] // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if memory else None
+
+
+def process_memory() -> int:
+    """Most bytes that this process has held so far; 0 if not known."""
     try:
         import resource
     except ImportError:  # Windows
-        return 0.0
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def device_memory(device: torch.device) -> int:
+    """Most bytes of a CUDA device that this process has held so far; 0 on others."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def warn_if_memory_is_short() -> bool:
+    """Whether less than 5 % of the memory is left; said in one line if so."""
+    memory = system_memory()
+    if memory is None or memory[1] > 0.05 * memory[0]:
+        return False
+    log.warning(f"careful: {memory[1] / 2**30:.1f} of {memory[0] / 2**30:.1f} GB of memory are "
+                "left. Before the system ends this run: close other programs, or end it with "
+                "Ctrl-C and go on with a smaller --micro-batch or --memory-limit-gb")
+    return True
 
 
 def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
@@ -144,14 +222,64 @@ def seeded(seed: int, purpose: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
+class Ranks:
+    """The processes that train together, as torchrun started them; often just this one.
+
+    Process `rank` of `world` takes its slice of every batch. Values are floats.
+    """
+
+    def __init__(self) -> None:
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.device = torch.device("cpu")
+
+    def meet(self, device: torch.device) -> torch.device:
+        """Join the others; the device of this process."""
+        if self.world == 1:
+            return device
+        if device.type == "mps":
+            raise UserError("torchrun: several processes cannot share an Apple GPU; "
+                            "use --device cpu or one process")
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            if local >= torch.cuda.device_count():
+                raise UserError(f"torchrun: {local + 1} processes here, but only "
+                                f"{torch.cuda.device_count()} GPUs; give --nproc_per_node="
+                                f"{torch.cuda.device_count()}")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        self.device = device
+        log.setLevel(logging.INFO if self.rank == 0 else logging.ERROR)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return device
+
+    def _reduce(self, value: float, how: dist.ReduceOp) -> float:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, how)
+        return tensor.item()
+
+    def sum(self, value: float) -> float:
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def least(self, value: float) -> float:
+        return self._reduce(value, dist.ReduceOp.MIN)
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self.sum(0.0)
+
+
 class Progress:
     """A bar with rate and time left; where nobody watches, a line every 15 seconds."""
 
-    def __init__(self, total: int, label: str, start: int = 0) -> None:
+    def __init__(self, total: int, label: str, start: int = 0, show: bool = True) -> None:
         self.label, self.total, self.done, self.start = label, total, start, start
         self.began = self.shown = time.monotonic()
         self.bar = tqdm(total=total, initial=start, desc=label, unit=" images", leave=False,
-                        dynamic_ncols=True) if sys.stderr.isatty() else None
+                        dynamic_ncols=True) if show and sys.stderr.isatty() else None
 
     def update(self, images: int, label: str = "", **values: float) -> None:
         self.done += images
@@ -165,13 +293,13 @@ class Progress:
             self.shown = time.monotonic()
             rate = (self.done - self.start) / (self.shown - self.began)
             left = int((self.total - self.done) / rate)
-            print(f"  {self.label}  {self.done}/{self.total} images  {text}  {rate:.1f} images/s  "
-                  f"{left // 60}:{left % 60:02d} left", flush=True)
+            log.info(f"  {self.label}  {self.done}/{self.total} images  {text}  "
+                     f"{rate:.1f} images/s  {left // 60}:{left % 60:02d} left")
 
     def write(self, line: str) -> None:
         if self.bar is not None:
             self.bar.clear()
-        print(line, flush=True)
+        log.info(line)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -182,52 +310,96 @@ class Progress:
 # Checkpoints
 
 
-def save_checkpoint(state: dict, path: Path) -> None:
-    """Write atomically: under a temporary name, to the disk, then renamed over the old one."""
+def save_checkpoint(state: dict, path: Path, previous: Path | None = None) -> None:
+    """Write atomically: under a temporary name, to the disk, then renamed to its own.
+
+    previous: the name that what was there before is kept under.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        if os.name == "posix":  # the names, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of a full disk
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error}); what was there is untouched") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        room = shutil.disk_usage(path.parent).free
+        full = f"; {room / 2**20:,.0f} MB are free on that disk" if room < 1 << 30 else ""
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: cannot be written ({reason}{full}); the checkpoint before it is "
+                        "untouched: make room and go on with --resume") from None
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read as what it was written."""
 
 
 def load_checkpoint(path: Path, model: str | None = None) -> dict:
     """A checkpoint of ours, on the CPU. Only tensors and plain values are ever unpickled.
 
-    UserError if the file is missing, damaged, not ours, or of another model than `model`.
+    Checksums of all of it are compared first. Damaged if that fails; UserError if the file is
+    missing, not ours, or of another model than `model`.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint there")
     try:
+        with zipfile.ZipFile(path) as file:  # which is what torch writes, but does not check
+            if wrong := file.testzip():
+                raise ValueError(f"the checksum of {wrong} in it is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         ours = isinstance(state, dict) and {"format", "model", "config"} <= state.keys()
-    except Exception as error:  # damage shows as many kinds of errors in torch's reader
+    except Exception as error:  # damage shows as many kinds of errors in the readers
         reason = str(error).strip().split("\n")[0][:160]
-        raise UserError(f"{path}: not a readable checkpoint, perhaps cut short or not ours "
-                        f"({type(error).__name__}: {reason})") from None
+        raise Damaged(f"{path}: not a readable checkpoint, perhaps cut short or not ours "
+                      f"({type(error).__name__}: {reason})") from None
     if not ours:
         raise UserError(f"{path}: not a checkpoint of this project")
-    if state["format"] > FORMAT:
-        raise UserError(f"{path}: written by a newer version of this project")
+    if state["format"] != FORMAT:
+        when = "a newer" if state["format"] > FORMAT else "an earlier"
+        raise UserError(f"{path}: written by {when} version of this project; use that one, or "
+                        "train again without --resume")
     if model is not None and state["config"]["model"] != model:
         raise UserError(f"{path}: holds a {state['config']['model']}, not a {model}; "
                         f"give --model {state['config']['model']}")
     return state
 
 
-def checkpoint_of_resume(config: Config) -> Path | None:
-    """The file that --resume means; None if the run folder has no checkpoint yet."""
-    if config.resume == "auto":
-        path = run_folder(config) / "last.pt"
-        return path if path.exists() else None
-    path = Path(config.resume)
-    return path / "last.pt" if path.is_dir() else path
+def newest_checkpoint(folder: Path, model: str) -> tuple[Path, dict] | None:
+    """The newest checkpoint of a run that is whole, and its content; None if there is none yet.
+
+    A damaged one is named, and the one before it is taken.
+    """
+    damage = None
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                return path, load_checkpoint(path, model)
+            except Damaged as error:
+                log.warning(f"damaged   {error}")
+                damage = error
+    if damage:
+        raise UserError(f"{folder}: no checkpoint in it is whole; train again without --resume. "
+                        "The old run is moved aside, not overwritten")
+    return None
+
+
+def checkpoint_to_resume(config: Config) -> tuple[Path, dict] | None:
+    """The checkpoint that --resume means; None if the run folder has none yet."""
+    path = run_folder(config) if config.resume == "auto" else Path(config.resume)
+    if config.resume == "auto" or path.is_dir():
+        found = newest_checkpoint(path, config.model)
+        if found is None and config.resume != "auto":
+            raise UserError(f"--resume {path}: there is no checkpoint in it")
+        return found
+    return path, load_checkpoint(path, config.model)
 
 
 def refuse_changes(saved: dict, config: Config, path: Path) -> None:
@@ -239,16 +411,20 @@ def refuse_changes(saved: dict, config: Config, path: Path) -> None:
         raise UserError(f"{path}: cannot be resumed with other settings: {'; '.join(changed)}")
 
 
+def same_run(state: dict, config: Config, fingerprint: str, *also: str) -> bool:
+    """Whether a checkpoint is of these settings, the changeable ones in `also` included."""
+    return state["data_fingerprint"] == fingerprint and all(
+        state["config"].get(k) == v for k, v in dataclasses.asdict(config).items()
+        if k not in CHANGEABLE or k in also)
+
+
 def is_finished(folder: Path, config: Config, fingerprint: str) -> bool:
     """Whether the folder holds a run of these very settings and data that ran to its end."""
     if not (folder / "best.pt").is_file():
         return False
     state = load_checkpoint(folder / "best.pt")
-    asked, saved = dataclasses.asdict(config), state["config"]
-    ignored = ("output_dir", "resume", "reuse", "keep_every", "checkpoint_minutes",
-               "memory_limit_gb", "device", "precision")
-    return bool(state["scorer"]) and state["data_fingerprint"] == fingerprint and all(
-        saved.get(k) == v for k, v in asked.items() if k not in ignored)
+    return bool(state["scorer"]) and same_run(state, config, fingerprint, "epochs", "patience",
+                                              "min_delta")
 
 
 def move_aside(folder: Path) -> None:
@@ -257,7 +433,7 @@ def move_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(aside)
-    print(f"an earlier run was there: moved to {aside}")
+    log.info(f"an earlier run was there: moved to {aside}")
 
 
 def make_run_folder(folder: Path) -> None:
@@ -270,8 +446,32 @@ def make_run_folder(folder: Path) -> None:
         raise UserError(f"--output-dir: {folder} cannot be written ({error.strerror})") from None
 
 
+@contextlib.contextmanager
+def logged_to(file: Path, ranks: Ranks) -> Iterator[None]:
+    """While inside, what is logged also goes to the file, with time and level on every line."""
+    class Lines(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            start = f"{self.formatTime(record)} {record.levelname:<7} "
+            return "\n".join(start + line for line in record.getMessage().splitlines())
+
+    handler = logging.FileHandler(file, encoding="utf-8") if ranks.rank == 0 else (
+        logging.NullHandler())
+    handler.setFormatter(Lines())
+    quiet = logging.LogRecord("", logging.ERROR, "", 0, "", (), None)
+    log.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        quiet.msg = f"ended by {type(error).__name__}: {error}"
+        handler.handle(quiet)  # not on the screen, where it is shown anyway
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
 # ----------------------------------------------------------------------------------------------
-# Training
+# One step
 
 
 def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -305,9 +505,292 @@ def learning_rate_at(step: int, total: int, config: Config) -> float:
     return config.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
 
 
+class Objective(nn.Module):
+    """The loss as a module, which is what DistributedDataParallel and torch.compile take."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, images: Tensor) -> Tensor:
+        return objective_loss(self.model, inputs, images)
+
+
+@dataclasses.dataclass
+class Run:
+    """All that changes while a model is trained, which is what last.pt must hold."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
+    micro_batch: int  # images taken at a time
+    schedule_epochs: int  # that the learning rate's schedule spans
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0  # of the epoch: the next one to train on
+    best_loss: float = math.inf
+    bad_epochs: int = 0  # since the best one
+    # Of the epoch so far:
+    loss_sum: float = 0.0
+    images: int = 0
+    skipped: int = 0  # steps whose loss was no finite number
+    seconds: float = 0.0
+    waited: float = 0.0  # seconds, for data
+    bad_steps: int = 0  # in a row
+    rate_factor: float = 1.0  # of the learning rate; halved when the last good state is taken back
+    wandb_id: str | None = None
+    log: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything, as tensors and plain values."""
+        return {f.name: value.state_dict() if hasattr(value, "state_dict") else value
+                for f in dataclasses.fields(self) for value in [getattr(self, f.name)]}
+
+    def load_weights(self, state: dict[str, object]) -> None:
+        """The model and what its optimizer knows, but not how far training is."""
+        self.model.load_state_dict(state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.load_weights(state)
+        for f in dataclasses.fields(self):
+            if f.name not in ("model", "optimizer", "scaler", "micro_batch"):
+                setattr(self, f.name, state[f.name])
+        self.log = list(self.log)
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.batch = epoch, 0
+        self.loss_sum, self.images, self.skipped, self.seconds, self.waited = 0.0, 0, 0, 0.0, 0.0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the system had no memory left for a tensor."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
+
+
+def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: str,
+                     ) -> Callable[[int], int]:
+    """What a training step will take of the device's memory beyond what is held already: bytes by
+    the number of images taken at a time.
+
+    Measured: what one image leaves behind for the backward pass, from forward passes over two and
+    over four images. Added to it: gradients, and moments where the optimizer has none yet.
+    """
+    own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+    state = [b.clone() for b in run.model.buffers()]
+
+    def saved(count: int) -> int:
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        images = torch.rand(count, 1, config.image_size, config.image_size, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), \
+                autocast(device, precision):
+            loss = objective_loss(run.model, images, images)
+        del loss  # up to here the graph held them all: no address was used twice
+        return sum(seen.values())
+
+    run.model.train()
+    two, four = saved(2), saved(4)
+    for buffer, value in zip(run.model.buffers(), state, strict=True):
+        buffer.copy_(value)
+    image = (four - two) / 2
+    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    moments = 0 if run.optimizer.state else weights * (1 if config.optimizer == "sgd" else 2)
+    fixed = weights + moments + max(0, two - 2 * image)
+    # A fifth more: gradients of activations, and what convolutions work in.
+    return lambda count: int(1.2 * (fixed + count * image))
+
+
+def fit_into_memory(run: Run, config: Config, loaders: Loaders, device: torch.device,
+                    precision: str, ranks: Ranks) -> None:
+    """Take fewer images at a time, if the whole batch would not fit into the free memory."""
+    free = free_memory(device)
+    batch = math.ceil(loaders.train.dataset.batch_size / ranks.world)
+    run.micro_batch = min(batch, config.micro_batch or batch)
+    if free is None or config.micro_batch:
+        return
+    if device.type == "cpu":  # which also holds the images
+        free -= sum(loader.dataset.allotted for loader in loaders[:3])
+    need = memory_of_a_step(run, config, device, precision)
+    micro = run.micro_batch
+    while micro > 1 and need(micro) > 0.9 * free:
+        micro = math.ceil(micro / 2)
+    run.micro_batch = int(ranks.least(micro))
+    if run.micro_batch < batch:
+        log.info(f"memory    a step with all {batch} images takes about {need(batch) / 2**30:.1f} "
+                 f"GB, {free / 2**30:.1f} are free: {run.micro_batch} are taken at a time, their "
+                 "gradients added up")
+    if need(run.micro_batch) > free:
+        log.warning(f"careful: even that takes about {need(run.micro_batch) / 2**30:.1f} GB; a "
+                    "smaller --width or --image-size would take less")
+
+
+def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, batch_size: int,
+               device: torch.device, precision: str, ranks: Ranks) -> float:
+    """One optimizer step on this process's slice of a batch; the whole batch's mean loss.
+
+    images: uint8 [B,1,H,W]; fewer than the slice if some could not be read, even none.
+    batch_size: of the whole batch. All randomness depends on (seed, step) and the place in the
+    batch. If the loss is no finite number, nothing is changed.
+    """
+    total = ranks.sum(len(images))
+    # As numpy.array_split deals them: the first few slices have one more.
+    start = sum(batch_size // ranks.world + (r < batch_size % ranks.world)
+                for r in range(ranks.rank))
+    weight = ranks.world / max(1, total)  # DistributedDataParallel takes the mean over processes
+    if not len(images):  # the others wait for gradients all the same
+        images, weight = images.new_zeros((1, *images.shape[1:])), 0.0
+    images = to_float(images, device)
+    draws = Draws(seeded(config.seed, "step", run.step), len(images), start,
+                  max(batch_size, start + len(images)))
+    if config.augment:
+        images = augment(images, draws)
+    inputs = corrupt(images, config.objective, draws)
+    buffers = list(run.model.buffers())  # BatchNorm's running statistics
+    before = [b.clone() for b in buffers]
+
+    def accumulate() -> Tensor:
+        """Gradients of the weighted loss, micro_batch images at a time; the loss."""
+        torch.manual_seed(seeded(config.seed, f"dropout {ranks.rank}", run.step).initial_seed())
+        run.optimizer.zero_grad(set_to_none=True)
+        parts = math.ceil(len(images) / run.micro_batch)
+        losses = []
+        for x, y in zip(inputs.tensor_split(parts), images.tensor_split(parts), strict=True):
+            last = len(losses) == parts - 1
+            # Gradients travel between processes once a step.
+            with contextlib.nullcontext() if last or ranks.world == 1 else objective.no_sync():
+                with autocast(device, precision):
+                    loss = objective(x, y) * (len(y) * weight)
+                run.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    while True:
+        try:
+            # Waits for the device: little beside a step of these models.
+            loss = ranks.sum(accumulate().item()) / ranks.world
+            break
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if run.micro_batch == 1 or ranks.world > 1:
+                smaller = max(1, run.micro_batch // 2)
+                raise UserError(
+                    f"out of memory at step {run.step + 1} with {run.micro_batch} images at a "
+                    f"time; go on with --resume --micro-batch {smaller}" if run.micro_batch > 1
+                    else f"out of memory at step {run.step + 1} with a single image; try a "
+                    "smaller --width or --image-size") from None
+        # Out of the except block, which would keep the failed step's tensors alive.
+        run.micro_batch = math.ceil(min(run.micro_batch, len(images)) / 2)
+        log.warning(f"memory    out of it at step {run.step + 1}: {run.micro_batch} images are "
+                    "taken at a time from now on, their gradients added up")
+        run.optimizer.zero_grad(set_to_none=True)
+        torch._foreach_copy_(buffers, before)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if math.isfinite(loss):
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    else:
+        torch._foreach_copy_(buffers, before)
+    return loss
+
+
+def after_bad_loss(run: Run, loss: float, folder: Path, config: Config,
+                   initial: Callable[[], Run]) -> None:
+    """A step's loss was no finite number: let it be, or take the last good state back, or stop.
+
+    The good state is the newest checkpoint in the folder, or the untrained model.
+    """
+    run.skipped += 1
+    run.bad_steps += 1
+    where = f"the loss is {loss} at epoch {run.epoch + 1}, step {run.step + 1}"
+    if run.bad_steps < BAD_STEPS:
+        log.warning(f"{where}: that step is skipped")
+        return
+    if run.rate_factor < 1:
+        raise UserError(f"{where}, {BAD_STEPS} steps in a row, and so it was before the learning "
+                        "rate was halved; start over with a smaller --learning-rate")
+    log.warning(f"{where}, {BAD_STEPS} steps in a row: going back to the last good weights, at "
+                "half the learning rate from now on")
+    if found := newest_checkpoint(folder, config.model):
+        run.load_weights(found[1])
+    else:
+        run.model.load_state_dict(initial().model.state_dict())
+        run.optimizer.state.clear()
+    run.bad_steps, run.rate_factor = 0, 0.5
+
+
+# ----------------------------------------------------------------------------------------------
+# Training
+
+
+class Stop:
+    """While inside, SIGINT (Ctrl-C) and SIGTERM end training at the next `check`, on every process
+    at the same one; then `save` is called, and Stopped leaves. A second signal ends at once."""
+
+    def __init__(self, ranks: Ranks, save: Callable[[], None], message: str) -> None:
+        self.ranks, self.save, self.message = ranks, save, message
+        self.number, self.waiting = 0, False
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():  # only there they can be had
+            self._old = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._restore()
+        if kind is Stopped:
+            self.save()
+
+    def _restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        self.number = number
+        if self.ranks.world > 1:  # torchrun itself sends a second one
+            return
+        self._restore()
+        if self.waiting:  # between two steps, perhaps for long
+            raise Stopped(self.message, number)
+        # Not by print, which may be what was interrupted.
+        os.write(2, b"\nending after this step, to save; once more ends at once\n")
+
+    def check(self) -> None:
+        """Stopped if this process or another has been asked to end."""
+        if number := self.ranks.sum(self.number):
+            raise Stopped(self.message, self.number or int(number))
+
+
+def timed(loader: DataLoader, run: Run, stop: Stop) -> Iterator[Tensor]:
+    """The loader's images; counts the seconds that are spent waiting for them."""
+    batches = iter(loader)
+    while True:
+        began = time.monotonic()
+        stop.waiting = True
+        images, _ = next(batches, (None, None))
+        stop.waiting = False
+        run.waited += time.monotonic() - began
+        if images is None:
+            return
+        yield images
+
+
 @torch.inference_mode()
 def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch.device,
-             precision: str) -> float:
+             precision: str, ranks: Ranks, stop: Stop | None = None) -> float:
     """The objective on validation normals, corrupted in the same way every time.
 
     A loss on clean input would reward copying it.
@@ -315,12 +798,17 @@ def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch
     model.eval()
     total, count = 0.0, 0
     for i, (images, _) in enumerate(loader):
+        if stop:
+            stop.check()
+        if not len(images):  # fewer than there are processes
+            continue
+        images = to_float(images, device)
+        draws = Draws(seeded(config.seed, f"validate {ranks.rank}", i), len(images))
         with autocast(device, precision):
-            images = to_float(images, device)
-            draws = Draws(seeded(config.seed, "validate", i), len(images))
             loss = objective_loss(model, corrupt(images, config.objective, draws), images)
         total += loss.item() * len(images)
         count += len(images)
+    total, count = ranks.sum(total), ranks.sum(count)
     if not count:
         raise UserError("no validation image could be read")
     return total / count
@@ -334,25 +822,26 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
     scorer = AnomalyScorer()
     stream: ImageStream = loaders.train.dataset
     some = stream.every(math.ceil(len(stream.samples) / CALIBRATION_IMAGES))
+    normals = loaders.val.dataset.every(1)  # all, also where this process has but a slice
 
-    def reading(images: torch.Tensor) -> Reading:
+    def reading(images: Tensor) -> Reading:
         images = to_float(images, device)
         with autocast(device, precision):
             return read(model, images)
 
-    bar = Progress(len(some.positions) + len(loaders.val.dataset.samples), "calibrating")
+    bar = Progress(len(some.positions) + len(normals.positions), "calibrating")
     for images, _ in some:
         scorer.add(reading(images))
         bar.update(len(images))
     if not bar.done:
         raise UserError("none of the training images that the scores are calibrated on can be read")
     scorer.finish()
-    normals = []
-    for images, _ in loaders.val:
-        normals.append(scorer.scores(reading(images)))
+    scores = []
+    for images, _ in normals:
+        scores.append(scorer.scores(reading(images)))
         bar.update(len(images))
     bar.close()
-    scorer.refer_to(normals)
+    scorer.refer_to(scores)
     return scorer
 
 
@@ -365,65 +854,81 @@ def train(config: Config) -> list[Path]:
         # Absolute, so that the run can be evaluated from anywhere.
         data=config.data if synthetic or not os.path.exists(config.data)
         else os.path.abspath(config.data))
+    # The machine and the models come first: what they refuse costs no reading of data.
+    ranks = Ranks()
+    device = ranks.meet(choose_device(config.device)[0])
+    if config.deterministic:
+        be_deterministic()
     models = ("unet", "reversed_ae") if config.model == "both" else (config.model,)
     configs = [dataclasses.replace(config, model=model) for model in models]
-    # The machine and the models come first: what they refuse costs no reading of data.
-    device, _ = choose_device(config.device)
     for each in configs:
         with torch.device("meta"):
             create_model(each.model, each)
-        if each.resume and (checkpoint := checkpoint_of_resume(each)):
-            load_checkpoint(checkpoint, each.model)
+        if each.resume not in (None, "auto") and not os.path.exists(each.resume):
+            raise UserError(f"--resume {each.resume}: there is no checkpoint there")
+    if config.batch_size is None:
+        size = min(largest_batch(each, device, ranks) for each in configs)
+        log.info(f"memory    batches of {size} images are the largest that fit")
+        configs = [dataclasses.replace(each, batch_size=size) for each in configs]
+    if configs[0].batch_size < ranks.world:
+        raise UserError(f"--batch-size {configs[0].batch_size}: fewer images than the "
+                        f"{ranks.world} processes that share them")
     if synthetic:
-        print("This trains on the BUILT-IN PHANTOM: drawn films, not real X-rays. For your own "
-              "images give --data FOLDER.")
-    loaders = create_dataloaders(config)  # one for both models: images are read and decoded once
-    return [train_one(each, loaders) for each in configs]
+        log.info("This trains on the BUILT-IN PHANTOM: drawn films, not real X-rays. For your own "
+                 "images give --data FOLDER.")
+    # One set of loaders for both models: images are read and decoded once.
+    loaders = create_dataloaders(configs[0], ranks.rank, ranks.world)
+    return [train_one(each, loaders, device, ranks, config) for each in configs]
 
 
-def train_one(config: Config, loaders: Loaders) -> Path:
-    """Train one model from start, or from a checkpoint, to calibrated best weights."""
-    folder = run_folder(config)
-    device, why_device = choose_device(config.device)
-    precision, why_precision = choose_precision(config.precision, device)
+def largest_batch(config: Config, device: torch.device, ranks: Ranks) -> int:
+    """The largest power of two of images whose step fits into the free memory; on the way into a
+    run that goes on, what it had."""
+    if config.resume and (found := checkpoint_to_resume(config)):
+        return found[1]["config"]["batch_size"]
+    precision, _ = choose_precision(config.precision, device)
+    run = start_run(config, device, precision)
+    need, free = memory_of_a_step(run, config, device, precision), free_memory(device)
+    if free is None:
+        raise UserError("--batch-size auto: how much memory is free is not known here; give a "
+                        "number")
+    if device.type == "cpu":
+        free -= config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size = 2
+    while need(2 * size) <= 0.9 * free:
+        size *= 2
+    return int(ranks.least(size)) * 2 ** int(math.log2(ranks.world))
+
+
+def start_run(config: Config, device: torch.device, precision: str) -> Run:
+    """An untrained model and its optimizer, on the device."""
     torch.manual_seed(config.seed)
     model = place(create_model(config.model, config), device, precision)
+    return Run(model, make_optimizer(config, model, device),
+               torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+               micro_batch=config.batch_size or 2, schedule_epochs=config.epochs)
+
+
+def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ranks,
+              asked: Config) -> Path:
+    """Train one model from start, or from a checkpoint, to calibrated best weights."""
+    folder = run_folder(config)
     fingerprint = loaders.source.fingerprint()
 
-    settings = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
-    print(textwrap.fill(settings, 100, initial_indent="settings  ", subsequent_indent=" " * 10,
-                        break_on_hyphens=False, break_long_words=False))
-    print(f"device    {device} ({why_device}), {precision} ({why_precision})")
-    print(describe(loaders.source, loaders.splits))
-    print(describe_memory(loaders))
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"model     {config.model}, {parameters:,} parameters", flush=True)
-
     # Which checkpoint to go on from, if any.
-    checkpoint = checkpoint_of_resume(config) if config.resume else None
-    if config.resume and checkpoint is None:
-        print(f"resume    no checkpoint in {folder} yet: starting afresh")
+    found = checkpoint_to_resume(config) if config.resume else None
     if config.reuse and not config.resume:
-        if is_finished(folder, config, fingerprint):
-            print(f"reuse     {folder} is a finished run of these settings: left as it is\n")
-            return folder
-        if (folder / "last.pt").is_file():
-            saved = load_checkpoint(folder / "last.pt")
-            same = all(saved["config"].get(k) == v for k, v in dataclasses.asdict(config).items()
-                       if k not in CHANGEABLE or k == "epochs")
-            if same and saved["data_fingerprint"] == fingerprint:
-                checkpoint = folder / "last.pt"
-
-    optimizer = make_optimizer(config, model, device)
-    step, epoch, best_loss, bad_epochs, rows = 0, 0, math.inf, 0, []
-    loss_sum, count, earlier_seconds = 0.0, 0, 0.0  # of the epoch so far
-    stream: ImageStream = loaders.train.dataset
-    stream.set_epoch(0)
-    schedule_epochs = config.epochs
-    if checkpoint:
-        state = load_checkpoint(checkpoint, config.model)
-        if "optimizer" in state and "stream" not in state:
-            raise UserError(f"{checkpoint}: of an earlier version; start over without --resume")
+        try:
+            if is_finished(folder, config, fingerprint):
+                log.info(f"reuse     {folder} is a finished run of these settings: left as it is\n")
+                return folder
+            found = newest_checkpoint(folder, config.model)
+            if found and not same_run(found[1], config, fingerprint, "epochs"):
+                found = None
+        except UserError as error:  # damaged, or of another version: moved aside below
+            log.warning(f"reuse     {error}: not reused")
+    checkpoint, state = found or (None, None)
+    if state:
         if "optimizer" not in state:
             raise UserError(f"{checkpoint}: holds weights only; resume from the last.pt beside it")
         if state["epoch"]:
@@ -431,152 +936,254 @@ def train_one(config: Config, loaders: Loaders) -> Path:
         refuse_changes(state["config"], config, checkpoint)
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{checkpoint}: the images in {config.data} have changed since")
-        model.load_state_dict(state["model"])
-        load_optimizer(optimizer, state["optimizer"])
-        step, epoch, rows = state["step"], state["epoch"], state["log"]
-        best_loss, bad_epochs = state["best_loss"], state["bad_epochs"]
-        schedule_epochs = state["schedule_epochs"]
-        stream.set_epoch(epoch)
-        if state["stream"]["next_batch"]:
-            stream.load_state_dict(state["stream"])
-            loss_sum, count = state["loss_sum"], state["count"]
-            earlier_seconds = state["seconds"]
-        del state
-        print(f"resume    {checkpoint}, after epoch {epoch}, step {step}")
-    here = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
-    if not here and any((folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
-        move_aside(folder)
-    make_run_folder(folder)
-    if checkpoint and not here:  # the best weights so far come along
-        if epoch:
-            shutil.copyfile(checkpoint.parent / "best.pt", folder / "best.pt")
-        shutil.copyfile(checkpoint, folder / "last.pt")
-    write_splits(loaders.splits, folder / "split.csv")
-    saved_config = dataclasses.asdict(config) | {"resume": None, "reuse": False}
-    (folder / "config.tmp").write_text(json.dumps(saved_config, indent=2) + "\n")
-    os.replace(folder / "config.tmp", folder / "config.json")
-    common = {"format": FORMAT, "config": saved_config, "data_fingerprint": fingerprint,
-              "precision": precision,
-              "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
 
-    total_steps = max(1, schedule_epochs * len(loaders.train))
-    images_an_epoch = len(loaders.train) * loaders.train.dataset.batch_size
-    bar = Progress(config.epochs * images_an_epoch, config.model, epoch * images_an_epoch + count)
-    saved_at = time.monotonic()
+    precision, why_precision = choose_precision(config.precision, device)
+    if state and config.precision == "auto" and state["device"] == device.type:
+        precision, why_precision = state["precision"], "as before"
+    run = start_run(config, device, precision)
+    stream: ImageStream = loaders.train.dataset
+    stream.set_epoch(0)
+    if state:
+        run.load_state_dict(state)
+        stream.set_epoch(run.epoch)
+        if run.batch:
+            stream.load_state_dict(state["stream"] | {"next_batch": run.batch})
+
+    # The folder: first everyone has looked at it, then one process changes it.
+    ranks.wait()
+    here = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
+    saved_config = dataclasses.asdict(config) | {"resume": None, "reuse": False}
+    if ranks.rank == 0:
+        if not here and any((folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
+            move_aside(folder)
+        make_run_folder(folder)
+        if checkpoint and not here:  # the best weights so far come along
+            if run.epoch:
+                shutil.copyfile(checkpoint.parent / "best.pt", folder / "best.pt")
+            shutil.copyfile(checkpoint, folder / "last.pt")
+        write_splits(loaders.splits, folder / "split.csv")
+        write_file(folder / "config.json", json.dumps(saved_config, indent=2) + "\n")
+    ranks.wait()
+
+    with logged_to(folder / "run.log", ranks):
+        settings = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
+        log.info(textwrap.fill(settings, 100, initial_indent="settings  ",
+                               subsequent_indent=" " * 10, break_on_hyphens=False,
+                               break_long_words=False))
+        log.info(f"device    {device} ({choose_device(config.device)[1]}), {precision} "
+                 f"({why_precision})" + (f", {ranks.world} processes" if ranks.world > 1 else ""))
+        log.info(describe(loaders.source, loaders.splits))
+        log.info(describe_memory(loaders))
+        parameters = sum(p.numel() for p in run.model.parameters())
+        log.info(f"model     {config.model}, {parameters:,} parameters")
+        if state:
+            log.info(f"resume    {checkpoint}, after epoch {run.epoch}, step {run.step}")
+        elif config.resume:
+            log.info(f"resume    no checkpoint in {folder} yet: starting afresh")
+        if state and state["device"] == device.type and not config.micro_batch:
+            run.micro_batch = state["micro_batch"]
+        else:
+            fit_into_memory(run, config, loaders, device, precision, ranks)
+        del found, state
+        common = {"format": FORMAT, "config": saved_config, "data_fingerprint": fingerprint,
+                  "precision": precision, "device": device.type,
+                  "versions": {"python": platform.python_version(),
+                               "torch": str(torch.__version__)}}
+        return train_epochs(run, config, loaders, device, precision, ranks, common, asked)
+
+
+def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.device, precision: str,
+                 ranks: Ranks, common: dict[str, object], asked: Config) -> Path:
+    """The loop, and what comes after it. common: what every checkpoint holds besides weights."""
+    folder = run_folder(config)
+    stream: ImageStream = loaders.train.dataset
+    objective: nn.Module = Objective(run.model)
+    if ranks.world > 1:
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    if config.compile:
+        objective = torch.compile(objective)
+    wandb = start_wandb(config, run, folder) if config.wandb and ranks.rank == 0 else None
+    total_steps = max(1, run.schedule_epochs * len(loaders.train))
+    images_an_epoch = len(loaders.train) * stream.batch_size
+    bar = Progress(config.epochs * images_an_epoch, config.model,
+                   run.epoch * images_an_epoch + run.images, show=ranks.rank == 0)
+    memory_is_short, saved_at, began = False, time.monotonic(), 0.0
 
     def save_last() -> None:
         nonlocal saved_at
-        save_checkpoint(common | {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-            "epoch": epoch, "best_loss": best_loss, "bad_epochs": bad_epochs,
-            "schedule_epochs": schedule_epochs, "log": rows, "stream": stream.state_dict(),
-            "loss_sum": loss_sum, "count": count,
-            "seconds": earlier_seconds + time.monotonic() - began if count else 0.0,
-        }, folder / "last.pt")
         saved_at = time.monotonic()
+        if ranks.rank or not all(p.isfinite().all() for p in run.model.parameters()):
+            return
+        seconds = run.seconds + (time.monotonic() - began if run.batch else 0.0)
+        save_checkpoint(common | run.state_dict() | {"stream": stream.state_dict(),
+                                                     "seconds": seconds},
+                        folder / "last.pt", folder / "previous.pt")
 
-    while epoch < config.epochs and bad_epochs < config.patience:
-        # Train: the randomness of a step depends on (seed, step) alone.
-        began = time.monotonic()
-        model.train()
-        for images, _ in loaders.train:
-            torch.manual_seed(seeded(config.seed, "dropout", step).initial_seed())
-            images = to_float(images, device)
-            draws = Draws(seeded(config.seed, "step", step), len(images))
-            if config.augment:
-                images = augment(images, draws)
-            inputs = corrupt(images, config.objective, draws)
-            rate = learning_rate_at(step, total_steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with autocast(device, precision):
-                loss = objective_loss(model, inputs, images)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            value = loss.item()  # waits for the device; little beside a step of these models
-            if not math.isfinite(value):
-                raise UserError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}; "
+    stopped = (f"ended as asked, and saved; go on with: {command_to_resume(asked)}")
+    with Stop(ranks, save_last, stopped) as stop:
+        while run.epoch < config.epochs and run.bad_epochs < config.patience:
+            began = time.monotonic()
+            run.model.train()
+            for images in timed(loaders.train, run, stop):
+                rate = learning_rate_at(run.step, total_steps, config) * run.rate_factor
+                for group in run.optimizer.param_groups:
+                    group["lr"] = rate
+                loss = train_step(run, objective, images, config, stream.batch_size, device,
+                                  precision, ranks)
+                if math.isfinite(loss):
+                    run.bad_steps = 0
+                    run.loss_sum += loss * len(images)
+                    run.images += len(images)
+                else:
+                    after_bad_loss(run, loss, folder, config,
+                                   lambda: start_run(config, device, precision))
+                run.step += 1
+                run.batch += 1
+                bar.update(len(images) * ranks.world, loss=loss,
+                           label=f"{config.model} epoch {run.epoch + 1}/{config.epochs}")
+                memory_is_short = memory_is_short or warn_if_memory_is_short()
+                if time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
+                    save_last()
+                stop.check()
+            train_seconds = run.seconds + time.monotonic() - began
+            val_loss = validate(run.model, loaders.val, config, device, precision, ranks, stop)
+
+            # One row for the epoch.
+            trained, loss_sum = ranks.sum(run.images), ranks.sum(run.loss_sum)
+            if not trained:
+                raise UserError("no training image could be read")
+            if not math.isfinite(val_loss):
+                raise UserError(f"the validation loss is {val_loss} after epoch {run.epoch + 1}; "
                                 "try a smaller --learning-rate")
-            step += 1
-            loss_sum += value * len(images)
-            count += len(images)
-            bar.update(len(images), f"{config.model} epoch {epoch + 1}/{config.epochs}", loss=value)
-            if time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
+            seconds = run.seconds + time.monotonic() - began
+            row = dict(zip(LOG_COLUMNS, (
+                run.epoch + 1, run.step, loss_sum / trained, val_loss,
+                learning_rate_at(run.step - 1, total_steps, config) * run.rate_factor, run.skipped,
+                trained / train_seconds, run.waited / train_seconds, seconds,
+                process_memory() / 2**20, device_memory(device) / 2**20), strict=True))
+            run.log.append(row)
+            better = val_loss < run.best_loss - config.min_delta
+            bar.write(f"  epoch {run.epoch + 1}/{config.epochs}  train loss "
+                      f"{row['train_loss']:.4f}  validation loss {val_loss:.4f}"
+                      f"{' (best)' if better else ''}  {row['images_per_second']:.1f} images/s  "
+                      f"{seconds:.0f} s")
+            if wandb:
+                send(wandb, row)
+
+            # Save, and perhaps stop.
+            run.begin_epoch(run.epoch + 1)
+            stream.set_epoch(run.epoch)
+            run.bad_epochs = 0 if better else run.bad_epochs + 1
+            run.best_loss = val_loss if better else run.best_loss
+            weights = common | {"model": run.model.state_dict(), "epoch": run.epoch,
+                                "val_loss": val_loss, "scorer": None}
+            if ranks.rank == 0:
+                write_log(run.log, folder / "log.csv")
+                if better:
+                    save_checkpoint(weights, folder / "best.pt")
+                if config.keep_every and run.epoch % config.keep_every == 0:
+                    save_checkpoint(weights, folder / f"epoch{run.epoch}.pt")
+            ended = run.epoch == config.epochs or run.bad_epochs == config.patience
+            if ended or time.monotonic() - saved_at > 60 or not is_large(folder / "last.pt"):
                 save_last()
-        if not count:
-            raise UserError("no training image could be read")
-        train_seconds = earlier_seconds + time.monotonic() - began
-
-        # Validate, log.
-        val_loss = validate(model, loaders.val, config, device, precision)
-        if not math.isfinite(val_loss):
-            raise UserError(f"the validation loss is {val_loss} after epoch {epoch + 1}; "
-                            "try a smaller --learning-rate")
-        epoch += 1
-        seconds = earlier_seconds + time.monotonic() - began
-        rate = learning_rate_at(step - 1, total_steps, config)
-        rows.append(dict(zip(LOG_COLUMNS, (
-            epoch, step, loss_sum / count, val_loss, rate, count / train_seconds, seconds,
-            peak_memory_mb(device)), strict=True)))
-        write_log(rows, folder / "log.csv")
-        better = val_loss < best_loss - config.min_delta
-        bar.write(f"  epoch {epoch}/{config.epochs}  train loss {loss_sum / count:.4f}  validation "
-                  f"loss {val_loss:.4f}{' (best)' if better else ''}  "
-                  f"{count / train_seconds:.1f} images/s  {seconds:.0f} s")
-
-        # Save, and perhaps stop.
-        weights = common | {"model": model.state_dict(), "epoch": epoch, "val_loss": val_loss,
-                            "scorer": None}
-        if better:
-            best_loss, bad_epochs = val_loss, 0
-            save_checkpoint(weights, folder / "best.pt")
-        else:
-            bad_epochs += 1
-        if config.keep_every and epoch % config.keep_every == 0:
-            save_checkpoint(weights, folder / f"epoch{epoch}.pt")
-        stream.set_epoch(epoch)
-        loss_sum, count, earlier_seconds = 0.0, 0, 0.0
-        ended = epoch == config.epochs or bad_epochs == config.patience
-        # last.pt is large (weights and two moments): at most once a minute, and at the end.
-        if ended or epoch == 1 or time.monotonic() - saved_at > 60:
-            save_last()
+            stop.check()
     bar.close()
-    write_log(rows, folder / "log.csv")  # also where nothing was left to train
-    if bad_epochs >= config.patience:
-        print(f"stopped early: no better validation loss for {config.patience} epochs")
+    if ranks.rank:  # the rest is for one process
+        return folder
+    if run.bad_epochs >= config.patience:
+        log.info(f"stopped early: no better validation loss for {config.patience} epochs")
 
     # Calibrate the scorers on the best weights, and store them with these.
     best = load_checkpoint(folder / "best.pt", config.model)
-    model.load_state_dict(best["model"])
-    scorer = calibrate(model, loaders, device, precision)
-    save_checkpoint(dict(best) | {"config": saved_config, "scorer": scorer.state_dict()},
+    run.model.load_state_dict(best["model"])
+    scorer = calibrate(run.model, loaders, device, precision)
+    save_checkpoint(dict(best) | {"config": common["config"], "scorer": scorer.state_dict()},
                     folder / "best.pt")
-    draw_curves(rows, folder / "curves.png", config.model)
+    write_log(run.log, folder / "log.csv")  # also where nothing was left to train
+    draw_curves(run.log, folder / "curves.png", config.model)
+    if wandb:
+        send(wandb, {}, folder / "curves.png")
     report_data(loaders)
-    print(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
-          f"{best['val_loss']:.4f}), last.pt, log.csv, curves.png, split.csv, config.json")
-    print(f"next      python evaluate.py {folder}\n", flush=True)
+    log.info(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
+             f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png, split.csv, "
+             "config.json")
+    log.info(f"next      python evaluate.py {folder}\n")
     return folder
+
+
+def is_large(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > LARGE_FILE
+
+
+def command_to_resume(config: Config) -> str:
+    """What to type to go on with a run."""
+    start = "python train.py"
+    if (world := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
+        start = f"torchrun --nproc_per_node={world} train.py"
+    where = "" if config.output_dir == "runs" else f" --output-dir {shlex.quote(config.output_dir)}"
+    return f"{start} --model {config.model}{where} --resume"
 
 
 def report_data(loaders: Loaders) -> None:
     """Say what the data cost, and which images could not be read."""
     peak = loaders.train.dataset.memory.whole.peak / 1e6
-    print(f"memory    images took {peak:,.1f} MB at the most")
+    log.info(f"memory    images took {peak:,.1f} MB at the most")
     if isinstance(loaders.source, KaggleSource):
-        print(loaders.source.report())
+        log.info(loaders.source.report())
     for name, loader in (("train", loaders.train), ("validation", loaders.val)):
         for key, reason in loader.dataset.bad.items():
-            print(f"skipped   {key} ({name}): {reason}")
+            log.warning(f"skipped   {key} ({name}): {reason}")
+
+
+def start_wandb(config: Config, run: Run, folder: Path) -> object | None:
+    """A run at Weights & Biases, the one before if this run goes on; None if it cannot be had."""
+    try:
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+            raise ValueError("no key; set WANDB_API_KEY, run wandb login, or set "
+                             "WANDB_MODE=offline")
+        there = wandb.init(
+            project=config.wandb_project, name=config.model, id=run.wandb_id, resume="allow",
+            dir=str(folder), config=dataclasses.asdict(config),
+            settings=wandb.Settings(init_timeout=30, silent=True))
+        run.wandb_id = there.id
+        return there
+    except ImportError:
+        log.warning("wandb     is not installed (pip install wandb): going on without it")
+    except Exception as error:  # whatever it is, training matters more
+        reason = str(error).strip().split("\n")[0]
+        log.warning(f"wandb     cannot be used ({reason}): going on without it")
+    return None
+
+
+def send(wandb_run: object, row: dict[str, float], picture: Path | None = None) -> None:
+    """Forward a row of log.csv to Weights & Biases; with a picture, as the last thing."""
+    try:
+        if picture is None:
+            return wandb_run.log(row, step=row["epoch"])
+        import wandb
+
+        wandb_run.log({picture.stem: wandb.Image(str(picture))})
+        wandb_run.finish()
+    except Exception as error:
+        log.warning(f"wandb     {str(error).strip().splitlines()[:1]}: going on without it")
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def write_log(rows: list[dict], file: Path) -> None:
     """log.csv, whole: a few rows, and never a torn one after a resume."""
-    with open(file, "w", newline="") as f:
-        writer = csv.DictWriter(f, LOG_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, LOG_COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(file, text.getvalue())
 
 
 def draw_curves(rows: list[dict], file: Path, title: str) -> None:
@@ -601,7 +1208,11 @@ def draw_curves(rows: list[dict], file: Path, title: str) -> None:
 
 
 def main() -> None:
-    train(parse_config(description=__doc__))
+    try:
+        train(parse_config(description=__doc__))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
