@@ -145,7 +145,7 @@ def _type_of(name: str) -> tuple[type, bool]:
 def _checked(f: dataclasses.Field, value: object, where: str) -> object:
     """The value in the field's own type, or a UserError that says what is legal."""
     kind, optional = _type_of(f.name)
-    if value is None and optional:
+    if optional and (value is None or (kind is int and value == "auto")):
         return None
     wrong = UserError(f"{where}: {value!r} is not {_legal(f)}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -177,7 +177,7 @@ def _legal(f: dataclasses.Field) -> str:
 def _from_text(f: dataclasses.Field, text: str, where: str) -> object:
     """The value that a flag's or an environment variable's text stands for."""
     kind, optional = _type_of(f.name)
-    if optional and text.lower() in ("", "none", "auto"):
+    if optional and text.lower() in ("", "none", *(["auto"] if kind is int else [])):
         return None
     try:
         if kind is bool:

@@ -9,7 +9,7 @@
 import os
 import sys
 
-from config import UserError, command_line, load_config, make_parser, run_command
+from config import UserError, command_line, make_parser, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
@@ -70,14 +70,11 @@ from data import (
     Sample,
     Source,
     decode_image,
-    describe,
     open_source,
     read_splits,
-    split_samples,
     to_float,
 )
 from models import (
-    CALIBRATED,
     DEFAULT_SCORER,
     OWN_MAP,
     SCORERS,
@@ -128,8 +125,6 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
         raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
                         f"go on with: python train.py --model {config.model} --resume {folder} "
                         f"(--epochs {state['epoch']} ends it now)")
-    if not state["scorer"].keys() >= set(CALIBRATED):
-        raise UserError(f"{folder}: calibrated by an earlier version of this project; train again")
     where, _ = choose_device(device)
     precision, _ = choose_precision(config.precision, where)
     model = create_model(config.model, config)

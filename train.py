@@ -72,6 +72,7 @@ LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "skip
                "images_per_second", "data_wait", "seconds", "process_mb", "device_mb")
 # Steps in a row whose loss is no finite number, before the last good state is taken back.
 BAD_STEPS = 3
+BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
 LARGE_FILE = 500 << 20  # bytes; a larger last.pt is written at most once a minute
 
 
@@ -578,7 +579,7 @@ def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: 
     the number of images taken at a time.
 
     Measured: what one image leaves behind for the backward pass, from forward passes over two and
-    over four images. Added to it: gradients, and moments where the optimizer has none yet.
+    over three images. Added to it: gradients, and moments where the optimizer has none yet.
     """
     own = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
     state = [b.clone() for b in run.model.buffers()]
@@ -600,15 +601,16 @@ def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: 
         return sum(seen.values())
 
     run.model.train()
-    two, four = saved(2), saved(4)
+    two = saved(2)
+    image = saved(3) - two
     for buffer, value in zip(run.model.buffers(), state, strict=True):
         buffer.copy_(value)
-    image = (four - two) / 2
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
     moments = 0 if run.optimizer.state else weights * (1 if config.optimizer == "sgd" else 2)
     fixed = weights + moments + max(0, two - 2 * image)
-    # A fifth more: gradients of activations, and what convolutions work in.
-    return lambda count: int(1.2 * (fixed + count * image))
+    # What whole steps took on a CPU was 1.44 to 1.64 times that: gradients of activations, what
+    # convolutions work in, and the allocator's own.
+    return lambda count: int(1.6 * (fixed + count * image))
 
 
 def fit_into_memory(run: Run, config: Config, loaders: Loaders, device: torch.device,
@@ -656,7 +658,8 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
     if config.augment:
         images = augment(images, draws)
     inputs = corrupt(images, config.objective, draws)
-    buffers = list(run.model.buffers())  # BatchNorm's running statistics
+    norms = [m for m in run.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    buffers = list(run.model.buffers())  # their running statistics
     before = [b.clone() for b in buffers]
 
     def accumulate() -> Tensor:
@@ -664,6 +667,8 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
         torch.manual_seed(seeded(config.seed, f"dropout {ranks.rank}", run.step).initial_seed())
         run.optimizer.zero_grad(set_to_none=True)
         parts = math.ceil(len(images) / run.micro_batch)
+        for norm in norms:  # moves the running statistics as far in a step, whatever the parts
+            norm.momentum = 1 - (1 - BATCHNORM_MOMENTUM) ** (1 / parts)
         losses = []
         for x, y in zip(inputs.tensor_split(parts), images.tensor_split(parts), strict=True):
             last = len(losses) == parts - 1
@@ -957,6 +962,8 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
         if not here and any((folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
             move_aside(folder)
         make_run_folder(folder)
+        if here and checkpoint.name == "previous.pt":  # last.pt is damaged, or was never renamed
+            os.replace(checkpoint, folder / "last.pt")
         if checkpoint and not here:  # the best weights so far come along
             if run.epoch:
                 shutil.copyfile(checkpoint.parent / "best.pt", folder / "best.pt")
@@ -1051,7 +1058,9 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
             # One row for the epoch.
             trained, loss_sum = ranks.sum(run.images), ranks.sum(run.loss_sum)
             if not trained:
-                raise UserError("no training image could be read")
+                raise UserError("no training image could be read" if not run.skipped else
+                                f"no step of epoch {run.epoch + 1} had a finite loss; start over "
+                                "with a smaller --learning-rate")
             if not math.isfinite(val_loss):
                 raise UserError(f"the validation loss is {val_loss} after epoch {run.epoch + 1}; "
                                 "try a smaller --learning-rate")
@@ -1067,8 +1076,8 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                       f"{row['train_loss']:.4f}  validation loss {val_loss:.4f}"
                       f"{' (best)' if better else ''}  {row['images_per_second']:.1f} images/s  "
                       f"{seconds:.0f} s")
-            if wandb:
-                send(wandb, row)
+            if wandb and not send(wandb, row):
+                wandb = None
 
             # Save, and perhaps stop.
             run.begin_epoch(run.epoch + 1)
@@ -1157,17 +1166,21 @@ def start_wandb(config: Config, run: Run, folder: Path) -> object | None:
     return None
 
 
-def send(wandb_run: object, row: dict[str, float], picture: Path | None = None) -> None:
-    """Forward a row of log.csv to Weights & Biases; with a picture, as the last thing."""
+def send(wandb_run: object, row: dict[str, float], picture: Path | None = None) -> bool:
+    """Forward a row of log.csv to Weights & Biases; with a picture, as the last thing. Whether
+    that went well."""
     try:
         if picture is None:
-            return wandb_run.log(row, step=row["epoch"])
-        import wandb
+            wandb_run.log(row, step=row["epoch"])
+        else:
+            import wandb
 
-        wandb_run.log({picture.stem: wandb.Image(str(picture))})
-        wandb_run.finish()
+            wandb_run.log({picture.stem: wandb.Image(str(picture))})
+            wandb_run.finish()
+        return True
     except Exception as error:
-        log.warning(f"wandb     {str(error).strip().splitlines()[:1]}: going on without it")
+        log.warning(f"wandb     cannot be reached ({error}): going on without it")
+        return False
 
 
 def write_file(file: Path, text: str) -> None:

@@ -25,6 +25,7 @@ def test_a_flag_beats_the_environment_beats_a_file_beats_the_default(tmp_path: P
 def test_every_field_is_a_flag_an_environment_variable_and_a_file_key(tmp_path: Path) -> None:
     samples = {"model": "both", "objective": "plain", "schedule": "constant", "optimizer": "sgd",
                "device": "cpu", "precision": "fp32", "data": "x", "output_dir": "y",
+               "compile": True, "deterministic": True, "wandb": True, "wandb_project": "z",
                "augment": False, "reuse": True, "resume": "auto", "dropout": 0.5,
                "learning_rate": 0.5, "min_delta": 0.5, "memory_limit_gb": 0.5}
     values = {f.name: samples.get(f.name, 48) for f in dataclasses.fields(Config)}
@@ -81,6 +82,16 @@ def test_a_wrong_file_is_one_line_that_names_file_and_key(
     with pytest.raises(UserError) as error:
         parse_config(["--config", str(file)], environ={})
     assert says in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_batch_size_of_auto_is_one_to_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"batch_size": "auto"}')
+    for given in (parse_config(["--batch-size", "auto"], environ={}), Config(batch_size="auto"),
+                  parse_config([], environ={"IMGAE_BATCH_SIZE": "auto"}),
+                  load_config(tmp_path / "c.json")):
+        assert given.batch_size is None
+    assert parse_config(["--resume", "auto", "--output-dir", str(tmp_path)],
+                        environ={}).resume == "auto"
 
 
 def test_a_wrong_environment_variable_is_named() -> None:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,12 @@ ROOT = Path(__file__).parent.parent
 def log_of(folder: Path) -> list[dict[str, str]]:
     with open(folder / "log.csv", newline="") as f:
         return list(csv.DictReader(f))
+
+
+def without_timings(folder: Path) -> list[dict[str, str]]:
+    """log.csv, less what differs from one run to the next."""
+    timings = ("images_per_second", "data_wait", "seconds", "process_mb", "device_mb")
+    return [{k: v for k, v in row.items() if k not in timings} for row in log_of(folder)]
 
 
 def same_state(a: object, b: object) -> bool:
@@ -46,13 +53,14 @@ def test_a_run_leaves_what_it_promises_and_says_where(
 ) -> None:
     (folder,) = train(tiny(tmp_path, keep_every=2))
     names = {p.name for p in folder.iterdir()}
-    assert names == {"config.json", "split.csv", "log.csv", "last.pt", "best.pt", "epoch2.pt",
-                     "curves.png"}
+    assert names == {"config.json", "split.csv", "log.csv", "run.log", "last.pt", "previous.pt",
+                     "best.pt", "epoch2.pt", "curves.png"}
     rows = log_of(folder)
     assert list(rows[0]) == ["epoch", "step", "train_loss", "val_loss", "learning_rate",
-                             "images_per_second", "seconds", "peak_memory_mb"]
+                             "skipped_steps", "images_per_second", "data_wait", "seconds",
+                             "process_mb", "device_mb"]
     assert [(r["epoch"], r["step"]) for r in rows] == [("1", "4"), ("2", "8")]
-    assert all(float(r["peak_memory_mb"]) > 0 for r in rows)
+    assert all(float(r["process_mb"]) > 50 and 0 <= float(r["data_wait"]) < 1 for r in rows)
     text = capsys.readouterr().out
     assert "BUILT-IN PHANTOM" in text.splitlines()[0]
     for words in ("settings  model unet", "device    cpu (as asked)", "train        64         0",
@@ -61,10 +69,14 @@ def test_a_run_leaves_what_it_promises_and_says_where(
     assert load_config(folder).epochs == 2
     best = load_checkpoint(folder / "best.pt")
     assert "optimizer" not in best and len(best["scorer"]["normal_scores"]["mse"]) == 100
+    lines = (folder / "run.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in lines)
+    assert sum("epoch 2/2" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize("settings", [
     {"model": "reversed_ae"}, {"objective": "plain"}, {"precision": "bf16"},
+    {"precision": "fp16"},
     {"optimizer": "adamw", "augment": False},
     {"optimizer": "sgd", "schedule": "constant", "learning_rate": 0.01}])
 def test_training_lowers_the_loss(tmp_path: Path, settings: dict) -> None:
@@ -94,12 +106,9 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
     (part,) = train(tiny(tmp_path / "part", model=model, epochs=4, resume="auto"))
     for name in ("last.pt", "best.pt"):
         a, b = load_checkpoint(whole / name), load_checkpoint(part / name)
-        for key in a.keys() - {"config", "log"}:
+        for key in a.keys() - {"config", "log", "seconds", "waited"}:
             assert same_state(a[key], b[key]), f"{name} {key}"
-    timings = ("images_per_second", "seconds", "peak_memory_mb")
-    strip = [[{k: v for k, v in r.items() if k not in timings} for r in log_of(f)]
-             for f in (whole, part)]
-    assert strip[0] == strip[1]
+    assert without_timings(whole) == without_timings(part)
 
 
 def test_a_run_resumed_between_two_epochs_takes_the_next_epochs_order(
@@ -110,7 +119,7 @@ def test_a_run_resumed_between_two_epochs_takes_the_next_epochs_order(
     with pytest.raises(KeyboardInterrupt):
         train(tiny(tmp_path / "part", epochs=3))
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "part/unet/last.pt")["stream"]["next_batch"] == 0
+    assert load_checkpoint(tmp_path / "part/unet/last.pt")["batch"] == 0
     (part,) = train(tiny(tmp_path / "part", epochs=3, resume="auto"))
     a, b = load_checkpoint(whole / "last.pt"), load_checkpoint(part / "last.pt")
     assert same_state(a["model"], b["model"]) and a["best_loss"] == b["best_loss"]
@@ -124,7 +133,7 @@ def test_ending_a_run_that_was_interrupted_within_an_epoch_calibrates_on_all(
     with pytest.raises(KeyboardInterrupt):
         train(tiny(tmp_path, epochs=3))
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "unet/last.pt")["stream"]["next_batch"]
+    assert load_checkpoint(tmp_path / "unet/last.pt")["batch"]
     counted: list[int] = []
     real = train_module.AnomalyScorer.add
     monkeypatch.setattr(train_module.AnomalyScorer, "add", lambda self, x: (
@@ -271,19 +280,61 @@ def test_the_validation_loss_is_the_objective_on_the_same_corruption_each_time(
     config = tiny(tmp_path)
     model, loaders = create_model("unet", config), create_dataloaders(config)
     device = torch.device("cpu")
-    first, second = (train_module.validate(model, loaders.val, config, device, "fp32")
-                     for _ in range(2))
+    rest = device, "fp32", train_module.Ranks()
+    first, second = (train_module.validate(model, loaders.val, config, *rest) for _ in range(2))
     plain = dataclasses.replace(config, objective="plain")
-    assert first == second != train_module.validate(model, loaders.val, plain, device, "fp32")
+    assert first == second != train_module.validate(model, loaders.val, plain, *rest)
 
 
-def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(
+def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: object) -> list[float]:
+    """Make the loss of the training steps (from 0) for which spoilt(step) holds not a number.
+    The learning rates of the steps."""
+    real, rates, calls = train_module.train_step, [], []
+
+    def train_step(run: object, objective: object, *rest: object) -> float:
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        calls.append(1)
+        bad = spoilt(len(calls) - 1)
+        return real(run, (lambda x, y: objective(x, y) * float("nan")) if bad else objective, *rest)
+
+    monkeypatch.setattr(train_module, "train_step", train_step)
+    return rates
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    spoil(monkeypatch, lambda step: step in (1, 2))
+    (folder,) = train(tiny(tmp_path, epochs=1))
+    assert [r["skipped_steps"] for r in log_of(folder)] == ["2"]
+    assert "the loss is nan at epoch 1, step 2: that step is skipped" in capsys.readouterr().out
+    state = load_checkpoint(folder / "last.pt")
+    assert state["step"] == 4 and state["images"] == 0  # of the next epoch
+    assert all(v.isfinite().all() for v in state["model"].values()), "BatchNorm took it in"
+    steps = {int(v["step"]) for v in state["optimizer"]["state"].values()}
+    assert steps == {2}, "the optimizer took a skipped step"
+
+
+def test_after_several_bad_steps_the_last_good_state_comes_back_at_half_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rates = spoil(monkeypatch, lambda step: step in (5, 6, 7))
+    (folder,) = train(tiny(tmp_path, epochs=3, schedule="constant"))
+    assert "going back to the last good weights, at half" in capsys.readouterr().out
+    assert rates[4:8] == [1e-3] * 4 and rates[8:] == [0.5e-3] * 4
+    assert [r["learning_rate"] for r in log_of(folder)] == ["0.001", "0.0005", "0.0005"]
+
+
+def test_a_loss_that_stays_not_finite_stops_with_epoch_step_and_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module.objective_loss
-    monkeypatch.setattr(train_module, "objective_loss", lambda *a: real(*a) * float("nan"))
-    with pytest.raises(UserError, match="the loss is nan at epoch 1, step 1"):
-        train(tiny(tmp_path))
+    spoil(monkeypatch, lambda step: step >= 6)
+    with pytest.raises(UserError, match="the loss is nan at epoch 3, step 12.*--learning-rate"):
+        train(tiny(tmp_path, epochs=4))
+    state = load_checkpoint(tmp_path / "unet/last.pt")
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert (tmp_path / "unet/best.pt").exists()
+    assert "ended by UserError: the loss is nan" in (tmp_path / "unet/run.log").read_text()
 
 
 def test_a_validation_loss_that_is_not_finite_stops_too(
@@ -322,12 +373,18 @@ def test_truncated_foreign_missing_and_other_models_checkpoints_are_refused(
         load_checkpoint(tmp_path / "foreign.pt")
     with pytest.raises(UserError, match="there is no checkpoint there"):
         load_checkpoint(tmp_path / "gone.pt")
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    with pytest.raises(UserError, match=r"flipped\.pt: .*the checksum of .* is wrong"):
+        load_checkpoint(tmp_path / "flipped.pt")
     with pytest.raises(UserError, match="holds a unet, not a reversed_ae"):
         load_checkpoint(runs[0] / "last.pt", "reversed_ae")
     state = load_checkpoint(runs[0] / "last.pt")
-    save_checkpoint(dict(state) | {"format": 99}, tmp_path / "new.pt")
-    with pytest.raises(UserError, match="newer version"):
-        load_checkpoint(tmp_path / "new.pt")
+    for number, when in ((99, "a newer version"), (1, "an earlier version")):
+        save_checkpoint(dict(state) | {"format": number}, tmp_path / "other.pt")
+        with pytest.raises(UserError, match=when):
+            load_checkpoint(tmp_path / "other.pt")
 
 
 class Evil:

@@ -1,0 +1,585 @@
+"""A run that cannot be lost: signals, kills, damage, memory, several processes, W&B."""
+
+import dataclasses
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+from kaggle_stand_in import StandIn, VirtualNIH
+from test_kaggle import SPEC, kaggle, server_environment  # noqa: F401 (kaggle is a fixture)
+from test_train import interrupt_at, log_of, same_state, without_timings
+
+import train as train_module
+from config import Config, UserError
+from evaluate import evaluate
+from train import Ranks, load_checkpoint, save_checkpoint, train
+
+ROOT = Path(__file__).parent.parent
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def start(config: Config, *more: str, launcher: tuple[str, ...] = (), limit: int | None = None,
+          **environ: str) -> subprocess.Popen:
+    """A real training program. limit: bytes that a file of its may have."""
+    default = Config()
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
+             if v != getattr(default, k)]
+
+    def restrict() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, *launcher, "train.py", *flags, *more], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restrict if limit else None,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environ)
+
+
+def read_until(program: subprocess.Popen, words: str) -> None:
+    """Read what the program prints up to the line that holds these words."""
+    for line in program.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"the program ended first: {program.communicate()[1]}")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise: weights, optimizer, early stopping, calibration, CSV; all but what is timed."""
+    for name in ("last.pt", "best.pt"):
+        a, b = load_checkpoint(one / name), load_checkpoint(other / name)
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"config", "log", "seconds", "waited"}:
+            assert same_state(a[key], b[key]), f"{name}: {key}"
+    assert without_timings(one) == without_timings(other)
+    assert (one / "split.csv").read_bytes() == (other / "split.csv").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------
+# Signals and kills
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 epochs that nothing interrupted."""
+    return train(tiny(tmp_path_factory.mktemp("straight"), epochs=12))[0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
+    tmp_path: Path, straight: Path, number: int, code: int
+) -> None:
+    config = tiny(tmp_path / "a b", epochs=12)
+    program = start(config)
+    read_until(program, "epoch 1/12")
+    program.send_signal(number)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == code and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1] == (
+        "train.py: ended as asked, and saved; go on with: python train.py --model unet "
+        f"--output-dir '{tmp_path / 'a b'}' --resume")
+    state = load_checkpoint(tmp_path / "a b/unet/last.pt")
+    assert 4 <= state["step"] < 48 and state["step"] == 4 * state["epoch"] + state["batch"]
+    resumed, = train(dataclasses.replace(config, resume="auto"))
+    assert_same_run(resumed, straight)
+
+
+def test_a_signal_while_waiting_for_data_does_not_wait_for_it(
+    kaggle: StandIn, tmp_path: Path  # noqa: F811
+) -> None:
+    kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
+    program: list[subprocess.Popen] = []
+
+    def stall(ranges: int) -> None:
+        if (tmp_path / "unet/last.pt").exists():  # steps are being taken; now nothing comes
+            program[0].send_signal(signal.SIGTERM)
+            kaggle.served = lambda ranges: kaggle.closing.wait(60)
+            kaggle.served(ranges)
+
+    kaggle.served = stall
+    config = tiny(tmp_path, data=SPEC, samples=240, batch_size=4, epochs=2, memory_limit_gb=0.001,
+                  checkpoint_minutes=0.0)
+    program.append(start(config, **server_environment(kaggle)))
+    _, errors = program[0].communicate(timeout=50)
+    assert program[0].returncode == 143 and "ended as asked, and saved" in errors
+    assert load_checkpoint(tmp_path / "unet/last.pt")["step"] > 0
+
+
+def test_a_run_asked_to_end_in_validation_validates_after_its_resume(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_module.validate
+
+    def validate(*arguments: object) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(train_module, "validate", validate)
+    with pytest.raises(KeyboardInterrupt, match="ended as asked"):
+        train(tiny(tmp_path, epochs=12))
+    monkeypatch.undo()
+    state = load_checkpoint(tmp_path / "unet/last.pt")
+    assert (state["epoch"], state["batch"], state["step"]) == (0, 4, 4)
+    assert_same_run(train(tiny(tmp_path, epochs=12, resume="auto"))[0], straight)
+
+
+def kill_again_and_again(config: Config, rng: random.Random, kills: int, launcher: tuple = (),
+                         **environ: str) -> int:
+    """Run a training program to its end through at least so many kills -9 at random moments; how
+    many came in the middle of a save."""
+    folder, done, torn = train_module.run_folder(config), 0, 0
+    while True:
+        program = start(config, "--resume", launcher=launcher, **environ)
+        try:
+            read_until(program, "model     ")
+            enough = done >= kills and torn
+            output, errors = program.communicate(timeout=None if enough else rng.uniform(0, 1.5))
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.communicate()
+            done += 1
+            torn += (folder / "last.tmp").exists()
+            assert done < 60, "no kill hit a save"
+            continue
+        assert program.returncode == 0, errors
+        assert enough, "it ended before it had been killed often enough"
+        return torn
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("data", ["synthetic", SPEC])
+@pytest.mark.parametrize("model", ["unet", "reversed_ae"])
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
+    kaggle: StandIn, tmp_path: Path, model: str, data: str  # noqa: F811
+) -> None:
+    kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
+    settings = {"model": model, "data": data, "epochs": 4, "width": 8, "samples": 160,
+                "batch_size": 4, "checkpoint_minutes": 0.0}
+    if data == SPEC:
+        settings["memory_limit_gb"] = 0.001  # so little that it streams all the time
+    rng = random.Random(f"{model} {data}")
+    environ = server_environment(kaggle) if data == SPEC else {}
+    assert kill_again_and_again(tiny(tmp_path / "killed", **settings), rng, 5, **environ) > 0
+    straight, = train(tiny(tmp_path / "straight", **settings))
+    killed = tmp_path / "killed" / model
+    assert_same_run(killed, straight)
+    results = [evaluate([f], samples=60) for f in (killed, straight)]
+    assert results[0][0]["auroc"] == results[1][0]["auroc"]
+    scores = [next((f / "eval").rglob("scores.csv")).read_bytes() for f in (killed, straight)]
+    assert scores[0] == scores[1]
+
+
+# ----------------------------------------------------------------------------------------------
+# Damage, full disks
+
+
+DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"",
+          "flipped": lambda b: b[:-len(b) // 2] + bytes([b[-len(b) // 2] ^ 1]) +
+          b[-len(b) // 2 + 1 :]}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture, kind: str
+) -> None:
+    monkeypatch.setattr(train_module, "validate", interrupt_at(4))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path, epochs=12))
+    monkeypatch.undo()
+    last, best = (tmp_path / "unet" / name for name in ("last.pt", "best.pt"))
+    last.write_bytes(DAMAGE[kind](last.read_bytes()))
+    before = best.read_bytes()
+    capsys.readouterr()
+    folder, = train(tiny(tmp_path, epochs=12, resume="auto"))
+    printed = capsys.readouterr().out
+    assert f"damaged   {last}: not a readable checkpoint" in printed
+    assert f"resume    {folder}/previous.pt, after epoch 2, step 8" in printed
+    assert_same_run(folder, straight)
+    assert before  # and had both been damaged:
+    for name in ("last.pt", "previous.pt"):
+        (folder / name).write_bytes(b"")
+    before = best.read_bytes()
+    with pytest.raises(UserError, match="no checkpoint in it is whole"):
+        train(tiny(tmp_path, epochs=13, resume="auto"))
+    assert best.read_bytes() == before
+
+
+def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(
+    tmp_path: Path, straight: Path
+) -> None:
+    copy = tmp_path / "unet"
+    shutil.copytree(straight, copy)
+    os.replace(copy / "last.pt", copy / "previous.pt")
+    folder, = train(tiny(tmp_path, epochs=12, resume="auto"))
+    assert_same_run(folder, straight)
+
+
+def test_a_file_that_may_not_grow_ends_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path
+) -> None:
+    folder, = train(tiny(tmp_path, epochs=1))
+    kept = {n: (folder / n).read_bytes() for n in ("last.pt", "best.pt")}
+    program = start(tiny(tmp_path, epochs=3), "--resume", limit=200_000)
+    _, errors = program.communicate(timeout=100)
+    assert program.returncode == 2 and len(errors.strip().splitlines()) == 1
+    assert "cannot be written" in errors and "make room and go on with --resume" in errors
+    assert {n: (folder / n).read_bytes() for n in kept} == kept
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.drill
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
+    small_disk: Path
+) -> None:
+    config = tiny(small_disk, epochs=6)
+    folder, = train(dataclasses.replace(config, epochs=1))
+    good = load_checkpoint(folder / "last.pt")["model"]
+    with open(small_disk / "other", "wb") as other, pytest.raises(OSError, match="No space"):
+        while True:
+            other.write(bytes(10_000))
+            other.flush()
+    program = start(config, "--resume")
+    _, errors = program.communicate(timeout=100)
+    assert program.returncode == 2 and len(errors.strip().splitlines()) == 1
+    assert "No space left" in errors or "free on that disk" in errors
+    assert same_state(load_checkpoint(folder / "last.pt")["model"], good)
+    load_checkpoint(folder / "best.pt")
+    (small_disk / "other").unlink()
+    program = start(config, "--resume")
+    assert program.communicate(timeout=100) and program.returncode == 0
+    assert len(log_of(folder)) == 6
+    # And a folder that may only be read:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    program = start(config, "--resume", "--epochs=7")
+    _, errors = program.communicate(timeout=100)
+    assert program.returncode == 2 and "cannot be written (Read-only file system)" in errors
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.parametrize("model", ["unet", "reversed_ae"])
+def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, model: str
+) -> None:
+    config = tiny(tmp_path / "whole", model=model, epochs=8, augment=False, dropout=0.0)
+    whole, = train(config)
+    real, calls = train_module.objective_loss, []
+
+    def objective_loss(net: object, inputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        if len(images) > 8 and net.training and len(calls) > 10:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough "
+                               "memory: you tried to allocate 8589934592 bytes")
+        return real(net, inputs, images)
+
+    monkeypatch.setattr(train_module, "objective_loss", objective_loss)
+    capsys.readouterr()
+    split, = train(dataclasses.replace(config, output_dir=str(tmp_path / "split")))
+    assert capsys.readouterr().out.count("8 images are taken at a time from now on") == 1
+    a, b = log_of(whole), log_of(split)
+    assert [r["step"] for r in a] == [r["step"] for r in b]  # the same batches
+    # BatchNorm sees 8 images at a time instead of 16: nearly the same, not the same.
+    assert float(b[-1]["val_loss"]) == pytest.approx(float(a[-1]["val_loss"]), rel=0.01)
+    assert load_checkpoint(split / "last.pt")["micro_batch"] == 8
+
+
+def test_out_of_memory_with_a_single_image_says_what_would_take_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = train_module.objective_loss, []
+
+    def train_loss(net: object, inputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        if len(calls) > 2:  # the first two are the probe's
+            raise MemoryError
+        return real(net, inputs, images)
+
+    monkeypatch.setattr(train_module, "objective_loss", train_loss)
+    with pytest.raises(UserError, match=r"a single image; try a smaller --width or --image-size"):
+        train(tiny(tmp_path, batch_size=4))
+    assert calls == [2, 3, 4, 2, 1]
+
+
+def scarce(monkeypatch: pytest.MonkeyPatch, images: float) -> list[int]:
+    """Let the machine have memory for so many images; the probes made."""
+    probes: list[int] = []
+
+    def need(*_: object) -> Callable[[int], float]:
+        probes.append(1)
+        return lambda count: count * 1e12
+
+    monkeypatch.setattr(train_module, "memory_of_a_step", need)
+    monkeypatch.setattr(train_module, "free_memory", lambda device: images / 0.9 * 1e12 + 1e10)
+    return probes
+
+
+def test_a_batch_too_large_for_memory_is_taken_in_parts_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    probes = scarce(monkeypatch, 5)
+    monkeypatch.setattr(train_module, "validate", interrupt_at(2))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path))
+    assert "4 are taken at a time, their gradients added up" in capsys.readouterr().out
+    monkeypatch.undo()
+    probes = scarce(monkeypatch, 100)
+    folder, = train(tiny(tmp_path, resume="auto"))
+    assert load_checkpoint(folder / "last.pt")["micro_batch"] == 4 and not probes
+    assert [r["step"] for r in log_of(folder)] == ["4", "8"]
+
+
+def test_an_automatic_batch_is_the_largest_power_of_two_that_fits_and_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scarce(monkeypatch, 21)
+    folder, = train(tiny(tmp_path, batch_size=None, epochs=1))
+    state = load_checkpoint(folder / "last.pt")
+    assert state["config"]["batch_size"] == 16 and state["step"] == 4
+    scarce(monkeypatch, 70)
+    train(tiny(tmp_path, batch_size=None, epochs=2, resume="auto"))
+    assert load_checkpoint(folder / "last.pt")["step"] == 8
+
+
+def test_the_probe_measures_what_grows_with_the_batch_and_changes_nothing(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    config = tiny(tmp_path, image_size=64, width=8)
+    run = train_module.start_run(config, device, "fp32")
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    need = train_module.memory_of_a_step(run, config, device, "fp32")
+    assert same_state(before, dict(run.model.state_dict()))
+    # The first level alone keeps more than eight maps of 8 channels of 64x64 for each image.
+    image = need(11) - need(10)
+    assert image > 8 * 8 * 64 * 64 * 4
+    larger = dataclasses.replace(config, image_size=128)
+    run = train_module.start_run(larger, device, "fp32")
+    other = train_module.memory_of_a_step(run, larger, device, "fp32")
+    assert other(11) - other(10) == pytest.approx(4 * image, rel=0.1)
+
+
+def test_short_memory_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train_module, "system_memory", lambda: (10 << 30, 200 << 20))
+    train(tiny(tmp_path, epochs=1, batch_size=2, micro_batch=2))
+    assert capsys.readouterr().out.count("0.2 of 10.0 GB of memory are left") == 1
+
+
+# ----------------------------------------------------------------------------------------------
+# Several processes
+
+
+GRADIENTS = """
+import sys
+sys.path[:0] = [{root!r}]
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import models, train
+from config import Config
+torch.set_num_threads(1)
+models.SKIP_FREE_SHARE = 1.0  # a quarter of each slice would be other images than of the whole
+ranks, device = train.Ranks(), torch.device("cpu")
+ranks.meet(device)
+images = torch.randint(256, (7, 1, 32, 32), dtype=torch.uint8,
+                       generator=torch.Generator().manual_seed(0))
+results = {{}}
+for model, micro in (("unet", 7), ("reversed_ae", 2)):
+    config = Config(width=4, image_size=32, latent_dim=8, dropout=0.0, objective="denoise",
+                    model=model, optimizer="sgd")
+    run = train.start_run(config, device, "fp32")
+    run.model.eval()  # BatchNorm by its running statistics: the same for every slice
+    run.micro_batch = micro
+    objective = train.Objective(run.model)
+    if ranks.world > 1:
+        objective = DistributedDataParallel(objective)
+    mine = images.tensor_split(ranks.world)[ranks.rank]
+    loss = train.train_step(run, objective, mine, config, 7, device, "fp32", ranks)
+    results[model] = {{"loss": loss, "grads": [p.grad for p in run.model.parameters()],
+                       "weights": [p.detach() for p in run.model.parameters()]}}
+if ranks.rank == 0:
+    torch.save(results, sys.argv[1])
+if ranks.world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "step.py"
+    script.write_text(GRADIENTS.format(root=str(ROOT)))
+    results = []
+    for launcher in ((), TWO):
+        subprocess.run([sys.executable, *launcher, script, tmp_path / "out.pt"], check=True,
+                       capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        results.append(torch.load(tmp_path / "out.pt", weights_only=True))
+    for model, one in results[0].items():
+        two = results[1][model]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        for kind in ("grads", "weights"):
+            for a, b in zip(one[kind], two[kind], strict=True):
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-7), f"{model} {kind}"
+
+
+def test_two_processes_train_validate_and_resume_together(tmp_path: Path) -> None:
+    alone, = train(tiny(tmp_path / "alone", epochs=3))
+    config = tiny(tmp_path / "two", epochs=3)
+    program = start(config, launcher=TWO)
+    output, errors = program.communicate(timeout=120)
+    assert program.returncode == 0, errors
+    assert "2 processes" in output and output.count("epoch 3/3") == 1
+    two = tmp_path / "two/unet"
+    assert (two / "split.csv").read_bytes() == (alone / "split.csv").read_bytes()
+    a, b = log_of(alone), log_of(two)
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    # BatchNorm's statistics are of each process's slice: nearly the same, not the same.
+    assert float(b[-1]["val_loss"]) == pytest.approx(float(a[-1]["val_loss"]), rel=0.1)
+    assert load_checkpoint(two / "best.pt")["scorer"]["count"] == 64  # of all, not of a slice
+    part = tiny(tmp_path / "part", epochs=3)
+    program = start(part, launcher=TWO)
+    read_until(program, "epoch 1/3")
+    program.send_signal(signal.SIGTERM)
+    _, errors = program.communicate(timeout=120)
+    assert program.returncode != 0
+    assert "go on with: torchrun --nproc_per_node=2 train.py --model unet" in errors
+    state = load_checkpoint(tmp_path / "part/unet/last.pt")
+    assert 4 <= state["step"] < 12
+    program = start(part, "--resume", launcher=TWO)
+    assert program.communicate(timeout=120) and program.returncode == 0
+    assert_same_run(tmp_path / "part/unet", two)
+
+
+@pytest.mark.drill
+def test_a_process_that_dies_ends_the_run_and_leaves_its_checkpoint(tmp_path: Path) -> None:
+    config = tiny(tmp_path, epochs=200)
+    program = start(config, launcher=TWO)
+    read_until(program, "epoch 1/200")
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = program.communicate(timeout=120)
+    assert program.returncode != 0
+    step = load_checkpoint(tmp_path / "unet/last.pt")["step"]
+    program = start(dataclasses.replace(config, epochs=step // 4 + 2), "--resume", launcher=TWO)
+    assert program.communicate(timeout=120) and program.returncode == 0
+
+
+def test_fewer_images_than_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(Ranks, "meet", lambda self, device: device)
+    monkeypatch.setattr(Ranks, "_reduce", lambda self, value, how: value)
+    with pytest.raises(UserError, match="--batch-size 2: fewer images than the 3 processes"):
+        train(tiny(tmp_path, batch_size=2))
+
+
+@pytest.mark.drill
+def test_a_compiled_model_trains_and_its_weights_load_without(tmp_path: Path) -> None:
+    folder, = train(tiny(tmp_path, compile=True, epochs=2))
+    assert evaluate([folder], samples=40)[0]["auroc"] is not None
+
+
+# ----------------------------------------------------------------------------------------------
+# Weights & Biases
+
+
+class FakeWandb(types.ModuleType):
+    """What train.py uses of wandb; `broken` names what raises."""
+
+    def __init__(self, broken: str = "", key: str | None = "key") -> None:
+        super().__init__("wandb")
+        self.broken, self.rows, self.ids, self.finished = broken, [], [], 0
+        self.api = types.SimpleNamespace(api_key=key)
+        self.id = "abc123"
+
+    def _maybe_break(self, what: str) -> None:
+        if self.broken == what:
+            raise ConnectionError("the network is dead")
+
+    def init(self, **how: object) -> "FakeWandb":
+        self._maybe_break("init")
+        self.ids.append(how["id"])
+        self.project = how["project"]
+        return self
+
+    def log(self, row: dict, step: int | None = None) -> None:
+        self._maybe_break("log")
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        self._maybe_break("finish")
+        self.finished += 1
+
+    def Settings(self, **how: object) -> dict:
+        return how
+
+    def Image(self, path: str) -> str:
+        return path
+
+
+def test_wandb_gets_the_rows_of_the_csv_and_the_curves_and_a_resumed_run_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(tiny(tmp_path, wandb=True, wandb_project="films", epochs=1))
+    folder, = train(tiny(tmp_path, wandb=True, epochs=2, resume="auto"))
+    rows = [{k: str(v) for k, v in row.items()} for row in fake.rows if "epoch" in row]
+    assert rows == log_of(folder)
+    assert [r for r in fake.rows if "epoch" not in r] == [
+        {"curves": str(folder / "curves.png")}] * 2
+    assert fake.ids == [None, "abc123"] and fake.finished == 2 and fake.project == "imgae-dx"
+    train(tiny(tmp_path / "off", epochs=1))
+    assert len(fake.ids) == 2  # never unasked
+
+
+@pytest.mark.parametrize(("wandb", "says"), [
+    (None, "wandb     is not installed"), (FakeWandb(key=None), "no key; set WANDB_API_KEY"),
+    *[(FakeWandb(broken), "the network is dead") for broken in ("init", "log", "finish")]])
+def test_wandb_never_stops_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    wandb: FakeWandb | None, says: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    folder, = train(tiny(tmp_path, wandb=True, epochs=1))
+    assert len([x for x in capsys.readouterr().out.splitlines() if says in x]) == 1
+    assert (folder / "curves.png").exists()
+
+
+def test_a_save_that_fails_half_way_leaves_both_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for number in (1, 2):
+        save_checkpoint({"a": number}, last, previous)
+
+    def half(state: dict, file: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be written"):
+        patch.setattr(torch, "save", half)
+        save_checkpoint({"a": 3}, last, previous)
+    assert sorted(tmp_path.iterdir()) == [last, previous]
+    assert torch.load(last, weights_only=True) == {"a": 2}
+    assert torch.load(previous, weights_only=True) == {"a": 1}
