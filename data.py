@@ -47,7 +47,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from config import Config, UserError, kaggle_credentials
+from config import Config, UserError, kaggle_credentials, log
 from models import Draws
 
 NORMAL, ABNORMAL = 0, 1
@@ -817,7 +817,7 @@ class Wire:
                     raise self._stop(f"{error}; Kaggle asks to wait {wait / 60:.0f} minutes. Go "
                                      "on then with --resume") from None
                 if wait >= 5:
-                    print(f"kaggle    {error}: trying again in {wait:.0f} s", file=sys.stderr)
+                    log.warning(f"kaggle    {error}: trying again in {wait:.0f} s")
                 pause(wait, halt)
 
     def _judge(self, status: int, headers: Mapping[str, str], what: str) -> Exception:
@@ -1275,8 +1275,8 @@ def open_kaggle(spec: str) -> KaggleSource:
     try:
         return KaggleSource(spec, wire)
     except RangeRefused:
-        print(f"kaggle    the archive of {m[1]}/{m[2]} is not given in parts: every file is "
-              "fetched by a call of its own, which is slow", file=sys.stderr)
+        log.warning(f"kaggle    the archive of {m[1]}/{m[2]} is not given in parts: every file is "
+                    "fetched by a call of its own, which is slow")
         return KaggleFilesSource(spec, wire)
 
 

@@ -638,14 +638,15 @@ def fit_into_memory(run: Run, config: Config, loaders: Loaders, device: torch.de
 
 
 def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, batch_size: int,
-               device: torch.device, precision: str, ranks: Ranks) -> float:
-    """One optimizer step on this process's slice of a batch; the whole batch's mean loss.
+               device: torch.device, precision: str, ranks: Ranks) -> tuple[float, int]:
+    """One optimizer step on this process's slice of a batch; mean loss and number of images of
+    the whole batch.
 
     images: uint8 [B,1,H,W]; fewer than the slice if some could not be read, even none.
     batch_size: of the whole batch. All randomness depends on (seed, step) and the place in the
     batch. If the loss is no finite number, nothing is changed.
     """
-    total = ranks.sum(len(images))
+    total = int(ranks.sum(len(images)))
     # As numpy.array_split deals them: the first few slices have one more.
     start = sum(batch_size // ranks.world + (r < batch_size % ranks.world)
                 for r in range(ranks.rank))
@@ -708,7 +709,7 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
         run.scaler.update()
     else:
         torch._foreach_copy_(buffers, before)
-    return loss
+    return loss, total
 
 
 def after_bad_loss(run: Run, loss: float, folder: Path, config: Config,
@@ -1002,7 +1003,7 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
 def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.device, precision: str,
                  ranks: Ranks, common: dict[str, object], asked: Config) -> Path:
     """The loop, and what comes after it. common: what every checkpoint holds besides weights."""
-    folder = run_folder(config)
+    folder, last = run_folder(config), run_folder(config) / "last.pt"
     stream: ImageStream = loaders.train.dataset
     objective: nn.Module = Objective(run.model)
     if ranks.world > 1:
@@ -1014,20 +1015,27 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     images_an_epoch = len(loaders.train) * stream.batch_size
     bar = Progress(config.epochs * images_an_epoch, config.model,
                    run.epoch * images_an_epoch + run.images, show=ranks.rank == 0)
-    memory_is_short, saved_at, began = False, time.monotonic(), 0.0
+    memory_is_short, saved, saved_at, began = False, (-1, -1), time.monotonic(), 0.0
+
+    def due(seconds: float) -> bool:
+        """Whether last.pt is so old. A large one (3 GB) is left alone for a minute."""
+        large = last.exists() and last.stat().st_size > LARGE_FILE
+        return time.monotonic() - saved_at >= max(seconds, 60 if large else 0)
 
     def save_last() -> None:
-        nonlocal saved_at
-        saved_at = time.monotonic()
+        nonlocal saved_at, saved
+        if saved == (run.epoch, run.batch):
+            return
+        saved, saved_at = (run.epoch, run.batch), time.monotonic()
         if ranks.rank or not all(p.isfinite().all() for p in run.model.parameters()):
             return
         seconds = run.seconds + (time.monotonic() - began if run.batch else 0.0)
         save_checkpoint(common | run.state_dict() | {"stream": stream.state_dict(),
                                                      "seconds": seconds},
-                        folder / "last.pt", folder / "previous.pt")
+                        last, folder / "previous.pt")
 
     stopped = (f"ended as asked, and saved; go on with: {command_to_resume(asked)}")
-    with Stop(ranks, save_last, stopped) as stop:
+    with contextlib.closing(bar), Stop(ranks, save_last, stopped) as stop:
         while run.epoch < config.epochs and run.bad_epochs < config.patience:
             began = time.monotonic()
             run.model.train()
@@ -1035,29 +1043,28 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                 rate = learning_rate_at(run.step, total_steps, config) * run.rate_factor
                 for group in run.optimizer.param_groups:
                     group["lr"] = rate
-                loss = train_step(run, objective, images, config, stream.batch_size, device,
-                                  precision, ranks)
+                loss, count = train_step(run, objective, images, config, stream.batch_size,
+                                         device, precision, ranks)
                 if math.isfinite(loss):
                     run.bad_steps = 0
-                    run.loss_sum += loss * len(images)
-                    run.images += len(images)
+                    run.loss_sum += loss * count
+                    run.images += count
                 else:
                     after_bad_loss(run, loss, folder, config,
                                    lambda: start_run(config, device, precision))
                 run.step += 1
                 run.batch += 1
-                bar.update(len(images) * ranks.world, loss=loss,
+                bar.update(count, loss=loss,
                            label=f"{config.model} epoch {run.epoch + 1}/{config.epochs}")
                 memory_is_short = memory_is_short or warn_if_memory_is_short()
-                if time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
+                if due(60 * config.checkpoint_minutes):
                     save_last()
                 stop.check()
             train_seconds = run.seconds + time.monotonic() - began
             val_loss = validate(run.model, loaders.val, config, device, precision, ranks, stop)
 
             # One row for the epoch.
-            trained, loss_sum = ranks.sum(run.images), ranks.sum(run.loss_sum)
-            if not trained:
+            if not run.images:
                 raise UserError("no training image could be read" if not run.skipped else
                                 f"no step of epoch {run.epoch + 1} had a finite loss; start over "
                                 "with a smaller --learning-rate")
@@ -1066,9 +1073,9 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                                 "try a smaller --learning-rate")
             seconds = run.seconds + time.monotonic() - began
             row = dict(zip(LOG_COLUMNS, (
-                run.epoch + 1, run.step, loss_sum / trained, val_loss,
+                run.epoch + 1, run.step, run.loss_sum / run.images, val_loss,
                 learning_rate_at(run.step - 1, total_steps, config) * run.rate_factor, run.skipped,
-                trained / train_seconds, run.waited / train_seconds, seconds,
+                run.images / train_seconds, run.waited / train_seconds, seconds,
                 process_memory() / 2**20, device_memory(device) / 2**20), strict=True))
             run.log.append(row)
             better = val_loss < run.best_loss - config.min_delta
@@ -1093,10 +1100,9 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                 if config.keep_every and run.epoch % config.keep_every == 0:
                     save_checkpoint(weights, folder / f"epoch{run.epoch}.pt")
             ended = run.epoch == config.epochs or run.bad_epochs == config.patience
-            if ended or time.monotonic() - saved_at > 60 or not is_large(folder / "last.pt"):
+            if ended or due(0):
                 save_last()
             stop.check()
-    bar.close()
     if ranks.rank:  # the rest is for one process
         return folder
     if run.bad_epochs >= config.patience:
@@ -1118,10 +1124,6 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
              "config.json")
     log.info(f"next      python evaluate.py {folder}\n")
     return folder
-
-
-def is_large(file: Path) -> bool:
-    return file.exists() and file.stat().st_size > LARGE_FILE
 
 
 def command_to_resume(config: Config) -> str:
@@ -1146,16 +1148,18 @@ def report_data(loaders: Loaders) -> None:
 
 def start_wandb(config: Config, run: Run, folder: Path) -> object | None:
     """A run at Weights & Biases, the one before if this run goes on; None if it cannot be had."""
+    os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
 
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
-            raise ValueError("no key; set WANDB_API_KEY, run wandb login, or set "
+        # Where there is no key, init would ask for one, and wait.
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise ValueError("no key: set WANDB_API_KEY, run wandb login, or set "
                              "WANDB_MODE=offline")
         there = wandb.init(
             project=config.wandb_project, name=config.model, id=run.wandb_id, resume="allow",
             dir=str(folder), config=dataclasses.asdict(config),
-            settings=wandb.Settings(init_timeout=30, silent=True))
+            settings=wandb.Settings(init_timeout=30, finish_timeout=120, silent=True))
         run.wandb_id = there.id
         return there
     except ImportError:

@@ -131,27 +131,27 @@ def test_a_run_asked_to_end_in_validation_validates_after_its_resume(
     assert_same_run(train(tiny(tmp_path, epochs=12, resume="auto"))[0], straight)
 
 
-def kill_again_and_again(config: Config, rng: random.Random, kills: int, launcher: tuple = (),
-                         **environ: str) -> int:
-    """Run a training program to its end through at least so many kills -9 at random moments; how
-    many came in the middle of a save."""
-    folder, done, torn = train_module.run_folder(config), 0, 0
-    while True:
-        program = start(config, "--resume", launcher=launcher, **environ)
-        try:
-            read_until(program, "model     ")
-            enough = done >= kills and torn
-            output, errors = program.communicate(timeout=None if enough else rng.uniform(0, 1.5))
-        except subprocess.TimeoutExpired:
-            program.kill()
-            program.communicate()
-            done += 1
-            torn += (folder / "last.tmp").exists()
-            assert done < 60, "no kill hit a save"
-            continue
-        assert program.returncode == 0, errors
-        assert enough, "it ended before it had been killed often enough"
-        return torn
+def kill_again_and_again(config: Config, rng: random.Random, kills: int, **environ: str) -> None:
+    """Run a training program to its end through so many kills -9 at random moments, and at last
+    one in the middle of a save."""
+    half_written = train_module.run_folder(config) / "last.tmp"
+    for _ in range(kills):
+        program = start(config, "--resume", **environ)
+        read_until(program, "model     ")
+        with pytest.raises(subprocess.TimeoutExpired):  # else it was not killed, but had ended
+            program.communicate(timeout=rng.uniform(0, 1))
+        program.kill()
+        program.communicate()
+    half_written.unlink(missing_ok=True)
+    program = start(config, "--resume", **environ)
+    while not half_written.exists():
+        assert program.poll() is None, "it ended before it had been killed often enough"
+    program.kill()
+    program.communicate()
+    assert half_written.exists()
+    program = start(config, "--resume", **environ)
+    _, errors = program.communicate()
+    assert program.returncode == 0, errors
 
 
 @pytest.mark.drill
@@ -161,13 +161,13 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
     kaggle: StandIn, tmp_path: Path, model: str, data: str  # noqa: F811
 ) -> None:
     kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
-    settings = {"model": model, "data": data, "epochs": 4, "width": 8, "samples": 160,
+    settings = {"model": model, "data": data, "epochs": 8, "width": 8, "samples": 160,
                 "batch_size": 4, "checkpoint_minutes": 0.0}
     if data == SPEC:
         settings["memory_limit_gb"] = 0.001  # so little that it streams all the time
     rng = random.Random(f"{model} {data}")
     environ = server_environment(kaggle) if data == SPEC else {}
-    assert kill_again_and_again(tiny(tmp_path / "killed", **settings), rng, 5, **environ) > 0
+    kill_again_and_again(tiny(tmp_path / "killed", **settings), rng, 5, **environ)
     straight, = train(tiny(tmp_path / "straight", **settings))
     killed = tmp_path / "killed" / model
     assert_same_run(killed, straight)
@@ -415,7 +415,7 @@ for model, micro in (("unet", 7), ("reversed_ae", 2)):
     if ranks.world > 1:
         objective = DistributedDataParallel(objective)
     mine = images.tensor_split(ranks.world)[ranks.rank]
-    loss = train.train_step(run, objective, mine, config, 7, device, "fp32", ranks)
+    loss, _ = train.train_step(run, objective, mine, config, 7, device, "fp32", ranks)
     results[model] = {{"loss": loss, "grads": [p.grad for p in run.model.parameters()],
                        "weights": [p.detach() for p in run.model.parameters()]}}
 if ranks.rank == 0:
@@ -476,7 +476,7 @@ def test_a_process_that_dies_ends_the_run_and_leaves_its_checkpoint(tmp_path: Pa
     read_until(program, "epoch 1/200")
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, errors = program.communicate(timeout=120)
+    program.communicate(timeout=120)
     assert program.returncode != 0
     step = load_checkpoint(tmp_path / "unet/last.pt")["step"]
     program = start(dataclasses.replace(config, epochs=step // 4 + 2), "--resume", launcher=TWO)
@@ -509,12 +509,16 @@ class FakeWandb(types.ModuleType):
     def __init__(self, broken: str = "", key: str | None = "key") -> None:
         super().__init__("wandb")
         self.broken, self.rows, self.ids, self.finished = broken, [], [], 0
-        self.api = types.SimpleNamespace(api_key=key)
+        self.key = key
         self.id = "abc123"
 
     def _maybe_break(self, what: str) -> None:
         if self.broken == what:
             raise ConnectionError("the network is dead")
+
+    def login(self, prompt: bool) -> bool:
+        assert not prompt, "it would wait for an answer"
+        return bool(self.key)
 
     def init(self, **how: object) -> "FakeWandb":
         self._maybe_break("init")
@@ -554,7 +558,7 @@ def test_wandb_gets_the_rows_of_the_csv_and_the_curves_and_a_resumed_run_goes_on
 
 
 @pytest.mark.parametrize(("wandb", "says"), [
-    (None, "wandb     is not installed"), (FakeWandb(key=None), "no key; set WANDB_API_KEY"),
+    (None, "wandb     is not installed"), (FakeWandb(key=None), "no key: set WANDB_API_KEY"),
     *[(FakeWandb(broken), "the network is dead") for broken in ("init", "log", "finish")]])
 def test_wandb_never_stops_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
@@ -564,6 +568,23 @@ def test_wandb_never_stops_training(
     folder, = train(tiny(tmp_path, wandb=True, epochs=1))
     assert len([x for x in capsys.readouterr().out.splitlines() if says in x]) == 1
     assert (folder / "curves.png").exists()
+
+
+def test_a_large_checkpoint_is_written_at_most_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, saved = train_module.save_checkpoint, []
+    monkeypatch.setattr(train_module, "save_checkpoint", lambda state, path, *rest: (
+        saved.append(path.name), real(state, path, *rest)))
+    monkeypatch.setattr(train_module, "LARGE_FILE", 0)
+    train(tiny(tmp_path / "large", epochs=3, checkpoint_minutes=0.0))
+    assert saved.count("last.pt") == 2  # after the first step, and at the end
+    saved.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(train_module, "save_checkpoint", lambda state, path, *rest: (
+        saved.append(path.name), real(state, path, *rest)))
+    train(tiny(tmp_path / "small", epochs=3, checkpoint_minutes=0.0))
+    assert saved.count("last.pt") == 15  # after each of 12 steps, and after each epoch
 
 
 def test_a_save_that_fails_half_way_leaves_both_checkpoints(

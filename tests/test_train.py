@@ -291,7 +291,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: object) -> list[float]:
     The learning rates of the steps."""
     real, rates, calls = train_module.train_step, [], []
 
-    def train_step(run: object, objective: object, *rest: object) -> float:
+    def train_step(run: object, objective: object, *rest: object) -> tuple[float, int]:
         rates.append(run.optimizer.param_groups[0]["lr"])
         calls.append(1)
         bad = spoilt(len(calls) - 1)
