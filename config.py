@@ -339,6 +339,8 @@ def kaggle_credentials() -> dict[str, str]:
     KAGGLE_USERNAME and KAGGLE_KEY, each overriding that part of kaggle.json; then Colab's
     secrets. UserError that says what to put where if there is none.
     """
+    if not os.environ.get("KAGGLE_API_TOKEN", "unset").strip():
+        del os.environ["KAGGLE_API_TOKEN"]  # blank: the client would send it all the same
     try:
         from kagglesdk import get_access_token_from_env
 

@@ -783,9 +783,14 @@ def pictures(run: Run, source: Source, samples: list[Sample],
              scorer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(images, reconstructions, anomaly maps), each [n,H,W], of a few samples."""
     size = run.config.image_size
-    images = torch.stack([torch.from_numpy(decode_image(source.read(s), size).copy())[None]
-                          for s in samples])
-    reading = run.read(images)
+    images = []
+    for s in samples:
+        try:
+            images.append(torch.from_numpy(decode_image(source.read(s), size).copy())[None])
+        except (BadImage, OSError) as error:
+            raise UserError(f"--data {source.spec}: {s.key} was scored, but cannot be read again "
+                            f"for its picture ({error})") from None
+    reading = run.read(torch.stack(images))
     maps = run.scorer.anomaly_map(scorer, reading)
     return tuple(t[:, 0].cpu().numpy() for t in (reading.images, reading.reconstruction, maps))
 

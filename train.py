@@ -776,8 +776,8 @@ class Stop:
 
     def check(self) -> None:
         """Stopped if this process or another has been asked to end."""
-        if number := self.ranks.sum(self.number):
-            raise Stopped(self.message, self.number or int(number))
+        if self.ranks.sum(self.number):
+            raise Stopped(self.message, self.number or signal.SIGTERM)
 
 
 def timed(loader: DataLoader, run: Run, stop: Stop) -> Iterator[Tensor]:

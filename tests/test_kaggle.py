@@ -116,16 +116,18 @@ def without_key(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("place", [
-    "environment", "token", "token file", "access_token", "access_token.txt", "config dir", "home",
+    "environment", "blank token", "token", "token file", "access_token", "access_token.txt", "config dir", "home",
     "xdg", "xdg default", "environment over file", "colab token", "colab key"])
 def test_credentials_are_found_wherever_the_client_looks(
     kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
 ) -> None:
     key = json.dumps({"username": USER, "key": KEY})
     home = without_key(monkeypatch)
-    if place == "environment":
+    if place in ("environment", "blank token"):
         monkeypatch.setenv("KAGGLE_USERNAME", USER)
         monkeypatch.setenv("KAGGLE_KEY", KEY)
+        if place == "blank token":
+            monkeypatch.setenv("KAGGLE_API_TOKEN", " ")
     elif place == "token":
         monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
     elif place == "token file":
