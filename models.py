@@ -401,9 +401,9 @@ def objective_loss(model: nn.Module, inputs: Tensor, images: Tensor) -> Tensor:
 # Scorers: from input and reconstruction to an anomaly map and an anomaly score
 
 SCORERS = {
-    "fused": "mean of zscore, peak and features, each standardised on validation normals",
+    "fused": "zscore, peak and features together, each in standard deviations of normal images",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
-    "peak": "the largest 1 % of the zscore map",
+    "peak": "the largest 0.3 % of the zscore map",
     "features": "Mahalanobis distance of the encoder's averaged maps from training normals",
     "mse": "squared residual",
     "mae": "absolute residual",
@@ -419,15 +419,20 @@ class Reading(NamedTuple):
     """What a model makes of a batch of images: all that the scorers look at. fp32."""
 
     images: Tensor  # [B,1,H,W] in [0,1]
-    reconstruction: Tensor  # [B,1,H,W] in [0,1]
+    views: Tensor  # [B,V,H,W] in [0,1]: every reconstruction the model gives
     features: Tensor  # [B,F], the encoder's maps of all levels, averaged over their positions
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """The model's first view, [B,1,H,W]."""
+        return self.views[:, :1]
 
 
 def read(model: nn.Module, images: Tensor) -> Reading:
     """The Reading of images [B,1,H,W]; the encoder runs once."""
     maps = model.features(images)
     pooled = torch.cat([m.float().mean((2, 3)) for m in maps], dim=1)
-    return Reading(images, model.from_features(maps, 0.0)[0].float(), pooled)
+    return Reading(images, torch.cat(model.from_features(maps), dim=1).float(), pooled)
 
 
 def box_filter(maps: Tensor, side: int) -> Tensor:
@@ -470,7 +475,7 @@ class AnomalyScorer:
     """
 
     def __init__(self) -> None:
-        self._sum, self._squares = torch.zeros(()), torch.zeros(())  # float64 [scales,H,W] later
+        self._sum, self._squares = torch.zeros(()), torch.zeros(())  # will be float64 [C,H,W]
         self._features: list[Tensor] = []
         self.normal_scores: dict[str, Tensor] = {}  # scorer -> sorted float64 [n]
 
@@ -490,7 +495,7 @@ class AnomalyScorer:
         # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
         # The floor (1 of 255 grey levels) keeps pixels that never vary from ruling the score.
         side = 2 * round(mean.shape[-1] / 64) + 1
-        self.mean = mean.float()  # [scales,H,W]
+        self.mean = mean.float()  # [C,H,W], C = views x scales
         self.std = box_filter(variance[None], side)[0].sqrt().clamp(min=1 / 255).float()
         self.feature_mean, self.whitening = gaussian(features)
         self._features = []
@@ -514,7 +519,7 @@ class AnomalyScorer:
         z = self.anomaly_map("zscore", reading).flatten(1)
         scores = {
             "zscore": z.mean(1),
-            "peak": z.topk(max(1, z.shape[1] // 100), dim=1).values.mean(1),
+            "peak": z.topk(max(1, round(0.003 * z.shape[1])), dim=1).values.mean(1),
         }
         for name in OWN_MAP:
             scores[name] = self.anomaly_map(name, reading).mean((1, 2, 3))
@@ -529,9 +534,10 @@ class AnomalyScorer:
         """The scores with the fused one added, in the order of SCORERS."""
         parts = []
         for name in FUSED:
-            # Logarithms: the parts are distances, and one must not drown the others.
-            normal = self.normal_scores[name].log()
-            parts.append((scores[name].log() - normal.mean()) / normal.std())
+            normal = self.normal_scores[name]
+            # Softened at zero: what is unusual to one part is not made up for by another.
+            deviation = normal.std(correction=0).clamp(min=1e-9)
+            parts.append(F.softplus((scores[name] - normal.mean()) / deviation))
         scores = scores | {"fused": torch.stack(parts).mean(0)}
         return {name: scores[name] for name in SCORERS}
 
@@ -564,8 +570,8 @@ CALIBRATED = ("count", "mean", "std", "feature_mean", "whitening", "normal_score
 
 
 def low_passed(reading: Reading) -> Tensor:
-    """The residual seen through windows of each of SCALES, [B,scales,H,W]."""
-    residual = reading.images - reading.reconstruction
+    """The residuals of all views through windows of each of SCALES, [B,views x scales,H,W]."""
+    residual = reading.images - reading.views
     sides = (2 * round(scale * residual.shape[-1] / 2) + 1 for scale in SCALES)
     return torch.cat([box_filter(residual, side) for side in sides], dim=1)
 
