@@ -437,7 +437,9 @@ def read(model: nn.Module, images: Tensor) -> Reading:
 
 def box_filter(maps: Tensor, side: int) -> Tensor:
     """Mean over a side x side window (side odd); at the border over what lies inside."""
-    return F.avg_pool2d(maps, side, stride=1, padding=side // 2, count_include_pad=False)
+    half = side // 2
+    maps = F.avg_pool2d(maps, (side, 1), 1, (half, 0), count_include_pad=False)
+    return F.avg_pool2d(maps, (1, side), 1, (0, half), count_include_pad=False)
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
