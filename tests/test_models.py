@@ -259,7 +259,7 @@ def test_read_gives_reconstruction_and_averaged_features_from_one_pass() -> None
         got = read(model, x)
         assert torch.equal(got.images, x) and torch.equal(got.reconstruction, model(x))
         assert torch.equal(got.views, torch.cat(model.reconstructions(x), 1))
-        means = [m.mean((2, 3)) for m in model.features(x)]
+        means = [m.mean((2, 3)) for m in model.features(x)[1:4]]
         assert torch.allclose(got.features, torch.cat(means, 1), atol=1e-6)
 
 
