@@ -588,7 +588,9 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, _ = features.shape
     mean = features.mean(0)
-    scale = features.std(0).clamp(min=1e-6)  # a dead channel stays one
+    scale = features.std(0, correction=0)
+    # A channel that is silent on normal images must not shout at the first thing it hears.
+    scale = scale.clamp(min=max(0.1 * float(scale.median()), 1e-6))
     x = (features - mean) / scale
     S = x.T @ x / n
     level = S.diagonal().mean()

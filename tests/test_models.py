@@ -277,6 +277,9 @@ def test_the_gaussian_is_that_of_the_features_and_bears_fewer_images_than_featur
     held_out[:, 7] = 1.0
     distance = ((held_out - mean) @ whitening).square().mean(1)
     assert torch.isfinite(distance).all() and distance.mean() < 3
+    held_out[:, 7] = 2.0  # which speaks for the first time: noticed, in proportion
+    heard = ((held_out - mean) @ whitening).square().mean(1)
+    assert distance.mean() + 0.1 < heard.mean() < distance.mean() + 1000
 
 
 def test_calibration_is_mean_and_deviation_of_the_low_passed_residual() -> None:
