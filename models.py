@@ -160,9 +160,7 @@ class ReversedAutoencoder(nn.Module):
         )
         self.up = nn.ModuleList(
             nn.Sequential(
-                nn.ConvTranspose2d(
-                    i, o, 3, stride=2, padding=1, output_padding=1, bias=False
-                ),
+                nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1, bias=False),
                 nn.BatchNorm2d(o),
                 nn.ReLU(inplace=True),
             )
@@ -237,9 +235,7 @@ def create_model(name: str, config: Config | None = None) -> UNet | ReversedAuto
     config = config or Config()
     if name not in MODEL_CLASSES:
         raise UserError(f"model {name!r}: not one of {', '.join(MODEL_CLASSES)}")
-    return MODEL_CLASSES[name](
-        config.image_size, config.latent_dim, config.width, config.dropout
-    )
+    return MODEL_CLASSES[name](config.image_size, config.latent_dim, config.width, config.dropout)
 
 
 MODEL_CLASSES = {"unet": UNet, "reversed_ae": ReversedAutoencoder}
