@@ -160,9 +160,7 @@ class ReversedAutoencoder(nn.Module):
         )
         self.up = nn.ModuleList(
             nn.Sequential(
-                nn.ConvTranspose2d(
-                    i, o, 3, stride=2, padding=1, output_padding=1, bias=False
-                ),
+                nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1, bias=False),
                 nn.BatchNorm2d(o),
                 nn.ReLU(inplace=True),
             )
@@ -237,9 +235,7 @@ def create_model(name: str, config: Config | None = None) -> UNet | ReversedAuto
     config = config or Config()
     if name not in MODEL_CLASSES:
         raise UserError(f"model {name!r}: not one of {', '.join(MODEL_CLASSES)}")
-    return MODEL_CLASSES[name](
-        config.image_size, config.latent_dim, config.width, config.dropout
-    )
+    return MODEL_CLASSES[name](config.image_size, config.latent_dim, config.width, config.dropout)
 
 
 MODEL_CLASSES = {"unet": UNet, "reversed_ae": ReversedAutoencoder}
@@ -401,10 +397,10 @@ def objective_loss(model: nn.Module, inputs: Tensor, images: Tensor) -> Tensor:
 # Scorers: from input and reconstruction to an anomaly map and an anomaly score
 
 SCORERS = {
-    "fused": "mean of zscore, peak and features, each standardised on validation normals",
+    "fused": "zscore, peak and features together, each in standard deviations of normal images",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
-    "peak": "the largest 1 % of the zscore map",
-    "features": "Mahalanobis distance of the encoder's averaged maps from training normals",
+    "peak": "the largest 0.3 % of the zscore map",
+    "features": "Mahalanobis distance of averaged encoder maps from those of training normals",
     "mse": "squared residual",
     "mae": "absolute residual",
     "ssim": "1 - structural similarity",
@@ -419,20 +415,28 @@ class Reading(NamedTuple):
     """What a model makes of a batch of images: all that the scorers look at. fp32."""
 
     images: Tensor  # [B,1,H,W] in [0,1]
-    reconstruction: Tensor  # [B,1,H,W] in [0,1]
-    features: Tensor  # [B,F], the encoder's maps of all levels, averaged over their positions
+    views: Tensor  # [B,V,H,W] in [0,1]: every reconstruction the model gives
+    features: Tensor  # [B,F], the encoder's maps of three levels, averaged over their positions
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """The model's first view, [B,1,H,W]."""
+        return self.views[:, :1]
 
 
 def read(model: nn.Module, images: Tensor) -> Reading:
     """The Reading of images [B,1,H,W]; the encoder runs once."""
     maps = model.features(images)
-    pooled = torch.cat([m.float().mean((2, 3)) for m in maps], dim=1)
-    return Reading(images, model.from_features(maps, 0.0)[0].float(), pooled)
+    # The finest level knows edges alone, and the fifth, which only U-Net has, told least.
+    pooled = torch.cat([m.float().mean((2, 3)) for m in maps[1:4]], dim=1)
+    return Reading(images, torch.cat(model.from_features(maps), dim=1).float(), pooled)
 
 
 def box_filter(maps: Tensor, side: int) -> Tensor:
     """Mean over a side x side window (side odd); at the border over what lies inside."""
-    return F.avg_pool2d(maps, side, stride=1, padding=side // 2, count_include_pad=False)
+    half = side // 2
+    maps = F.avg_pool2d(maps, (side, 1), 1, (half, 0), count_include_pad=False)
+    return F.avg_pool2d(maps, (1, side), 1, (0, half), count_include_pad=False)
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
@@ -470,7 +474,7 @@ class AnomalyScorer:
     """
 
     def __init__(self) -> None:
-        self._sum, self._squares = torch.zeros(()), torch.zeros(())  # float64 [scales,H,W] later
+        self._sum, self._squares = torch.zeros(()), torch.zeros(())  # will be float64 [C,H,W]
         self._features: list[Tensor] = []
         self.normal_scores: dict[str, Tensor] = {}  # scorer -> sorted float64 [n]
 
@@ -490,7 +494,7 @@ class AnomalyScorer:
         # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
         # The floor (1 of 255 grey levels) keeps pixels that never vary from ruling the score.
         side = 2 * round(mean.shape[-1] / 64) + 1
-        self.mean = mean.float()  # [scales,H,W]
+        self.mean = mean.float()  # [C,H,W], C = views x scales
         self.std = box_filter(variance[None], side)[0].sqrt().clamp(min=1 / 255).float()
         self.feature_mean, self.whitening = gaussian(features)
         self._features = []
@@ -514,7 +518,7 @@ class AnomalyScorer:
         z = self.anomaly_map("zscore", reading).flatten(1)
         scores = {
             "zscore": z.mean(1),
-            "peak": z.topk(max(1, z.shape[1] // 100), dim=1).values.mean(1),
+            "peak": z.topk(max(1, round(0.003 * z.shape[1])), dim=1).values.mean(1),
         }
         for name in OWN_MAP:
             scores[name] = self.anomaly_map(name, reading).mean((1, 2, 3))
@@ -529,9 +533,10 @@ class AnomalyScorer:
         """The scores with the fused one added, in the order of SCORERS."""
         parts = []
         for name in FUSED:
-            # Logarithms: the parts are distances, and one must not drown the others.
-            normal = self.normal_scores[name].log()
-            parts.append((scores[name].log() - normal.mean()) / normal.std())
+            normal = self.normal_scores[name]
+            # Softened at zero: what is unusual to one part is not made up for by another.
+            deviation = normal.std(correction=0).clamp(min=1e-9)
+            parts.append(F.softplus((scores[name] - normal.mean()) / deviation))
         scores = scores | {"fused": torch.stack(parts).mean(0)}
         return {name: scores[name] for name in SCORERS}
 
@@ -564,8 +569,8 @@ CALIBRATED = ("count", "mean", "std", "feature_mean", "whitening", "normal_score
 
 
 def low_passed(reading: Reading) -> Tensor:
-    """The residual seen through windows of each of SCALES, [B,scales,H,W]."""
-    residual = reading.images - reading.reconstruction
+    """The residuals of all views through windows of each of SCALES, [B,views x scales,H,W]."""
+    residual = reading.images - reading.views
     sides = (2 * round(scale * residual.shape[-1] / 2) + 1 for scale in SCALES)
     return torch.cat([box_filter(residual, side) for side in sides], dim=1)
 
@@ -579,7 +584,9 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, _ = features.shape
     mean = features.mean(0)
-    scale = features.std(0).clamp(min=1e-6)  # a dead channel stays one
+    scale = features.std(0, correction=0)
+    # A channel that is silent on normal images must not shout at the first thing it hears.
+    scale = scale.clamp(min=max(0.1 * float(scale.median()), 1e-6))
     x = (features - mean) / scale
     S = x.T @ x / n
     level = S.diagonal().mean()

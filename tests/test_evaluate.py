@@ -340,7 +340,7 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
         assert row["verdict"] == ("abnormal" if row["score"] > threshold else "normal")
         map_ = np.load(tmp_path / "out" / row["image"].replace(".png", "_map.npy"))
         assert map_.shape == (32, 32) and map_.dtype == np.float32
-        top = np.sort(map_.ravel())[-10:].mean()  # 1 % of 1,024 pixels
+        top = np.sort(map_.ravel())[-3:].mean()  # 0.3 % of 1,024 pixels
         assert row["score"] == pytest.approx(top, rel=1e-3)
         assert (tmp_path / "out" / row["image"].replace(".", "_heatmap.")).exists()
     with open(tmp_path / "out" / "predictions.csv", newline="") as f:
