@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from kaggle_stand_in import StandIn, VirtualNIH
-from test_kaggle import SPEC, kaggle, server_environment  # noqa: F401 (kaggle is a fixture)
+from kaggle_stand_in import Archive, StandIn, VirtualNIH
+from test_kaggle import SPEC, kaggle, png, server_environment  # noqa: F401 (kaggle is a fixture)
 from test_train import interrupt_at, log_of, same_state, without_timings
 
 import train as train_module
@@ -171,7 +171,8 @@ def kill_again_and_again(config: Config, rng: random.Random, kills: int, **envir
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
     kaggle: StandIn, tmp_path: Path, model: str, data: str  # noqa: F811
 ) -> None:
-    kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
+    films = {f"{'normal' if i < 260 else 'abnormal'}/{i:03d}.png": png(i) for i in range(300)}
+    kaggle.archives["someone/xrays"] = Archive.of(films)
     settings = {"model": model, "data": data, "epochs": 8, "width": 8, "samples": 160,
                 "batch_size": 4, "checkpoint_minutes": 0.0}
     if data == SPEC:
