@@ -325,7 +325,7 @@ def save_checkpoint(state: dict, path: Path, previous: Path | None = None) -> No
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-        if os.name == "posix":  # the names, too
+        with contextlib.suppress(OSError):  # the names, too, where folders can be synced
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
