@@ -1975,13 +1975,14 @@ class Loaders(NamedTuple):
     splits: Splits
 
 
-def create_dataloaders(config: Config, rank: int = 0, world: int = 1) -> Loaders:
+def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
+                       source: Source | None = None) -> Loaders:
     """The three loaders for a configuration. `loader.dataset.samples[position]` tells the label.
 
     train is shuffled anew for each `loader.dataset.set_epoch(n)`. Of train and val, process `rank`
-    of `world` gets its slice of every batch.
+    of `world` gets its slice of every batch. source: if it has been opened already.
     """
-    source = open_source(config)
+    source = source or open_source(config)
     splits = split_for_training(source, config)
     # Ranks on one machine share its memory. Test images are seen once: they need not be kept.
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

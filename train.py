@@ -24,6 +24,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -49,14 +50,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
+    NORMAL,
     PHANTOM_SAMPLES,
     ImageStream,
     KaggleSource,
     Loaders,
+    Source,
     augment,
     create_dataloaders,
     describe,
     describe_memory,
+    open_source,
     to_float,
     write_splits,
 )
@@ -100,9 +104,12 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """("bf16", "fp16" or "fp32", why)."""
-    if wanted == "fp16" and device.type == "mps":
-        raise UserError("--precision fp16: not on Apple GPUs; use --precision auto")
     if wanted != "auto":
+        try:
+            autocast(device, wanted)
+        except RuntimeError:  # MPS, before PyTorch 2.5
+            raise UserError(f"--precision {wanted}: not on {device.type} with PyTorch "
+                            f"{torch.__version__}; use --precision auto") from None
         return wanted, "as asked"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability()
@@ -252,7 +259,9 @@ class Ranks:
         self.device = device
         log.setLevel(logging.INFO if self.rank == 0 else logging.ERROR)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # Hours: the others wait while the first one calibrates.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(hours=3))
         return device
 
     def _reduce(self, value: float, how: dist.ReduceOp) -> float:
@@ -271,6 +280,12 @@ class Ranks:
     def wait(self) -> None:
         """Until all have come here."""
         self.sum(0.0)
+
+    def share(self, model: nn.Module) -> None:
+        """Give everyone the first one's running statistics, which the checkpoint will hold."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
 
 class Progress:
@@ -293,7 +308,7 @@ class Progress:
         elif time.monotonic() - self.shown > 15:
             self.shown = time.monotonic()
             rate = (self.done - self.start) / (self.shown - self.began)
-            left = int((self.total - self.done) / rate)
+            left = int((self.total - self.done) / max(rate, 1e-9))
             log.info(f"  {self.label}  {self.done}/{self.total} images  {text}  "
                      f"{rate:.1f} images/s  {left // 60}:{left % 60:02d} left")
 
@@ -327,16 +342,23 @@ def save_checkpoint(state: dict, path: Path, previous: Path | None = None) -> No
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # the names, too, where folders can be synced
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of a full disk
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        room = shutil.disk_usage(path.parent).free
-        full = f"; {room / 2**20:,.0f} MB are free on that disk" if room < 1 << 30 else ""
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: cannot be written ({reason}{full}); the checkpoint before it is "
-                        "untouched: make room and go on with --resume") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(file: Path, error: Exception) -> UserError:
+    """What to say of a file that a run must write and cannot."""
+    room = shutil.disk_usage(file.parent).free
+    full = f"; {room / 2**20:,.0f} MB are free on that disk" if room < 1 << 30 else ""
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    return UserError(f"{file}: cannot be written ({reason}{full}); the checkpoint before it is "
+                     "untouched: make room and go on with --resume")
 
 
 class Damaged(UserError):
@@ -400,7 +422,12 @@ def checkpoint_to_resume(config: Config) -> tuple[Path, dict] | None:
         if found is None and config.resume != "auto":
             raise UserError(f"--resume {path}: there is no checkpoint in it")
         return found
-    return path, load_checkpoint(path, config.model)
+    try:
+        return path, load_checkpoint(path, config.model)
+    except Damaged as error:
+        if (before := path.with_name("previous.pt")) != path and before.exists():
+            raise Damaged(f"{error}; the one before it: --resume {before}") from None
+        raise
 
 
 def refuse_changes(saved: dict, config: Config, path: Path) -> None:
@@ -458,17 +485,19 @@ def logged_to(file: Path, ranks: Ranks) -> Iterator[None]:
     handler = logging.FileHandler(file, encoding="utf-8") if ranks.rank == 0 else (
         logging.NullHandler())
     handler.setFormatter(Lines())
-    quiet = logging.LogRecord("", logging.ERROR, "", 0, "", (), None)
+    handler.handleError = lambda record: None  # a full disk is reported by what must be saved
     log.addHandler(handler)
     try:
         yield
-    except BaseException as error:
-        quiet.msg = f"ended by {type(error).__name__}: {error}"
-        handler.handle(quiet)  # not on the screen, where it is shown anyway
+    except BaseException as error:  # not on the screen, where it is shown anyway
+        level = logging.INFO if isinstance(error, Stopped) else logging.ERROR
+        handler.handle(logging.LogRecord("", level, "", 0, f"ended by {type(error).__name__}: "
+                                         f"{error}", (), None))
         raise
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -485,9 +514,8 @@ def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> to
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimizer's state, whatever device and memory layout it was saved from."""
     fused = optimizer.param_groups[0]["fused"]
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group["fused"] = fused
+    optimizer.load_state_dict(
+        state | {"param_groups": [g | {"fused": fused} for g in state["param_groups"]]})
     # Fused kernels pair weights and moments by their place in memory: same strides, or nonsense.
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
@@ -568,7 +596,7 @@ class Run:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the system had no memory left for a tensor."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
+    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
@@ -650,7 +678,9 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
     # As numpy.array_split deals them: the first few slices have one more.
     start = sum(batch_size // ranks.world + (r < batch_size % ranks.world)
                 for r in range(ranks.rank))
-    weight = ranks.world / max(1, total)  # DistributedDataParallel takes the mean over processes
+    if not total:  # none of the batch's images could be read
+        return 0.0, 0
+    weight = ranks.world / total  # DistributedDataParallel takes the mean over processes
     if not len(images):  # the others wait for gradients all the same
         images, weight = images.new_zeros((1, *images.shape[1:])), 0.0
     images = to_float(images, device)
@@ -689,6 +719,7 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            torch._foreach_copy_(buffers, before)
             if run.micro_batch == 1 or ranks.world > 1:
                 smaller = max(1, run.micro_batch // 2)
                 raise UserError(
@@ -701,7 +732,6 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
         log.warning(f"memory    out of it at step {run.step + 1}: {run.micro_batch} images are "
                     "taken at a time from now on, their gradients added up")
         run.optimizer.zero_grad(set_to_none=True)
-        torch._foreach_copy_(buffers, before)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if math.isfinite(loss):
@@ -712,11 +742,11 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
     return loss, total
 
 
-def after_bad_loss(run: Run, loss: float, folder: Path, config: Config,
-                   initial: Callable[[], Run]) -> None:
+def after_bad_loss(run: Run, loss: float, best: Path, initial: Callable[[], Run]) -> None:
     """A step's loss was no finite number: let it be, or take the last good state back, or stop.
 
-    The good state is the newest checkpoint in the folder, or the untrained model.
+    The good state is that of the best epoch, or before there is one the untrained model, with a
+    fresh optimizer: it depends on the step alone, and not on when a checkpoint was written.
     """
     run.skipped += 1
     run.bad_steps += 1
@@ -729,11 +759,9 @@ def after_bad_loss(run: Run, loss: float, folder: Path, config: Config,
                         "rate was halved; start over with a smaller --learning-rate")
     log.warning(f"{where}, {BAD_STEPS} steps in a row: going back to the last good weights, at "
                 "half the learning rate from now on")
-    if found := newest_checkpoint(folder, config.model):
-        run.load_weights(found[1])
-    else:
-        run.model.load_state_dict(initial().model.state_dict())
-        run.optimizer.state.clear()
+    good = load_checkpoint(best)["model"] if run.epoch else initial().model.state_dict()
+    run.model.load_state_dict(good)
+    run.optimizer.state.clear()
     run.bad_steps, run.rate_factor = 0, 0.5
 
 
@@ -756,9 +784,15 @@ class Stop:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._restore()
-        if kind is Stopped:
-            self.save()
+        try:
+            if kind is Stopped:
+                self.save()
+                self.ranks.wait()  # torchrun would end the one that saves once another has ended
+            elif kind is not None and issubclass(kind, UserError):  # no step was left half done
+                with contextlib.suppress(UserError):  # which the disk may have been the reason of
+                    self.save()
+        finally:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._old.items():
@@ -796,7 +830,7 @@ def timed(loader: DataLoader, run: Run, stop: Stop) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch.device,
-             precision: str, ranks: Ranks, stop: Stop | None = None) -> float:
+             precision: str, ranks: Ranks, micro_batch: int, stop: Stop | None = None) -> float:
     """The objective on validation normals, corrupted in the same way every time.
 
     A loss on clean input would reward copying it.
@@ -810,9 +844,10 @@ def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch
             continue
         images = to_float(images, device)
         draws = Draws(seeded(config.seed, f"validate {ranks.rank}", i), len(images))
-        with autocast(device, precision):
-            loss = objective_loss(model, corrupt(images, config.objective, draws), images)
-        total += loss.item() * len(images)
+        inputs = corrupt(images, config.objective, draws)
+        for x, y in zip(inputs.split(micro_batch), images.split(micro_batch), strict=True):
+            with autocast(device, precision):
+                total += objective_loss(model, x, y).item() * len(y)
         count += len(images)
     total, count = ranks.sum(total), ranks.sum(count)
     if not count:
@@ -821,8 +856,8 @@ def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch
 
 
 @torch.inference_mode()
-def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
-              precision: str) -> AnomalyScorer:
+def calibrate(model: nn.Module, loaders: Loaders, device: torch.device, precision: str,
+              micro_batch: int) -> AnomalyScorer:
     """A scorer calibrated on training normals, with the scores of the validation normals."""
     model.eval()
     scorer = AnomalyScorer()
@@ -837,15 +872,17 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
 
     bar = Progress(len(some.positions) + len(normals.positions), "calibrating")
     for images, _ in some:
-        scorer.add(reading(images))
-        bar.update(len(images))
+        for part in images.split(micro_batch):
+            scorer.add(reading(part))
+            bar.update(len(part))
     if not bar.done:
         raise UserError("none of the training images that the scores are calibrated on can be read")
     scorer.finish()
     scores = []
     for images, _ in normals:
-        scores.append(scorer.scores(reading(images)))
-        bar.update(len(images))
+        for part in images.split(micro_batch):
+            scores.append(scorer.scores(reading(part)))
+            bar.update(len(part))
     bar.close()
     scorer.refer_to(scores)
     return scorer
@@ -853,6 +890,21 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
 
 def train(config: Config) -> list[Path]:
     """Train what the configuration asks for; the run folders (one, or two for model="both")."""
+    ranks = Ranks()
+    try:
+        return train_all(config, ranks)
+    except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
+        reason = str(error).strip().split("\n")[0][:200]
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory ({reason}); try a smaller --micro-batch, --width or "
+                            "--image-size") from None
+        if ranks.world > 1 and any(w in str(error).lower() for w in ("gloo", "nccl", "peer")):
+            raise UserError(f"another process of this run has ended ({reason}); go on with: "
+                            f"{command_to_resume(config)}") from None
+        raise
+
+
+def train_all(config: Config, ranks: Ranks) -> list[Path]:
     synthetic = config.data == "synthetic"
     config = dataclasses.replace(
         config, epochs=config.epochs or (3 if synthetic else 30),
@@ -861,7 +913,6 @@ def train(config: Config) -> list[Path]:
         data=config.data if synthetic or not os.path.exists(config.data)
         else os.path.abspath(config.data))
     # The machine and the models come first: what they refuse costs no reading of data.
-    ranks = Ranks()
     device = ranks.meet(choose_device(config.device)[0])
     if config.deterministic:
         be_deterministic()
@@ -872,38 +923,57 @@ def train(config: Config) -> list[Path]:
             create_model(each.model, each)
         if each.resume not in (None, "auto") and not os.path.exists(each.resume):
             raise UserError(f"--resume {each.resume}: there is no checkpoint there")
+    if synthetic:
+        log.info("This trains on the BUILT-IN PHANTOM: drawn films, not real X-rays. For your own "
+                 "images give --data FOLDER.")
+    source = open_source(config)
     if config.batch_size is None:
-        size = min(largest_batch(each, device, ranks) for each in configs)
-        log.info(f"memory    batches of {size} images are the largest that fit")
+        size = automatic_batch(configs, source, device, ranks)
         configs = [dataclasses.replace(each, batch_size=size) for each in configs]
     if configs[0].batch_size < ranks.world:
         raise UserError(f"--batch-size {configs[0].batch_size}: fewer images than the "
                         f"{ranks.world} processes that share them")
-    if synthetic:
-        log.info("This trains on the BUILT-IN PHANTOM: drawn films, not real X-rays. For your own "
-                 "images give --data FOLDER.")
     # One set of loaders for both models: images are read and decoded once.
-    loaders = create_dataloaders(configs[0], ranks.rank, ranks.world)
+    loaders = create_dataloaders(configs[0], ranks.rank, ranks.world, source)
     return [train_one(each, loaders, device, ranks, config) for each in configs]
 
 
-def largest_batch(config: Config, device: torch.device, ranks: Ranks) -> int:
-    """The largest power of two of images whose step fits into the free memory; on the way into a
-    run that goes on, what it had."""
-    if config.resume and (found := checkpoint_to_resume(config)):
-        return found[1]["config"]["batch_size"]
-    precision, _ = choose_precision(config.precision, device)
-    run = start_run(config, device, precision)
-    need, free = memory_of_a_step(run, config, device, precision), free_memory(device)
-    if free is None:
-        raise UserError("--batch-size auto: how much memory is free is not known here; give a "
-                        "number")
-    if device.type == "cpu":
-        free -= config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    size = 2
-    while need(2 * size) <= 0.9 * free:
-        size *= 2
-    return int(ranks.least(size)) * 2 ** int(math.log2(ranks.world))
+def automatic_batch(configs: list[Config], source: Source, device: torch.device,
+                    ranks: Ranks) -> int:
+    """The largest power of two of images whose step fits into the free memory, for every model.
+
+    At most a sixteenth of the normal images: fewer steps an epoch would teach little. A run that
+    goes on keeps the size that it had.
+    """
+    for config in configs:
+        if config.resume or config.reuse:
+            with contextlib.suppress(UserError):  # of which more is said when it is resumed
+                found = checkpoint_to_resume(dataclasses.replace(
+                    config, resume=config.resume or "auto"))
+                if found:
+                    return found[1]["config"]["batch_size"]
+    normals = sum(s.label == NORMAL for s in source.samples if s.split in ("", "train"))
+    most = min(normals, configs[0].samples or normals) // 16
+    # All streams together hold some ten batches.
+    most = max(2, min(most, configs[0].memory_bytes // (64 * configs[0].image_size**2)))
+    size = most
+    for config in configs:
+        precision, _ = choose_precision(config.precision, device)
+        run = start_run(config, device, precision)
+        need, free = memory_of_a_step(run, config, device, precision), free_memory(device)
+        if free is None:
+            raise UserError("--batch-size auto: how much memory is free is not known here; give "
+                            "a number")
+        if device.type == "cpu":
+            free -= config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        fits = 2
+        while fits * 2 * ranks.world <= most and need(2 * fits) <= 0.9 * free:
+            fits *= 2
+        size = min(size, fits * ranks.world)
+    size = 2 ** int(math.log2(ranks.least(size)))
+    log.info(f"memory    batches of {size} images: the largest power of two that fits, and leaves "
+             "16 steps an epoch")
+    return size
 
 
 def start_run(config: Config, device: torch.device, precision: str) -> Run:
@@ -937,9 +1007,10 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
     if state:
         if "optimizer" not in state:
             raise UserError(f"{checkpoint}: holds weights only; resume from the last.pt beside it")
-        if state["epoch"]:
-            load_checkpoint(checkpoint.parent / "best.pt", config.model)  # missing: say so
         refuse_changes(state["config"], config, checkpoint)
+        if state["world"] != ranks.world:
+            raise UserError(f"{checkpoint}: of a run with {state['world']} processes, and not "
+                            f"{ranks.world}; go on with torchrun --nproc_per_node={state['world']}")
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{checkpoint}: the images in {config.data} have changed since")
 
@@ -954,13 +1025,22 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
         stream.set_epoch(run.epoch)
         if run.batch:
             stream.load_state_dict(state["stream"] | {"next_batch": run.batch})
+        if run.epoch:
+            best = checkpoint.parent / "best.pt"
+            try:
+                load_checkpoint(best, config.model)  # missing: say so
+            except Damaged as error:
+                raise UserError(f"{error}. The weights of the best epoch are lost; those of the "
+                                f"last one are in {checkpoint}. Start over without --resume: the "
+                                "old run is moved aside, not overwritten") from None
 
     # The folder: first everyone has looked at it, then one process changes it.
     ranks.wait()
     here = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
     saved_config = dataclasses.asdict(config) | {"resume": None, "reuse": False}
     if ranks.rank == 0:
-        if not here and any((folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
+        kept = ("last.pt", "previous.pt", "best.pt", "log.csv")
+        if not here and any((folder / name).exists() for name in kept):
             move_aside(folder)
         make_run_folder(folder)
         if here and checkpoint.name == "previous.pt":  # last.pt is damaged, or was never renamed
@@ -988,13 +1068,14 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
             log.info(f"resume    {checkpoint}, after epoch {run.epoch}, step {run.step}")
         elif config.resume:
             log.info(f"resume    no checkpoint in {folder} yet: starting afresh")
-        if state and state["device"] == device.type and not config.micro_batch:
+        if state and state["device"] == device.type and (
+                config.micro_batch == state["config"]["micro_batch"]):
             run.micro_batch = state["micro_batch"]
         else:
             fit_into_memory(run, config, loaders, device, precision, ranks)
         del found, state
         common = {"format": FORMAT, "config": saved_config, "data_fingerprint": fingerprint,
-                  "precision": precision, "device": device.type,
+                  "precision": precision, "device": device.type, "world": ranks.world,
                   "versions": {"python": platform.python_version(),
                                "torch": str(torch.__version__)}}
         return train_epochs(run, config, loaders, device, precision, ranks, common, asked)
@@ -1007,7 +1088,10 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     stream: ImageStream = loaders.train.dataset
     objective: nn.Module = Objective(run.model)
     if ranks.world > 1:
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+        # find_unused_parameters: there are none, but without it gradients are grouped anew after the
+        # first step, of a resumed run too, and so added up in another order.
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True,
+                                            find_unused_parameters=True)
     if config.compile:
         objective = torch.compile(objective)
     wandb = start_wandb(config, run, folder) if config.wandb and ranks.rank == 0 else None
@@ -1016,6 +1100,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     bar = Progress(config.epochs * images_an_epoch, config.model,
                    run.epoch * images_an_epoch + run.images, show=ranks.rank == 0)
     memory_is_short, saved, saved_at, began = False, (-1, -1), time.monotonic(), 0.0
+    first_step = run.step
 
     def due(seconds: float) -> bool:
         """Whether last.pt is so old. A large one (3 GB) is left alone for a minute."""
@@ -1027,7 +1112,10 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
         if saved == (run.epoch, run.batch):
             return
         saved, saved_at = (run.epoch, run.batch), time.monotonic()
-        if ranks.rank or not all(p.isfinite().all() for p in run.model.parameters()):
+        if ranks.rank:
+            return
+        if not all(p.isfinite().all() for p in run.model.parameters()):
+            log.warning(f"the weights hold numbers that are not finite: {last} stays as it was")
             return
         seconds = run.seconds + (time.monotonic() - began if run.batch else 0.0)
         save_checkpoint(common | run.state_dict() | {"stream": stream.state_dict(),
@@ -1050,10 +1138,10 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                     run.loss_sum += loss * count
                     run.images += count
                 else:
-                    after_bad_loss(run, loss, folder, config,
+                    after_bad_loss(run, loss, folder / "best.pt",
                                    lambda: start_run(config, device, precision))
                 run.step += 1
-                run.batch += 1
+                run.batch = stream.next_batch  # wholly unreadable ones are passed over
                 bar.update(count, loss=loss,
                            label=f"{config.model} epoch {run.epoch + 1}/{config.epochs}")
                 memory_is_short = memory_is_short or warn_if_memory_is_short()
@@ -1061,7 +1149,9 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                     save_last()
                 stop.check()
             train_seconds = run.seconds + time.monotonic() - began
-            val_loss = validate(run.model, loaders.val, config, device, precision, ranks, stop)
+            ranks.share(run.model)
+            val_loss = validate(run.model, loaders.val, config, device, precision, ranks,
+                                run.micro_batch, stop)
 
             # One row for the epoch.
             if not run.images:
@@ -1077,7 +1167,6 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                 learning_rate_at(run.step - 1, total_steps, config) * run.rate_factor, run.skipped,
                 run.images / train_seconds, run.waited / train_seconds, seconds,
                 process_memory() / 2**20, device_memory(device) / 2**20), strict=True))
-            run.log.append(row)
             better = val_loss < run.best_loss - config.min_delta
             bar.write(f"  epoch {run.epoch + 1}/{config.epochs}  train loss "
                       f"{row['train_loss']:.4f}  validation loss {val_loss:.4f}"
@@ -1086,19 +1175,20 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
             if wandb and not send(wandb, row):
                 wandb = None
 
-            # Save, and perhaps stop.
-            run.begin_epoch(run.epoch + 1)
-            stream.set_epoch(run.epoch)
+            # Save, and perhaps stop. The best weights first: last.pt says that they are there.
+            weights = common | {"model": run.model.state_dict(), "epoch": run.epoch + 1,
+                                "val_loss": val_loss, "scorer": None}
+            if better and ranks.rank == 0:
+                save_checkpoint(weights, folder / "best.pt")
+            if config.keep_every and (run.epoch + 1) % config.keep_every == 0 and ranks.rank == 0:
+                save_checkpoint(weights, folder / f"epoch{run.epoch + 1}.pt")
+            run.log.append(row)
             run.bad_epochs = 0 if better else run.bad_epochs + 1
             run.best_loss = val_loss if better else run.best_loss
-            weights = common | {"model": run.model.state_dict(), "epoch": run.epoch,
-                                "val_loss": val_loss, "scorer": None}
+            run.begin_epoch(run.epoch + 1)
+            stream.set_epoch(run.epoch)
             if ranks.rank == 0:
                 write_log(run.log, folder / "log.csv")
-                if better:
-                    save_checkpoint(weights, folder / "best.pt")
-                if config.keep_every and run.epoch % config.keep_every == 0:
-                    save_checkpoint(weights, folder / f"epoch{run.epoch}.pt")
             ended = run.epoch == config.epochs or run.bad_epochs == config.patience
             if ended or due(0):
                 save_last()
@@ -1111,9 +1201,10 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     # Calibrate the scorers on the best weights, and store them with these.
     best = load_checkpoint(folder / "best.pt", config.model)
     run.model.load_state_dict(best["model"])
-    scorer = calibrate(run.model, loaders, device, precision)
-    save_checkpoint(dict(best) | {"config": common["config"], "scorer": scorer.state_dict()},
-                    folder / "best.pt")
+    if run.step > first_step or not best["scorer"]:
+        scorer = calibrate(run.model, loaders, device, precision, run.micro_batch)
+        save_checkpoint(dict(best) | {"config": common["config"], "scorer": scorer.state_dict()},
+                        folder / "best.pt")
     write_log(run.log, folder / "log.csv")  # also where nothing was left to train
     draw_curves(run.log, folder / "curves.png", config.model)
     if wandb:
@@ -1122,17 +1213,19 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     log.info(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
              f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png, split.csv, "
              "config.json")
-    log.info(f"next      python evaluate.py {folder}\n")
+    log.info(f"next      python evaluate.py {shlex.quote(str(folder))}\n")
     return folder
 
 
 def command_to_resume(config: Config) -> str:
-    """What to type to go on with a run."""
-    start = "python train.py"
+    """What to type to go on with a run, as this program itself was started."""
+    inside = Path(sys.executable).is_relative_to(Path.cwd())  # in .venv, which may not be active
+    start = os.path.relpath(sys.executable) if inside else "python"
     if (world := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
-        start = f"torchrun --nproc_per_node={world} train.py"
+        start = f"torchrun --nproc_per_node={world}"
+    script = sys.argv[0] if sys.argv[0].endswith("train.py") else "train.py"
     where = "" if config.output_dir == "runs" else f" --output-dir {shlex.quote(config.output_dir)}"
-    return f"{start} --model {config.model}{where} --resume"
+    return f"{start} {shlex.quote(script)} --model {config.model}{where} --resume"
 
 
 def report_data(loaders: Loaders) -> None:
@@ -1188,10 +1281,18 @@ def send(wandb_run: object, row: dict[str, float], picture: Path | None = None) 
 
 
 def write_file(file: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file whole or not at all, and to the disk."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(file, error) from None
 
 
 def write_log(rows: list[dict], file: Path) -> None:
@@ -1225,11 +1326,9 @@ def draw_curves(rows: list[dict], file: Path, title: str) -> None:
 
 
 def main() -> None:
-    try:
-        train(parse_config(description=__doc__))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train(parse_config(description=__doc__))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

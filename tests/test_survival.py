@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import tiny, write_image
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
 from test_kaggle import SPEC, kaggle, png, server_environment  # noqa: F401 (kaggle is a fixture)
 from test_train import interrupt_at, log_of, same_state, without_timings
 
 import train as train_module
 from config import Config, UserError
+from data import create_dataloaders
 from evaluate import evaluate
 from train import Ranks, load_checkpoint, save_checkpoint, train
 
@@ -29,7 +31,7 @@ TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def start(config: Config, *more: str, launcher: tuple[str, ...] = (), limit: int | None = None,
-          **environ: str) -> subprocess.Popen:
+          script: str = "train.py", **environ: str) -> subprocess.Popen:
     """A real training program. limit: bytes that a file of its may have."""
     default = Config()
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
@@ -39,7 +41,7 @@ def start(config: Config, *more: str, launcher: tuple[str, ...] = (), limit: int
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
-        [sys.executable, *launcher, "train.py", *flags, *more], cwd=ROOT, text=True,
+        [sys.executable, *launcher, script, *flags, *more], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restrict if limit else None,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environ)
 
@@ -94,9 +96,9 @@ def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     program.send_signal(number)
     _, errors = program.communicate(timeout=60)
     assert program.returncode == code and "Traceback" not in errors
-    assert errors.strip().splitlines()[-1] == (
-        "train.py: ended as asked, and saved; go on with: python train.py --model unet "
-        f"--output-dir '{tmp_path / 'a b'}' --resume")
+    assert re.fullmatch(r"train.py: ended as asked, and saved; go on with: \S*python\S* train.py "
+                        rf"--model unet --output-dir '{tmp_path / 'a b'}' --resume",
+                        errors.strip().splitlines()[-1])
     state = load_checkpoint(tmp_path / "a b/unet/last.pt")
     assert 4 <= state["step"] < 48 and state["step"] == 4 * state["epoch"] + state["batch"]
     resumed, = train(dataclasses.replace(config, resume="auto"))
@@ -153,12 +155,15 @@ def kill_again_and_again(config: Config, rng: random.Random, kills: int, **envir
             program.communicate(timeout=rng.uniform(0, 1))
         program.kill()
         program.communicate()
-    half_written.unlink(missing_ok=True)
-    program = start(config, "--resume", **environ)
-    while not half_written.exists():
-        assert program.poll() is None, "it ended before it had been killed often enough"
-    program.kill()
-    program.communicate()
+    for _ in range(20):  # seen and killed, it may have been renamed in between
+        half_written.unlink(missing_ok=True)
+        program = start(config, "--resume", **environ)
+        while not half_written.exists():
+            assert program.poll() is None, "it ended before it had been killed often enough"
+        program.kill()
+        program.communicate()
+        if half_written.exists():
+            break
     assert half_written.exists()
     program = start(config, "--resume", **environ)
     _, errors = program.communicate()
@@ -173,7 +178,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
 ) -> None:
     films = {f"{'normal' if i < 260 else 'abnormal'}/{i:03d}.png": png(i) for i in range(300)}
     kaggle.archives["someone/xrays"] = Archive.of(films)
-    settings = {"model": model, "data": data, "epochs": 8, "width": 8, "samples": 160,
+    settings = {"model": model, "data": data, "epochs": 12, "width": 8, "samples": 160,
                 "batch_size": 4, "checkpoint_minutes": 0.0}
     if data == SPEC:
         settings["memory_limit_gb"] = 0.001  # so little that it streams all the time
@@ -198,6 +203,53 @@ DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"",
           b[-len(b) // 2 + 1 :]}
 
 
+def test_a_step_back_after_bad_losses_is_the_same_with_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_module.objective_loss
+
+    def run(folder: Path, stop: int | None) -> Path:
+        calls = [0]
+
+        def objective_loss(net: object, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            calls[0] += net.training
+            return real(net, x, y) * (float("nan") if net.training and 11 <= calls[0] <= 13 else 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, "objective_loss", objective_loss)
+            config = tiny(folder, epochs=5, micro_batch=16)
+            if stop is not None:
+                stop_after(patch, stop)
+                with pytest.raises(KeyboardInterrupt):
+                    train(config)
+                config = dataclasses.replace(config, resume="auto")
+            return train(config)[0]
+
+    assert_same_run(run(tmp_path / "whole", None), run(tmp_path / "part", 9))
+
+
+def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films = tmp_path / "films"
+    for i in range(200):
+        write_image(films / "normal" / f"{i:03d}.png", i, (32, 32))
+    settings = {"data": str(films), "samples": 120, "batch_size": 2, "epochs": 2}
+    stream = create_dataloaders(tiny(tmp_path, **settings)).train.dataset
+    stream.set_epoch(0)
+    batch = [p.tolist() for _, p in stream][3]
+    for position in batch:
+        (films / stream.samples[position].key).write_bytes(b"not an image")
+    whole, = train(tiny(tmp_path / "whole", **settings))
+    stop_after(monkeypatch, 10)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path / "part", **settings))
+    monkeypatch.undo()
+    part, = train(tiny(tmp_path / "part", resume="auto", **settings))
+    assert_same_run(whole, part)
+    assert load_checkpoint(whole / "last.pt")["step"] < 120  # one step less in the first epoch
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch,
@@ -209,14 +261,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     monkeypatch.undo()
     last, best = (tmp_path / "unet" / name for name in ("last.pt", "best.pt"))
     last.write_bytes(DAMAGE[kind](last.read_bytes()))
-    before = best.read_bytes()
+    with pytest.raises(UserError, match=rf"the one before it: --resume {last.parent}/previous.pt"):
+        train(tiny(tmp_path, epochs=12, resume=str(last)))
     capsys.readouterr()
     folder, = train(tiny(tmp_path, epochs=12, resume="auto"))
     printed = capsys.readouterr().out
     assert f"damaged   {last}: not a readable checkpoint" in printed
     assert f"resume    {folder}/previous.pt, after epoch 2, step 8" in printed
     assert_same_run(folder, straight)
-    assert before  # and had both been damaged:
     for name in ("last.pt", "previous.pt"):
         (folder / name).write_bytes(b"")
     before = best.read_bytes()
@@ -267,6 +319,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     config = tiny(small_disk, epochs=6)
     folder, = train(dataclasses.replace(config, epochs=1))
     kept = {n: (folder / n).read_bytes() for n in ("last.pt", "best.pt")}
+    with open(folder / "run.log", "a") as lines:  # no room left in its last page
+        lines.write("x" * (-lines.tell() % 4096))
     with open(small_disk / "other", "wb") as other, pytest.raises(OSError, match="No space"):
         while True:
             other.write(bytes(10_000))
@@ -366,12 +420,70 @@ def test_an_automatic_batch_is_the_largest_power_of_two_that_fits_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scarce(monkeypatch, 21)
-    folder, = train(tiny(tmp_path, batch_size=None, epochs=1))
+    settings = {"batch_size": None, "samples": 600}
+    folder, = train(tiny(tmp_path, epochs=1, **settings))
     state = load_checkpoint(folder / "last.pt")
-    assert state["config"]["batch_size"] == 16 and state["step"] == 4
+    assert state["config"]["batch_size"] == 16 and state["step"] == 37
     scarce(monkeypatch, 70)
-    train(tiny(tmp_path, batch_size=None, epochs=2, resume="auto"))
-    assert load_checkpoint(folder / "last.pt")["step"] == 8
+    train(tiny(tmp_path, epochs=2, resume="auto", **settings))
+    assert load_checkpoint(folder / "last.pt")["step"] == 74
+
+
+def test_an_automatic_batch_leaves_steps_enough_for_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scarce(monkeypatch, 1e6)
+    folder, = train(tiny(tmp_path, batch_size=None, epochs=1, samples=200))
+    assert load_checkpoint(folder / "last.pt")["config"]["batch_size"] == 8  # of 200 / 16
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """SIGTERM during the step after so many."""
+    real, calls = train_module.train_step, []
+
+    def train_step(*arguments: object) -> tuple[float, int]:
+        calls.append(1)
+        if len(calls) == steps + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(train_module, "train_step", train_step)
+
+
+def test_parts_that_were_made_smaller_stay_so_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = train_module.objective_loss, []
+
+    def objective_loss(net: object, inputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        if len(images) > 8 and len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(net, inputs, images)
+
+    monkeypatch.setattr(train_module, "objective_loss", objective_loss)
+    stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(tmp_path, epochs=3, micro_batch=16))
+    monkeypatch.undo()
+    assert calls[:6] == [16, 16, 8, 8, 8, 8]
+    folder, = train(tiny(tmp_path, epochs=3, micro_batch=16, resume="auto"))
+    assert load_checkpoint(folder / "last.pt")["micro_batch"] == 8
+    folder, = train(tiny(tmp_path, epochs=4, micro_batch=4, resume="auto"))  # asked for anew
+    assert load_checkpoint(folder / "last.pt")["micro_batch"] == 4
+
+
+def test_validation_and_calibration_take_no_more_images_at_a_time_than_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    for name, at in (("objective_loss", 2), ("read", 1)):
+        real = getattr(train_module, name)
+        monkeypatch.setattr(train_module, name, lambda *a, real=real, at=at: (
+            seen.append(len(a[at])), real(*a))[1])
+    folder, = train(tiny(tmp_path, epochs=1, micro_batch=4))
+    assert max(seen) == 4 and len(seen) > 60
+    assert load_checkpoint(folder / "best.pt")["scorer"]["count"] == 64
 
 
 def test_the_probe_measures_what_grows_with_the_batch_and_changes_nothing(tmp_path: Path) -> None:
@@ -480,6 +592,45 @@ def test_two_processes_train_validate_and_resume_together(tmp_path: Path) -> Non
     assert_same_run(tmp_path / "part/unet", two)
 
 
+STOP_IN_VALIDATION = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+import torch, train
+from config import run_command
+torch.set_num_threads(1)
+real, calls = train.validate, []
+def validate(*arguments):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*arguments)
+train.validate = validate
+sys.exit(run_command(train.main, "train.py"))
+"""
+
+
+@pytest.mark.drill
+def test_three_processes_stopped_in_validation_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    three = (*TWO[:-1], "--nproc_per_node=3")
+    settings = {"epochs": 4, "batch_size": 16}  # slices of 6, 5 and 5 images
+    program = start(tiny(tmp_path / "whole", **settings), launcher=three)
+    assert program.communicate(timeout=200) and program.returncode == 0
+    script = tmp_path / "stop.py"
+    script.write_text(STOP_IN_VALIDATION.format(root=str(ROOT)))
+    config = tiny(tmp_path / "part", **settings)
+    program = start(config, launcher=three, script=str(script))
+    _, errors = program.communicate(timeout=200)
+    assert program.returncode != 0 and "ended as asked, and saved" in errors
+    state = load_checkpoint(tmp_path / "part/unet/last.pt")
+    assert (state["epoch"], state["batch"], state["step"]) == (1, 4, 8)
+    program = start(config, "--resume")
+    _, errors = program.communicate(timeout=200)
+    assert program.returncode == 2 and "go on with torchrun --nproc_per_node=3" in errors
+    program = start(config, "--resume", launcher=three)
+    assert program.communicate(timeout=200) and program.returncode == 0
+    assert_same_run(tmp_path / "part/unet", tmp_path / "whole/unet")
+
+
 @pytest.mark.drill
 def test_a_process_that_dies_ends_the_run_and_leaves_its_checkpoint(tmp_path: Path) -> None:
     config = tiny(tmp_path, epochs=200)
@@ -487,8 +638,8 @@ def test_a_process_that_dies_ends_the_run_and_leaves_its_checkpoint(tmp_path: Pa
     read_until(program, "epoch 1/200")
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    program.communicate(timeout=120)
-    assert program.returncode != 0
+    _, errors = program.communicate(timeout=120)
+    assert program.returncode != 0 and "another process of this run has ended" in errors
     step = load_checkpoint(tmp_path / "unet/last.pt")["step"]
     program = start(dataclasses.replace(config, epochs=step // 4 + 2), "--resume", launcher=TWO)
     assert program.communicate(timeout=120) and program.returncode == 0

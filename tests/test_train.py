@@ -280,7 +280,7 @@ def test_the_validation_loss_is_the_objective_on_the_same_corruption_each_time(
     config = tiny(tmp_path)
     model, loaders = create_model("unet", config), create_dataloaders(config)
     device = torch.device("cpu")
-    rest = device, "fp32", train_module.Ranks()
+    rest = device, "fp32", train_module.Ranks(), 8
     first, second = (train_module.validate(model, loaders.val, config, *rest) for _ in range(2))
     plain = dataclasses.replace(config, objective="plain")
     assert first == second != train_module.validate(model, loaders.val, plain, *rest)
