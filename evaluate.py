@@ -800,6 +800,11 @@ def map_top(maps: np.ndarray) -> float:
     return max(float(np.quantile(maps, 0.998)), 1e-6)
 
 
+def map_name(scorer: str) -> str:
+    """What the map shows that goes with a scorer."""
+    return scorer if scorer in OWN_MAP else "zscore"
+
+
 def describe_sample(sample: Sample) -> str:
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
 
@@ -821,7 +826,7 @@ def draw_examples(run: Run, source: Source, scored: Scored, metrics: dict, file:
         shown = show_map(axes[2][column], images[column], maps[column], top, mask)
     for row, text in enumerate(("input", "reconstruction", "anomaly map")):
         axes[row][0].set_ylabel(text)
-    figure.colorbar(shown, ax=axes[2], label=metrics["scorer"], shrink=0.9)
+    figure.colorbar(shown, ax=axes[2], label=map_name(metrics["scorer"]), shrink=0.9)
     figure.suptitle(f"{run.name} on {metrics['data']}; threshold {metrics['threshold']:.3g}",
                     fontsize=10)
     figure.savefig(file, dpi=120)
@@ -854,7 +859,7 @@ def draw_comparison(runs: list[Run], sources: list[Source], scored: list[Scored]
             shown = show_map(grid[row][2 + 2 * r], images[row], maps[row], top, mask)
             grid[row][2 + 2 * r].set_title(f"score {s.scores[scorer][cases[row]]:.3g}", fontsize=9)
         lower.colorbar(shown, ax=[grid[row][2 + 2 * r] for row in range(len(cases))],
-                       label=scorer, shrink=min(1.0, 3 / len(cases)))
+                       label=map_name(scorer), shrink=min(1.0, 3 / len(cases)))
     upper.suptitle(f"Tested on {results[0]['data']}, {results[0]['n_normal']} normal and "
                    f"{results[0]['n_abnormal']} abnormal images", fontsize=11)
     figure.savefig(file, dpi=110)
@@ -963,10 +968,10 @@ def draw_prediction(run: Run, row: dict, reading: Reading, maps: Tensor, scorer:
     axes = figure.subplots(1, 3)
     show_image(axes[0], image, "input")
     show_image(axes[1], back, "reconstruction")
-    usual = run.scorer.threshold(scorer if scorer in OWN_MAP else "peak", 0.95)
+    usual = run.scorer.threshold("peak" if map_name(scorer) == "zscore" else scorer, 0.95)
     shown = show_map(axes[2], image, map_, max(float(map_.max()), 2 * usual))
     axes[2].set_title("anomaly map", fontsize=9)
-    figure.colorbar(shown, ax=axes[2], label=scorer)
+    figure.colorbar(shown, ax=axes[2], label=map_name(scorer))
     figure.suptitle(f"{row['image']}: score {row['score']:.4g}, percentile "
                     f"{row['percentile_among_normals']:.0f} among normals, {row['verdict']} at "
                     f"threshold {row['threshold']:.4g} ({run.name})", fontsize=10)

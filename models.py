@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from config import Config, UserError
 
@@ -124,8 +123,8 @@ class ReversedAutoencoder(nn.Module):
     """Asymmetric autoencoder without skip connections (after Bercea et al., MIDL 2023).
 
     Strided convolutions and two Linear layers lead down to the latent, two Linear layers and
-    three transposed convolutions back up. Its training runs the encoder once more, on the
-    reconstruction (`reversed_embedding_loss`).
+    three transposed convolutions back up. The reversed-embedding term of that paper (the encoder
+    run once more, on the reconstruction) is not part of the training: it changed no score.
 
     width: channels of the first level; the encoder's levels have 1, 2, 4 and 8 times as many.
     """
@@ -199,25 +198,6 @@ class ReversedAutoencoder(nn.Module):
         """What `reconstructions` gives, from the encoder's maps."""
         return [self.decode(self.to_latent(maps[-1].flatten(1)))]
 
-    def reversed_embedding_loss(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """How far the encoder's maps of the reconstruction lie from those of the clean image.
-
-        Bercea et al.: sum over the levels of half the mean squared difference and of 1 - cosine.
-        The encoder is the measure here and is held still, weights and running statistics: it
-        would otherwise make the term small by mapping everything to one place.
-        """
-        loss = torch.zeros((), device=images.device)
-        both = torch.cat([images, reconstruction])  # one pass: BatchNorm treats them alike
-        for block in self.down:
-            held = {k: v.detach() for k, v in block.named_parameters()}
-            held |= {k: v.clone() for k, v in block.named_buffers()}
-            both = functional_call(block, held, both)
-            wanted, got = (half.flatten(1).float() for half in both.chunk(2))
-            wanted = wanted.detach()
-            loss = loss + F.mse_loss(got, wanted) / 2
-            loss = loss + (1 - F.cosine_similarity(got, wanted, dim=1)).mean()
-        return loss
-
 
 def check_image_size(model: str, image_size: int, multiple: int) -> None:
     if image_size % multiple or image_size < 2 * multiple:
@@ -246,8 +226,6 @@ MODEL_CLASSES = {"unet": UNet, "reversed_ae": ReversedAutoencoder}
 
 # Share of a training batch on which U-Net's skip-free decoder is trained too.
 SKIP_FREE_SHARE = 0.25
-# Of the reversed-embedding term, which so becomes about as large as the reconstruction's error.
-REVERSED_WEIGHT = 0.01
 
 
 class Draws:
@@ -383,14 +361,10 @@ def objective_loss(model: nn.Module, inputs: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error against the clean images, averaged over the model's reconstructions.
 
     inputs: what the model sees, [B,1,H,W]; images: the same, clean. The loss is computed in fp32
-    whatever the network's precision. In training a Reversed Autoencoder adds its own term; not
-    in validation, since the encoder that measures it changes from epoch to epoch.
+    whatever the network's precision.
     """
     views = model.reconstructions(inputs, SKIP_FREE_SHARE)
-    loss = torch.stack([F.l1_loss(view.float(), images[: len(view)]) for view in views]).mean()
-    if model.training and isinstance(model, ReversedAutoencoder):
-        loss = loss + REVERSED_WEIGHT * model.reversed_embedding_loss(images, views[0])
-    return loss
+    return torch.stack([F.l1_loss(view.float(), images[: len(view)]) for view in views]).mean()
 
 
 # ----------------------------------------------------------------------------------------------

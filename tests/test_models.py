@@ -189,27 +189,6 @@ def test_a_ranks_slice_meets_the_same_random_numbers_as_in_the_whole_batch() -> 
     assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
 
 
-def test_the_reversed_embedding_teaches_the_decoder_and_holds_the_encoder_still() -> None:
-    model = small("reversed_ae").train()
-    images = torch.rand(4, 1, 32, 32, generator=gen())
-    statistics = model.down[0][1].running_mean.clone()
-    assert model.reversed_embedding_loss(images, images) < 1e-5
-    reconstruction = (0.5 * images).requires_grad_()
-    loss = model.reversed_embedding_loss(images, reconstruction)
-    loss.backward()
-    assert loss > 0.1 and reconstruction.grad.abs().sum() > 0
-    assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(model.down[0][1].running_mean, statistics)
-    # The clean image is the teacher: nothing flows back through it.
-    teacher = images.clone().requires_grad_()
-    model.eval().reversed_embedding_loss(teacher, reconstruction).backward()
-    assert teacher.grad is None or not teacher.grad.any()
-    # The loss of a training step holds the term.
-    model.train()
-    views = model.reconstructions(images)
-    assert objective_loss(model, images, images) > (views[0] - images).abs().mean() + 1e-3
-
-
 def test_box_filter_is_the_mean_of_what_lies_inside() -> None:
     x = torch.rand(1, 1, 9, 9, generator=gen())
     y = box_filter(x, 3)
