@@ -1888,6 +1888,11 @@ class ImageStream(IterableDataset):
             for _ in threads:
                 jobs.put(None)
             waiting.leave()
+            # Soon they have ended; only one that waits for the network is left to itself.
+            deadline = time.monotonic() + 1
+            for thread in threads:
+                if thread.ident:
+                    thread.join(max(0.0, deadline - time.monotonic()))
 
     def _load(self, job: dict[int, Future], memory: Memory, waiting: Waiting,
               halt: threading.Event) -> None:

@@ -1088,8 +1088,8 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     stream: ImageStream = loaders.train.dataset
     objective: nn.Module = Objective(run.model)
     if ranks.world > 1:
-        # find_unused_parameters: there are none, but without it gradients are grouped anew after the
-        # first step, of a resumed run too, and so added up in another order.
+        # find_unused_parameters: there are none, but without it gradients are grouped anew after
+        # the first step, of a resumed run too, and so added up in another order.
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True,
                                             find_unused_parameters=True)
     if config.compile:

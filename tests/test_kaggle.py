@@ -116,8 +116,9 @@ def without_key(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("place", [
-    "environment", "blank token", "token", "token file", "access_token", "access_token.txt", "config dir", "home",
-    "xdg", "xdg default", "environment over file", "colab token", "colab key"])
+    "environment", "blank token", "token", "token file", "access_token", "access_token.txt",
+    "config dir", "home", "xdg", "xdg default", "environment over file", "colab token",
+    "colab key"])
 def test_credentials_are_found_wherever_the_client_looks(
     kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
 ) -> None:
@@ -922,11 +923,11 @@ def test_killed_while_streaming_and_resumed_it_ends_with_the_same_weights(
     kaggle: StandIn, tmp_path: Path
 ) -> None:
     kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
-    settings = {"data": SPEC, "batch_size": 4, "samples": 240, "checkpoint_minutes": 0.0,
+    settings = {"data": SPEC, "batch_size": 4, "samples": 240,
                 "memory_limit_gb": 0.001}  # so little that it streams all the time
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in (
         {"width": 4, "image_size": 32, "latent_dim": 8, "epochs": 2, "device": "cpu",
-         "output_dir": tmp_path / "killed"} | settings).items()]
+         "checkpoint_minutes": 0.0, "output_dir": tmp_path / "killed"} | settings).items()]
     child: list[subprocess.Popen] = []
     wanted, last = threading.Event(), tmp_path / "killed/unet/last.pt"
 
