@@ -515,7 +515,7 @@ def test_short_memory_is_said_once(
 
 
 GRADIENTS = """
-import sys
+import os, sys
 sys.path[:0] = [{root!r}]
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -545,6 +545,7 @@ if ranks.rank == 0:
     torch.save(results, sys.argv[1])
 if ranks.world > 1:
     dist.destroy_process_group()
+    os._exit(0)  # as train.py does
 """
 
 
@@ -605,7 +606,9 @@ def validate(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
     return real(*arguments)
 train.validate = validate
-sys.exit(run_command(train.main, "train.py"))
+status = run_command(train.main, "train.py")
+sys.stderr.flush()
+os._exit(status)
 """
 
 
