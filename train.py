@@ -465,6 +465,7 @@ def move_aside(folder: Path) -> None:
 
 
 def make_run_folder(folder: Path) -> None:
+    """Make it; UserError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -575,15 +576,12 @@ class Run:
         return {f.name: value.state_dict() if hasattr(value, "state_dict") else value
                 for f in dataclasses.fields(self) for value in [getattr(self, f.name)]}
 
-    def load_weights(self, state: dict[str, object]) -> None:
-        """The model and what its optimizer knows, but not how far training is."""
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """All of it but micro_batch, which depends on the machine."""
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.load_weights(state)
         for f in dataclasses.fields(self):
             if f.name not in ("model", "optimizer", "scaler", "micro_batch"):
                 setattr(self, f.name, state[f.name])
@@ -905,6 +903,7 @@ def train(config: Config) -> list[Path]:
 
 
 def train_all(config: Config, ranks: Ranks) -> list[Path]:
+    """What `train` says, among the processes of `ranks`."""
     synthetic = config.data == "synthetic"
     config = dataclasses.replace(
         config, epochs=config.epochs or (3 if synthetic else 30),
