@@ -103,8 +103,12 @@ class UNet(nn.Module):
         bottom = self._bottom_from(latent)
         y = bottom
         for block, skip in zip(self.up, reversed(skips), strict=True):
-            y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
-            y = block(torch.cat([skip, y], dim=1))
+            # Autocast on a CPU would enlarge in fp32, and join both maps in it.
+            with torch.autocast(y.device.type, enabled=False):
+                y = F.interpolate(y.to(skip.dtype), scale_factor=2, mode="bilinear",
+                                  align_corners=False)
+                y = torch.cat([skip, y], dim=1)
+            y = block(y)
         result = [torch.sigmoid(self.out(y))]
         if skip_free_share > 0:
             result.append(self._decode_bottom(bottom[: max(1, round(len(y) * skip_free_share))]))
