@@ -73,7 +73,8 @@ class Config:
                            low=16, high=1024)
     latent_dim: int = knob(512, "numbers in the latent", low=1)
     width: int = knob(64, "channels of the first level; smaller is faster and weaker", low=1)
-    dropout: float = knob(0.1, "dropout while training", low=0, high=0.9)
+    dropout: float = knob(0.0, "dropout while training; the objective's corruptions are enough",
+                          low=0, high=0.9)
 
     # On what
     data: str = knob("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "
@@ -86,7 +87,7 @@ class Config:
 
     # How
     epochs: int | None = knob(None, "passes over the training images in total, earlier ones "
-                              "of a resumed run included; default: 30, 3 on the phantom", low=1)
+                              "of a resumed run included; default: 20, 3 on the phantom", low=1)
     batch_size: int | None = knob(8, "images in a training step, over all processes; auto: the "
                                   "largest power of two whose step fits in memory", low=2)
     micro_batch: int | None = knob(None, "images that a process takes at a time, their gradients "

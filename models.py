@@ -8,7 +8,7 @@ Every image tensor here is float [B,1,H,W] with values in [0,1]; H = W = the mod
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,40 @@ from config import Config, UserError
 
 # ----------------------------------------------------------------------------------------------
 # Networks
+
+
+class _KeepFactors(torch.autograd.Function):
+    """x @ weight.T; the backward pass appends (gradient of the result, x) to `factors`, whose
+    product is the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.factors = factors
+        return x @ weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        ctx.factors.append((gradient, x))
+        return gradient @ weight.to(gradient.dtype), None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear, whose weight's gradient may be left in two factors.
+
+    factors: unless None, where the backward pass puts these, [B,out] and [B,in], instead of
+    making the gradient: 134 million numbers, from a few images.
+    """
+
+    factors: list[tuple[Tensor, Tensor]] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.factors is None or not torch.is_grad_enabled():
+            return super().forward(x)
+        return _KeepFactors.apply(x, self.weight, self.factors) + self.bias
 
 
 def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequential:
@@ -43,7 +77,7 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.1
+        self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.0
     ) -> None:
         super().__init__()
         check_image_size("unet", image_size, 16)
@@ -54,8 +88,8 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(
             conv_block(i, o, dropout) for i, o in zip((1, *widths), widths, strict=False)
         )
-        self.to_latent = nn.Linear(flat, latent_dim)
-        self.from_latent = nn.Linear(latent_dim, flat)
+        self.to_latent = Linear(flat, latent_dim)
+        self.from_latent = Linear(latent_dim, flat)
         # Each level joins the upsampled map with the encoder's map of that level.
         self.up = nn.ModuleList(
             conv_block(i, o, dropout)
@@ -134,7 +168,7 @@ class ReversedAutoencoder(nn.Module):
     """
 
     def __init__(
-        self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.1
+        self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.0
     ) -> None:
         super().__init__()
         check_image_size("reversed_ae", image_size, 8)
@@ -150,16 +184,16 @@ class ReversedAutoencoder(nn.Module):
             for i, o, stride in ((1, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, 8 * w, 2))
         )
         self.to_latent = nn.Sequential(
-            nn.Linear(flat, hidden),
+            Linear(flat, hidden),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(hidden, latent_dim),
+            Linear(hidden, latent_dim),
         )
         self.from_latent = nn.Sequential(
-            nn.Linear(latent_dim, hidden),
+            Linear(latent_dim, hidden),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(hidden, flat),
+            Linear(hidden, flat),
         )
         self.up = nn.ModuleList(
             nn.Sequential(

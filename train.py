@@ -64,7 +64,16 @@ from data import (
     to_float,
     write_splits,
 )
-from models import AnomalyScorer, Draws, Reading, corrupt, create_model, objective_loss, read
+from models import (
+    AnomalyScorer,
+    Draws,
+    Linear,
+    Reading,
+    corrupt,
+    create_model,
+    objective_loss,
+    read,
+)
 
 FORMAT = 2  # of the checkpoints
 CALIBRATION_IMAGES = 256  # training normals that the scorer is calibrated on, at most
@@ -77,6 +86,7 @@ LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "skip
 # Steps in a row whose loss is no finite number, before the last good state is taken back.
 BAD_STEPS = 3
 BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
+LARGE_MATRIX = 1 << 25  # numbers; Adam keeps less of the past of such a weight, see lean_adam
 LARGE_FILE = 500 << 20  # bytes; a larger last.pt is written at most once a minute
 
 
@@ -505,11 +515,93 @@ def logged_to(file: Path, ranks: Ranks) -> Iterator[None]:
 # One step
 
 
-def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, model: nn.Module, device: torch.device,
+                   precision: str = "fp32") -> torch.optim.Optimizer:
+    """The optimizer of the model's parameters. Large matrices are left to `lean_adam`, which its
+    step calls first."""
     kinds = {"adam": (torch.optim.Adam, {}), "adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),
              "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})}
     kind, extra = kinds[config.optimizer]
-    return kind(model.parameters(), lr=config.learning_rate, fused=device.type != "mps", **extra)
+    # The gradient scaler shows gradients unscaled, and only finite ones, to unfused kernels alone.
+    fused = device.type != "mps" and precision != "fp16"
+    optimizer = kind(model.parameters(), lr=config.learning_rate, fused=fused, **extra)
+    large = [m for m in model.modules() if isinstance(m, Linear) and is_large(m.weight)]
+    if config.optimizer != "sgd" and large:
+        for layer in large:
+            # Gradients that processes exchange, or that must be unscaled, are made in full.
+            if device.type == "cpu" and precision != "fp16" and not (
+                    dist.is_initialized() or config.compile):
+                layer.factors = []
+        decay = extra.get("weight_decay", 0.0)
+
+        def large_ones_first(*_: object) -> None:
+            for layer in large:
+                lean_adam(optimizer, layer, decay)
+
+        optimizer.register_step_pre_hook(large_ones_first)
+    return optimizer
+
+
+def is_large(parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and parameter.numel() >= LARGE_MATRIX
+
+
+@torch.no_grad()
+def lean_adam(optimizer: torch.optim.Optimizer, layer: Linear, decay: float) -> None:
+    """One step of Adam on a layer's large matrix, whose moments take a quarter of the room.
+
+    The first moment is kept in bf16; of the second one only the means over rows and columns, whose
+    product stands for it (Shazeer and Stern, ICML 2018, algorithm 2; so used by Zhai et al., CVPR
+    2022, section 3.4). The matrix is passed over once, in tiles that stay in the CPU's cache, and
+    its gradient, if only the factors are there, is never held in full.
+    """
+    weight = layer.weight
+    group, state = optimizer.param_groups[0], optimizer.state[weight]
+    (beta1, beta2), eps = group["betas"], group["eps"]
+    g = weight.grad
+    if g is not None:
+        rows, columns = g.square().mean(1), g.square().mean(0)
+    elif layer.factors:
+        # Micro-batches one below the other: the product of what is joined is the sum of products.
+        y, x = (torch.cat(parts) for parts in zip(*layer.factors, strict=True))
+        layer.factors.clear()
+        yf, xf = y.float(), x.float()
+        rows = (yf * (xf @ xf.T @ yf)).sum(0) / x.shape[1]
+        columns = (xf * (yf @ yf.T @ xf)).sum(0) / y.shape[1]
+        yt = y.T.contiguous()
+    else:
+        return
+    if not state:
+        state["step"] = torch.zeros((), device=weight.device)
+        state["exp_avg"] = torch.zeros_like(weight, dtype=torch.bfloat16)
+        state["row_sq"], state["column_sq"] = torch.zeros_like(rows), torch.zeros_like(columns)
+    state["step"] += 1
+    t = float(state["step"])
+    state["row_sq"].lerp_(rows, 1 - beta2)
+    state["column_sq"].lerp_(columns, 1 - beta2)
+    # weight -= rate * mean / (sqrt(second moment) + eps), the second moment being
+    # row_sq * column_sq / mean(row_sq)
+    right = (state["row_sq"] / state["row_sq"].mean().clamp(min=1e-30)).sqrt().clamp(min=1e-6)
+    below = 1 / ((state["column_sq"] / (1 - beta2**t)).sqrt() + eps)
+    left = (-group["lr"] / (1 - beta1**t) / right)[:, None]
+    mean = state["exp_avg"]
+    width = min(4096, weight.shape[1])
+    height = (1 << 20 if weight.device.type == "cpu" else 1 << 24) // width
+    for i in range(0, weight.shape[0], height):
+        for j in range(0, weight.shape[1], width):
+            a, b = slice(i, i + height), slice(j, j + width)
+            if g is not None:
+                tile = mean[a, b].float().lerp_(g[a, b], 1 - beta1)
+            elif y.dtype == mean.dtype:
+                tile = mean[a, b].addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1).float()
+            else:
+                tile = mean[a, b].float().addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1)
+            if g is not None or y.dtype != mean.dtype:
+                mean[a, b] = tile
+            if decay:
+                weight[a, b] *= 1 - group["lr"] * decay
+            weight[a, b].addcmul_(tile.mul_(below[b]), left[a])
+    weight.grad = None  # done: the optimizer's own step passes it over
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -521,7 +613,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(value)
+                dtype = torch.bfloat16 if "row_sq" in moments else parameter.dtype
+                moments[name] = torch.empty_like(parameter, dtype=dtype).copy_(value)
 
 
 def learning_rate_at(step: int, total: int, config: Config) -> float:
@@ -631,9 +724,15 @@ def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: 
     image = saved(3) - two
     for buffer, value in zip(run.model.buffers(), state, strict=True):
         buffer.copy_(value)
-    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
-    moments = 0 if run.optimizer.state else weights * (1 if config.optimizer == "sgd" else 2)
-    fixed = weights + moments + max(0, two - 2 * image)
+    factored = {m.weight for m in run.model.modules() if isinstance(m, Linear) and
+                m.factors is not None}
+    fixed = max(0, two - 2 * image)
+    for p in run.model.parameters():
+        lean = config.optimizer != "sgd" and is_large(p)
+        gradient = 0 if p in factored else 4
+        moments = 0 if run.optimizer.state else (
+            4 if config.optimizer == "sgd" else 2 if lean else 8)
+        fixed += p.numel() * (gradient + moments)
     # What whole steps took on a CPU was 1.44 to 1.64 times that: gradients of activations, what
     # convolutions work in, and the allocator's own.
     return lambda count: int(1.6 * (fixed + count * image))
@@ -691,10 +790,16 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
     buffers = list(run.model.buffers())  # their running statistics
     before = [b.clone() for b in buffers]
 
+    def clear_gradients() -> None:
+        run.optimizer.zero_grad(set_to_none=True)
+        for layer in run.model.modules():
+            if isinstance(layer, Linear) and layer.factors:
+                layer.factors.clear()
+
     def accumulate() -> Tensor:
         """Gradients of the weighted loss, micro_batch images at a time; the loss."""
         torch.manual_seed(seeded(config.seed, f"dropout {ranks.rank}", run.step).initial_seed())
-        run.optimizer.zero_grad(set_to_none=True)
+        clear_gradients()
         parts = math.ceil(len(images) / run.micro_batch)
         for norm in norms:  # moves the running statistics as far in a step, whatever the parts
             norm.momentum = 1 - (1 - BATCHNORM_MOMENTUM) ** (1 / parts)
@@ -729,7 +834,7 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
         run.micro_batch = math.ceil(min(run.micro_batch, len(images)) / 2)
         log.warning(f"memory    out of it at step {run.step + 1}: {run.micro_batch} images are "
                     "taken at a time from now on, their gradients added up")
-        run.optimizer.zero_grad(set_to_none=True)
+        clear_gradients()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if math.isfinite(loss):
@@ -906,7 +1011,7 @@ def train_all(config: Config, ranks: Ranks) -> list[Path]:
     """What `train` says, among the processes of `ranks`."""
     synthetic = config.data == "synthetic"
     config = dataclasses.replace(
-        config, epochs=config.epochs or (3 if synthetic else 30),
+        config, epochs=config.epochs or (3 if synthetic else 20),
         samples=config.samples or (PHANTOM_SAMPLES if synthetic else None),
         # Absolute, so that the run can be evaluated from anywhere.
         data=config.data if synthetic or not os.path.exists(config.data)
@@ -979,7 +1084,7 @@ def start_run(config: Config, device: torch.device, precision: str) -> Run:
     """An untrained model and its optimizer, on the device."""
     torch.manual_seed(config.seed)
     model = place(create_model(config.model, config), device, precision)
-    return Run(model, make_optimizer(config, model, device),
+    return Run(model, make_optimizer(config, model, device, precision),
                torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
                micro_batch=config.batch_size or 2, schedule_epochs=config.epochs)
 
