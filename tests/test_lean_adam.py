@@ -62,15 +62,21 @@ def test_factors_give_the_same_step_as_the_gradient_itself(optimizer: str) -> No
 
 
 def test_in_bf16_too_the_steps_stay_close_to_those_by_the_gradient() -> None:
-    _, losses = stepped(factors=False, steps=20, precision="bf16")
-    _, same = stepped(factors=True, steps=20, precision="bf16")
-    assert same == pytest.approx(losses, rel=5e-3) and losses[-1] < losses[0]
+    start, _ = stepped(factors=False, steps=0)
+    whole, losses = stepped(factors=False, steps=10, precision="bf16")
+    factored, same = stepped(factors=True, steps=10, precision="bf16")
+    assert same == pytest.approx(losses, rel=5e-3)
+    for was, a, b in zip(*(run.model.parameters() for run in (start, whole, factored)),
+                         strict=True):
+        if a.ndim == 2:  # single numbers may go another way, where the gradient is all but zero
+            assert (a - b).abs().mean() < 0.25 * (a - was).abs().mean()
 
 
 @pytest.mark.parametrize(("optimizer", "decay"), [("adam", 0.0), ("adamw", 0.01)])
 def test_a_step_is_adams_with_a_second_moment_of_rank_one(optimizer: str, decay: float) -> None:
     """Against the formulae, in float64, for gradients of which nothing is special."""
     layer = Linear(40, 24)
+    layer.weight.data *= 100  # else weight decay would be too small to be seen
     start = layer.weight.detach().double()
     config = Config(optimizer=optimizer)
     adam = train_module.make_optimizer(config, torch.nn.Sequential(layer), CPU)
