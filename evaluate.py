@@ -29,11 +29,9 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
                         "in the run folder)")
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="(default: 16)")
     arguments = vars(parser.parse_args(command_line() if argv is None else argv))
-    for name in ("samples", "batch_size"):
-        if arguments[name] is not None and arguments[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {arguments[name]} is less than 1")
+    if arguments["samples"] is not None and arguments["samples"] < 1:
+        raise UserError(f"--samples: {arguments['samples']} is less than 1")
     return arguments
 
 
@@ -72,7 +70,6 @@ from data import (
     decode_image,
     open_source,
     read_splits,
-    to_float,
 )
 from models import (
     DEFAULT_SCORER,
@@ -81,9 +78,16 @@ from models import (
     AnomalyScorer,
     Reading,
     create_model,
-    read,
 )
-from train import Progress, autocast, choose_device, choose_precision, load_checkpoint, place
+from train import (
+    READ_AT_ONCE,
+    Progress,
+    choose_device,
+    choose_precision,
+    load_checkpoint,
+    place,
+    read_evenly,
+)
 
 RESAMPLES = 1000
 NAMES = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
@@ -105,11 +109,16 @@ class Run:
     fingerprint: str  # of the data it was trained on
 
     @torch.inference_mode()
-    def read(self, images: Tensor) -> Reading:
-        """What the model makes of uint8 images [B,1,H,W]; on the device."""
-        images = to_float(images, self.device)
-        with autocast(self.device, self.precision):
-            return read(self.model, images)
+    def read(self, images: Tensor, scorer: str) -> tuple[Reading, dict[str, Tensor], Tensor]:
+        """What the model makes of uint8 images [n,1,H,W]: (Reading, scores [n] by every scorer,
+        `scorer`'s anomaly maps [n,1,H,W]). Of an image they do not depend on the other ones."""
+        readings, scores, maps = [], [], []
+        for reading, count in read_evenly(self.model, images, self.device, self.precision):
+            readings.append([part[:count] for part in reading])
+            scores.append({k: v[:count] for k, v in self.scorer.scores(reading).items()})
+            maps.append(self.scorer.anomaly_map(scorer, reading)[:count])
+        return (Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True))),
+                {k: torch.cat([s[k] for s in scores]) for k in scores[0]}, torch.cat(maps))
 
 
 def load_run(path: str | Path, device: str = "auto") -> Run:
@@ -276,20 +285,19 @@ class Scored:
 
 
 def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
-                  trivial: TrivialScores | None, batch_size: int = 16) -> Scored:
+                  trivial: TrivialScores | None) -> Scored:
     """Score images with every scorer; `scorer` gives the maps that are held against masks."""
-    stream = ImageStream(source, samples, run.config.image_size, batch_size,
+    stream = ImageStream(source, samples, run.config.image_size, 2 * READ_AT_ONCE,
                          memory=run.config.memory_bytes, cache=False)
     scores: dict[str, list] = {name: [] for name in SCORERS}
     baselines: dict[str, list] = {}
     order, located, pixels, in_lesion = [], [], [], []
     bar = Progress(len(samples), f"scoring with {run.name}")
     for images, positions in stream:
-        reading = run.read(images)
-        for name, values in run.scorer.scores(reading).items():
+        _, found, maps = run.read(images, scorer)
+        for name, values in found.items():
             scores[name].append(values.numpy())
-        maps = run.scorer.anomaly_map(scorer, reading)[:, 0].cpu().numpy()
-        for i, map_ in zip(positions.tolist(), maps, strict=True):
+        for i, map_ in zip(positions.tolist(), maps[:, 0].cpu().numpy(), strict=True):
             mask = lesion_mask(source, samples[i], run.config.image_size)
             if mask is not None and mask.any():
                 energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
@@ -481,7 +489,6 @@ def best_direction(scores: np.ndarray, labels: np.ndarray) -> float:
 def evaluate(
     runs: str | Path | Sequence[str | Path], data: str | None = None, split: str = "test",
     samples: int | None = None, scorer: str | None = None, device: str = "auto",
-    batch_size: int = 16,
 ) -> list[dict[str, object]]:
     """Test runs on the test split of their data (or on other `data`); the metrics of each run.
 
@@ -531,8 +538,7 @@ def evaluate(
                     raise
                 print(f"          note: two trivial scores are left out ({error})")
                 trivial = TrivialScores(None)
-        scored = score_samples(run, source, chosen, scorer, None if all_scored else trivial,
-                               batch_size)
+        scored = score_samples(run, source, chosen, scorer, None if all_scored else trivial)
         if weights is None or len(scored.samples) != weights.shape[1]:
             weights = patient_weights([s.patient for s in scored.samples])
         metrics = measure(run, scored, scorer, weights)
@@ -790,8 +796,7 @@ def pictures(run: Run, source: Source, samples: list[Sample],
         except (BadImage, OSError) as error:
             raise UserError(f"--data {source.spec}: {s.key} was scored, but cannot be read again "
                             f"for its picture ({error})") from None
-    reading = run.read(torch.stack(images))
-    maps = run.scorer.anomaly_map(scorer, reading)
+    reading, _, maps = run.read(torch.stack(images), scorer)
     return tuple(t[:, 0].cpu().numpy() for t in (reading.images, reading.reconstruction, maps))
 
 
@@ -913,27 +918,35 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         stems = [name.replace("/", "__") for name in names]
     rows, skipped = [], []
     bar = Progress(len(files), "scoring")
-    for file, name, stem in zip(files, names, stems, strict=True):
-        try:
-            pixels = decode_image(file.read_bytes(), loaded.config.image_size)
-        except (BadImage, OSError) as error:
-            if not path.is_dir():
-                raise UserError(f"--image {file}: cannot be read as an image ({error})") from None
-            skipped.append(f"skipped   {name}: {error}")
+    for start in range(0, len(files), READ_AT_ONCE):
+        images, places = [], []
+        for i, file in enumerate(files[start : start + READ_AT_ONCE], start):
+            try:
+                pixels = decode_image(file.read_bytes(), loaded.config.image_size)
+            except (BadImage, OSError) as error:
+                if not path.is_dir():
+                    raise UserError(
+                        f"--image {file}: cannot be read as an image ({error})") from None
+                skipped.append(f"skipped   {names[i]}: {error}")
+                continue
+            images.append(torch.from_numpy(pixels.copy())[None])
+            places.append(i)
+        if not images:
             continue
-        reading = loaded.read(torch.from_numpy(pixels.copy())[None, None])
-        maps = loaded.scorer.anomaly_map(scorer, reading)
-        score = loaded.scorer.scores(reading)[scorer]
-        row = {"image": name, "score": round(float(score), 6),
-               "percentile_among_normals": round(
-                   float(loaded.scorer.percentile(scorer, score)[0]), 1),
-               "threshold": round(threshold, 6),
-               "verdict": "abnormal" if float(score) > threshold else "normal"}
-        rows.append(row)
-        np.save(folder / f"{stem}_map.npy", maps[0, 0].cpu().numpy().astype(np.float32))
-        picture = folder / f"{stem}_heatmap.png"
-        draw_prediction(loaded, row, reading, maps, scorer, picture)
-        bar.update(1)
+        reading, scores, maps = loaded.read(torch.stack(images), scorer)
+        percentiles = loaded.scorer.percentile(scorer, scores[scorer])
+        for k, i in enumerate(places):
+            score = float(scores[scorer][k])
+            row = {"image": names[i], "score": round(score, 6),
+                   "percentile_among_normals": round(float(percentiles[k]), 1),
+                   "threshold": round(threshold, 6),
+                   "verdict": "abnormal" if score > threshold else "normal"}
+            rows.append(row)
+            np.save(folder / f"{stems[i]}_map.npy", maps[k, 0].cpu().numpy().astype(np.float32))
+            draw_prediction(loaded, row, *(t[k, 0].cpu().numpy() for t in (
+                reading.images, reading.reconstruction, maps)), scorer,
+                folder / f"{stems[i]}_heatmap.png")
+            bar.update(1)
     bar.close()
     print("\n".join(skipped) or "", end="\n" if skipped else "")
     if not rows:
@@ -955,15 +968,13 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     return rows
 
 
-def draw_prediction(run: Run, row: dict, reading: Reading, maps: Tensor, scorer: str,
-                    file: Path) -> None:
-    """Input, reconstruction and heatmap side by side.
+def draw_prediction(run: Run, row: dict, image: np.ndarray, back: np.ndarray, map_: np.ndarray,
+                    scorer: str, file: Path) -> None:
+    """Input, reconstruction and heatmap, each [H,W], side by side.
 
     The colour scale ends where the map's own peak lies, or at twice what peaks of normal images
     reach if that is more, so that a normal image does not glow.
     """
-    image, back, map_ = (t[0, 0].cpu().numpy()
-                         for t in (reading.images, reading.reconstruction, maps))
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     axes = figure.subplots(1, 3)
     show_image(axes[0], image, "input")

@@ -546,9 +546,12 @@ class AnomalyScorer:
         parts = []
         for name in FUSED:
             normal = self.normal_scores[name]
-            # Softened at zero: what is unusual to one part is not made up for by another.
             deviation = normal.std(correction=0).clamp(min=1e-9)
-            parts.append(F.softplus((scores[name] - normal.mean()) / deviation))
+            away = (scores[name] - normal.mean()) / deviation
+            # Softened at zero (softplus): what is unusual to one part is not made up for by
+            # another. One by one: the last few of a tensor may be rounded differently.
+            soft = [max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in away.tolist()]
+            parts.append(torch.tensor(soft, dtype=torch.float64))
         scores = scores | {"fused": torch.stack(parts).mean(0)}
         return {name: scores[name] for name in SCORERS}
 

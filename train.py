@@ -77,6 +77,7 @@ from models import (
 
 FORMAT = 2  # of the checkpoints
 CALIBRATION_IMAGES = 256  # training normals that the scorer is calibrated on, at most
+READ_AT_ONCE = 8  # images that a trained model is shown at a time, always
 # Settings that a resumed run may change; any other change makes it another run.
 CHANGEABLE = ("epochs", "patience", "min_delta", "keep_every", "checkpoint_minutes", "device",
               "precision", "micro_batch", "compile", "deterministic", "memory_limit_gb",
@@ -959,8 +960,40 @@ def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch
 
 
 @torch.inference_mode()
-def calibrate(model: nn.Module, loaders: Loaders, device: torch.device, precision: str,
-              micro_batch: int) -> AnomalyScorer:
+def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
+                precision: str) -> list[tuple[Reading, int]]:
+    """What the model makes of uint8 images [n,1,H,W]: Readings of READ_AT_ONCE images each, and
+    how many of these are real; black ones fill up the last.
+
+    Kernels add in another order for batches of another size, and would make an image's score
+    depend on the images beside it. Of what the scorers make of a Reading only the first so many
+    count, too: reading a batch and its scores in full keeps all shapes the same.
+    """
+    result = []
+    with autocast(device, precision):  # once for all, since it casts the weights
+        for part in images.split(READ_AT_ONCE):
+            full = part.new_zeros((READ_AT_ONCE, *part.shape[1:]))
+            full[: len(part)] = part
+            result.append((read(model, to_float(full, device)), len(part)))
+    return result
+
+
+def regrouped(stream: ImageStream) -> Iterator[Tensor]:
+    """A stream's images, uint8 [n,1,H,W], n a multiple of READ_AT_ONCE but for the last."""
+    held = torch.empty(0, dtype=torch.uint8)
+    for images, _ in stream:
+        held = torch.cat([held, images]) if len(held) else images
+        whole = len(held) // READ_AT_ONCE * READ_AT_ONCE
+        if whole:
+            yield held[:whole]
+            held = held[whole:]
+    if len(held):
+        yield held
+
+
+@torch.inference_mode()
+def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
+              precision: str) -> AnomalyScorer:
     """A scorer calibrated on training normals, with the scores of the validation normals."""
     model.eval()
     scorer = AnomalyScorer()
@@ -968,24 +1001,19 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device, precisio
     some = stream.every(math.ceil(len(stream.samples) / CALIBRATION_IMAGES))
     normals = loaders.val.dataset.every(1)  # all, also where this process has but a slice
 
-    def reading(images: Tensor) -> Reading:
-        images = to_float(images, device)
-        with autocast(device, precision):
-            return read(model, images)
-
     bar = Progress(len(some.positions) + len(normals.positions), "calibrating")
-    for images, _ in some:
-        for part in images.split(micro_batch):
-            scorer.add(reading(part))
-            bar.update(len(part))
+    for images in regrouped(some):
+        for reading, count in read_evenly(model, images, device, precision):
+            scorer.add(Reading(*(part[:count] for part in reading)))
+        bar.update(len(images))
     if not bar.done:
         raise UserError("none of the training images that the scores are calibrated on can be read")
     scorer.finish()
     scores = []
-    for images, _ in normals:
-        for part in images.split(micro_batch):
-            scores.append(scorer.scores(reading(part)))
-            bar.update(len(part))
+    for images in regrouped(normals):
+        for reading, count in read_evenly(model, images, device, precision):
+            scores.append({name: v[:count] for name, v in scorer.scores(reading).items()})
+        bar.update(len(images))
     bar.close()
     scorer.refer_to(scores)
     return scorer
@@ -1306,7 +1334,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     best = load_checkpoint(folder / "best.pt", config.model)
     run.model.load_state_dict(best["model"])
     if run.step > first_step or not best["scorer"]:
-        scorer = calibrate(run.model, loaders, device, precision, run.micro_batch)
+        scorer = calibrate(run.model, loaders, device, precision)
         save_checkpoint(dict(best) | {"config": common["config"], "scorer": scorer.state_dict()},
                         folder / "best.pt")
     write_log(run.log, folder / "log.csv")  # also where nothing was left to train

@@ -35,7 +35,7 @@ from evaluate import (
     weighted_average_precision,
 )
 from models import SCORERS
-from train import load_checkpoint, save_checkpoint, train
+from train import load_checkpoint, place, save_checkpoint, train
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -299,11 +299,11 @@ def test_an_external_test_works_without_the_training_data_and_keeps_results_apar
     shutil.copytree(xrays, training)
     (folder,) = train(tiny(tmp_path, data=str(training), samples=None, epochs=1))
     shutil.rmtree(training)
-    for place, n in (("a", 3), ("b", 4)):
+    for above, n in (("a", 3), ("b", 4)):
         for i in range(n):
-            write_image(tmp_path / place / "films" / "normal" / f"x{i}.png", i)
-            write_image(tmp_path / place / "films" / "abnormal" / f"y{i}.png", 50 + i)
-        (metrics,) = evaluate(folder, data=str(tmp_path / place / "films"))
+            write_image(tmp_path / above / "films" / "normal" / f"x{i}.png", i)
+            write_image(tmp_path / above / "films" / "abnormal" / f"y{i}.png", 50 + i)
+        (metrics,) = evaluate(folder, data=str(tmp_path / above / "films"))
         assert "PCA reconstruction error" not in metrics["baselines"]
     assert "two trivial scores are left out" in capsys.readouterr().out
     assert len(list((folder / "eval").iterdir())) == 2
@@ -346,10 +346,40 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
     with open(tmp_path / "out" / "predictions.csv", newline="") as f:
         assert [r["image"] for r in csv.DictReader(f)] == [r["image"] for r in rows]
     alone = predict(runs[0], images / rows[3]["image"], scorer="peak")
-    assert alone[0]["score"] == pytest.approx(rows[3]["score"], rel=1e-5)
+    assert alone == rows[3:4]
     assert (images / rows[3]["image"]).read_bytes() == (
         xrays / "abnormal" / rows[3]["image"]).read_bytes()
     assert (runs[0] / "predictions" / rows[3]["image"].replace(".", "_heatmap.")).exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_scores_and_maps_of_an_image_are_bitwise_the_same_whatever_is_beside_it(
+    runs: list[Path], which: int, precision: str
+) -> None:
+    run = load_run(runs[which])
+    run.model, run.precision = place(run.model, run.device, precision), precision
+    images = torch.randint(256, (21, 1, 32, 32), dtype=torch.uint8)
+    whole, scores, maps = run.read(images, "zscore")
+    groups = [[i] for i in range(21)] + [[20, 3], [5, 4, 3], list(range(19, 2, -1))]
+    for group in groups:
+        other, their_scores, their_maps = run.read(images[group], "zscore")
+        assert torch.equal(their_maps, maps[group]), f"maps of {group}"
+        assert all(torch.equal(a, b[group]) for a, b in zip(other, whole, strict=True))
+        for name in SCORERS:
+            assert torch.equal(their_scores[name], scores[name][group]), f"{name} of {group}"
+
+
+def test_a_film_gets_the_same_score_in_a_test_and_alone(
+    runs: list[Path], xrays: Path
+) -> None:
+    evaluate(runs[1], data=str(xrays))
+    with open(runs[1] / "eval" / "xrays" / "scores.csv", newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r["label"] == "1"]
+    for row in rows[::5]:
+        (alone,) = predict(runs[1], xrays / row["key"])
+        assert f"{alone['score']:.5g}" == f"{float(row['fused']):.5g}"
+        assert alone["percentile_among_normals"] == float(row["fused_percentile"])
 
 
 @pytest.mark.parametrize(("call", "says"), [
@@ -385,5 +415,6 @@ def test_calibrated_scores_travel_with_the_weights(runs: list[Path]) -> None:
     parts = read_splits(runs[1] / "split.csv")
     source = evaluate_module.open_source(dataclasses.replace(run.config))
     scored = evaluate_module.score_samples(run, source, parts.normals("val"), "mse", None)
-    again = torch.from_numpy(np.sort(scored.scores["mse"]))
-    assert torch.allclose(again, run.scorer.normal_scores["mse"], rtol=1e-5)
+    for name in SCORERS:
+        again = torch.from_numpy(np.sort(scored.scores[name]))
+        assert torch.equal(again, run.scorer.normal_scores[name])

@@ -473,17 +473,25 @@ def test_parts_that_were_made_smaller_stay_so_after_a_resume(
     assert load_checkpoint(folder / "last.pt")["micro_batch"] == 4
 
 
-def test_validation_and_calibration_take_no_more_images_at_a_time_than_training(
+def test_validation_takes_no_more_images_at_a_time_than_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    for name, at in (("objective_loss", 2), ("read", 1)):
-        real = getattr(train_module, name)
-        monkeypatch.setattr(train_module, name, lambda *a, real=real, at=at: (
-            seen.append(len(a[at])), real(*a))[1])
-    folder, = train(tiny(tmp_path, epochs=1, micro_batch=4))
-    assert max(seen) == 4 and len(seen) > 60
-    assert load_checkpoint(folder / "best.pt")["scorer"]["count"] == 64
+    real = train_module.objective_loss
+    monkeypatch.setattr(train_module, "objective_loss", lambda *a: (
+        seen.append(len(a[2])), real(*a))[1])
+    train(tiny(tmp_path, epochs=1, micro_batch=4))
+    assert max(seen) == 4 and len(seen) > 40
+
+
+def test_calibration_depends_on_neither_batch_nor_parts(tmp_path: Path) -> None:
+    config, device = tiny(tmp_path, samples=61, precision="fp32"), torch.device("cpu")
+    model = train_module.start_run(config, device, "fp32").model
+    states = []
+    for batch_size in (16, 3):
+        loaders = create_dataloaders(dataclasses.replace(config, batch_size=batch_size))
+        states.append(train_module.calibrate(model, loaders, device, "fp32").state_dict())
+    assert states[0]["count"] == 61 and same_state(*states)
 
 
 def test_the_probe_measures_what_grows_with_the_batch_and_changes_nothing(tmp_path: Path) -> None:
