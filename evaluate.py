@@ -222,10 +222,14 @@ def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
 
 
 def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
-    """A plain sentence on the AUROC difference b - a and its 95 % interval."""
+    """A plain sentence on the AUROC difference b - a and its 95 % interval.
+
+    Clear is a difference whose interval, as it is shown, leaves out 0.
+    """
     better, worse = (name_b, name_a) if difference >= 0 else (name_a, name_b)
     if difference < 0:
         difference, low, high = -difference, -high, -low
+    difference, low, high = (round(x, 3) + 0.0 for x in (difference, low, high))  # no -0.000
     clear = "a clear difference" if low > 0 else "no clear difference"
     return (f"{better} scores {difference:.3f} higher than {worse}, 95 % interval {low:.3f} to "
             f"{high:.3f}: {clear}.")
@@ -629,7 +633,7 @@ def results_table(names: list[str], results: list[dict]) -> str:
                            ("peak_in_large_lesion", "  the larger half"),
                            ("energy_in_lesion", "share of map in lesion")):
             lines.append(f"  {title:<26}" + "".join(f"{share(r[key]):>15}" for r in results))
-        lines.append(f"  The peak may lie {PEAK_TOLERANCE:.0%} of the image side beside it. The "
+        lines.append(f"  The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside it. The "
                      f"lesions cover {share(first['lesion_area'])} of the image.")
     drift = [r["specificity_at_threshold"] for r in results]
     if min(drift) < 0.90:

@@ -81,6 +81,12 @@ def test_the_interval_of_clustered_images_is_wider_than_if_they_were_independent
     (-0.10, -0.15, -0.05, "A scores 0.100 higher than B, 95 % interval 0.050 to 0.150: a clear"),
     (0.03, -0.01, 0.07, "B scores 0.030 higher than A, 95 % interval -0.010 to 0.070: no clear"),
     (-0.03, -0.07, 0.01, "A scores 0.030 higher than B, 95 % interval -0.010 to 0.070: no clear"),
+    # As shown: an interval that reads "0.000 to 0.041" does not leave out 0.
+    (0.02, 0.0004, 0.041, "B scores 0.020 higher than A, 95 % interval 0.000 to 0.041: no clear"),
+    (0.02, 0.0006, 0.041, "B scores 0.020 higher than A, 95 % interval 0.001 to 0.041: a clear"),
+    (0.02, -0.0004, 0.041, "B scores 0.020 higher than A, 95 % interval 0.000 to 0.041: no clear"),
+    (-0.02, -0.041, -0.0004, "A scores 0.020 higher than B, 95 % interval 0.000 to 0.041: no"),
+    (0.0, 0.0, 0.0, "B scores 0.000 higher than A, 95 % interval 0.000 to 0.000: no clear"),
 ])
 def test_the_verdict_names_the_better_and_says_whether_it_is_clear(
     difference: float, low: float, high: float, says: str
