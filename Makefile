@@ -16,7 +16,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  DATA=folder, CSV or kaggle:owner/name (default: the built-in phantom)'
-	@echo '  ARGS="--epochs 5"   more flags for train.py;  EVAL_ARGS="..." for evaluate.py'
+	@echo '  ARGS="--epochs 5 --seeds 3"   more flags for train.py;  EVAL_ARGS="..." for evaluate.py'
 	@echo '  OUT=runs  PYTHON=python3  VENV=.venv'
 
 # The stamp is made only once pip has succeeded, so that a broken install is tried again.
@@ -32,10 +32,10 @@ train: setup ## train the U-Net
 
 compare: setup ## train both models on the same data and budget, test and compare them
 	$(PY) train.py --model both --data "$(DATA)" --output-dir "$(OUT)" --reuse $(QUICK) $(ARGS)
-	$(PY) evaluate.py "$(OUT)/unet" "$(OUT)/reversed_ae" $(EVAL_ARGS)
+	$(PY) evaluate.py "$(OUT)" $(EVAL_ARGS)
 
-evaluate: setup ## test and compare the runs there are
-	$(PY) evaluate.py $(wildcard $(OUT)/unet $(OUT)/reversed_ae) $(EVAL_ARGS)
+evaluate: setup ## test and compare what was trained last
+	$(PY) evaluate.py "$(OUT)" $(EVAL_ARGS)
 
 test: setup ## run the tests
 	$(PY) -m pip install --quiet --disable-pip-version-check 'pydicom>=3.0'

@@ -101,6 +101,8 @@ class Config:
     min_delta: float = knob(0.0, "what a validation loss must fall by to count as better", low=0)
     seed: int = knob(0, "seed of everything random but the split by patients", low=0,
                      high=2**31 - 1)
+    seeds: int = knob(1, "train so many times, with seeds from --seed on: how far do results "
+                      "depend on it?", low=1, high=100)
     device: str = knob("auto", "", ("auto", "cpu", "cuda", "mps"))
     precision: str = knob("auto", "auto: bf16 where the hardware gains by it, fp16 on older CUDA "
                           "devices, else fp32", ("auto", "fp32", "bf16", "fp16"))
@@ -110,7 +112,8 @@ class Config:
                                "time; slower (the CPU always does)")
 
     # Where to, and from where
-    output_dir: str = knob("runs", "parent of the run folders, which are named after the model")
+    output_dir: str = knob("runs", "parent of the run folders, which are named after the model "
+                           "and, but for seed 0, the seed")
     checkpoint_minutes: float = knob(5.0, "how often last.pt is written within an epoch", low=0)
     keep_every: int | None = knob(None, "also keep the weights of every N-th epoch", low=1)
     resume: str | None = knob(None, "continue the newest checkpoint of the run folder, or PATH")
@@ -296,17 +299,18 @@ def parse_config(argv: list[str] | None = None, description: str = "",
 
 
 def run_folder(config: Config) -> Path:
-    """Where a run lies: <output_dir>/<model>."""
-    return Path(config.output_dir) / config.model
+    """Where a run lies: <output_dir>/<model>, or <output_dir>/<model>-seed<N> unless N is 0."""
+    name = config.model + (f"-seed{config.seed}" if config.seed else "")
+    return Path(config.output_dir) / name
 
 
 def resumed_settings(config: Config) -> dict[str, object]:
     """The settings of the run that `config.resume` points at; {} if there is none to be found."""
     if config.resume == "auto":
         folder = run_folder(config if config.model != "both" else replace(config, model=MODELS[0]))
-    elif config.model == "both":
-        raise UserError(f"--resume {config.resume}: a path belongs to one model; with --model both "
-                        "give --resume alone")
+    elif config.model == "both" or config.seeds > 1:
+        raise UserError(f"--resume {config.resume}: a path belongs to one run; with --model both "
+                        "or --seeds give --resume alone")
     else:
         path = Path(config.resume)
         folder = path if path.is_dir() else path.parent
@@ -315,9 +319,10 @@ def resumed_settings(config: Config) -> dict[str, object]:
         return {}
     settings = read_config_file(file) | {"resume": None, "reuse": False}
     settings.pop("output_dir", None)
+    named = run_folder(Config(**settings)).name
     if config.model == "both":
         settings.pop("model", None)
-    elif config.resume != "auto" and folder.name == settings.get("model"):
+    elif config.resume != "auto" and folder.name == named:
         settings["output_dir"] = str(folder.parent)  # go on in the folder that was named
     return settings
 

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/unet                          on the test split of its own data
     python evaluate.py runs/unet runs/reversed_ae         both, and the comparison
+    python evaluate.py runs                               all that was trained there last
     python evaluate.py runs/unet --data other_xrays       an external test
     python evaluate.py runs/unet --image film.png         score new images, with heatmaps
 """
@@ -15,7 +16,8 @@ from config import UserError, command_line, make_parser, run_command
 def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
     """Keyword arguments for `evaluate` or `predict` from the command line."""
     parser = make_parser("evaluate.py", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, e.g. runs/unet")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, e.g. runs/unet, or "
+                        "the folder above: what was trained there last, all models and seeds")
     parser.add_argument("--data", metavar="SPEC", help="other data to test on: synthetic, a "
                         "folder, a CSV or kaggle:owner/name (default: what the run was trained on)")
     parser.add_argument("--split", default="test", metavar="{test,val}",
@@ -43,6 +45,7 @@ if __name__ == "__main__":  # --help and a mistyped flag are answered before tor
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
@@ -80,7 +83,9 @@ from models import (
     create_model,
 )
 from train import (
+    CHANGEABLE,
     READ_AT_ONCE,
+    TRAINED,
     Progress,
     choose_device,
     choose_precision,
@@ -109,16 +114,15 @@ class Run:
     fingerprint: str  # of the data it was trained on
 
     @torch.inference_mode()
-    def read(self, images: Tensor, scorer: str) -> tuple[Reading, dict[str, Tensor], Tensor]:
-        """What the model makes of uint8 images [n,1,H,W]: (Reading, scores [n] by every scorer,
-        `scorer`'s anomaly maps [n,1,H,W]). Of an image they do not depend on the other ones."""
-        readings, scores, maps = [], [], []
+    def read(self, images: Tensor) -> tuple[Reading, dict[str, Tensor]]:
+        """What the model makes of uint8 images [n,1,H,W], and their scores [n] by every scorer.
+        An image's do not depend on the images beside it."""
+        readings, scores = [], []
         for reading, count in read_evenly(self.model, images, self.device, self.precision):
             readings.append([part[:count] for part in reading])
             scores.append({k: v[:count] for k, v in self.scorer.scores(reading).items()})
-            maps.append(self.scorer.anomaly_map(scorer, reading)[:count])
         return (Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True))),
-                {k: torch.cat([s[k] for s in scores]) for k in scores[0]}, torch.cat(maps))
+                {k: torch.cat([s[k] for s in scores]) for k in scores[0]})
 
 
 def load_run(path: str | Path, device: str = "auto") -> Run:
@@ -211,13 +215,20 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def mean_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of scores [n], or of each of several models' [S,n] and then averaged, under each row
+    of weights [R,n]: [R]."""
+    return np.mean([bootstrap(weighted_auroc, one, labels, weights)
+                    for one in np.atleast_2d(scores)], axis=0)
+
+
 def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
                       weights: np.ndarray) -> tuple[float, float, float]:
-    """(AUROC of scores b less that of scores a, its 95 % interval): both on the same resamples."""
+    """(mean AUROC of scores b less that of scores a, its 95 % interval): both on the same
+    resamples. a, b: [n], or [S,n] of S seeds, averaged within each resample."""
     once = np.ones((1, len(labels)))
-    one, two = (weighted_auroc(scores, labels, once)[0] for scores in (a, b))
-    differences = (bootstrap(weighted_auroc, b, labels, weights)
-                   - bootstrap(weighted_auroc, a, labels, weights))
+    one, two = (mean_auroc(scores, labels, once)[0] for scores in (a, b))
+    differences = mean_auroc(b, labels, weights) - mean_auroc(a, labels, weights)
     return float(two - one), *interval(differences)
 
 
@@ -233,6 +244,37 @@ def verdict(name_a: str, name_b: str, difference: float, low: float, high: float
     clear = "a clear difference" if low > 0 else "no clear difference"
     return (f"{better} scores {difference:.3f} higher than {worse}, 95 % interval {low:.3f} to "
             f"{high:.3f}: {clear}.")
+
+
+def group_by_seed(runs: list[Run]) -> dict[str, list[int]]:
+    """Name -> positions of runs that differ by their seed alone; most often just one."""
+    aside = {"seed", *CHANGEABLE} - {"epochs", "patience", "min_delta"}
+    groups: dict[tuple, list[int]] = {}
+    for i, run in enumerate(runs):
+        settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in aside}
+        key = (run.fingerprint, *settings.values())
+        while run.config.seed in [runs[j].config.seed for j in groups.get(key, [])]:
+            key += ("again",)  # the same seed twice is another run, on other hardware perhaps
+        groups.setdefault(key, []).append(i)
+    names = [NAMES[runs[g[0]].config.model] if len(g) > 1 else runs[g[0]].name
+             for g in groups.values()]
+    if len(set(names)) < len(names):
+        names = [f"{NAMES[runs[g[0]].config.model]} ({runs[g[0]].folder})"
+                 for g in groups.values()]
+    return dict(zip(names, groups.values(), strict=True))
+
+
+def mean_of(results: list[dict]) -> dict[str, object]:
+    """Metrics of several seeds, each figure averaged; what is no figure as in the first."""
+    mean = {}
+    for key, value in results[0].items():
+        if isinstance(value, dict):
+            mean[key] = mean_of([r[key] for r in results if key in r])
+        elif isinstance(value, float):
+            mean[key] = float(np.mean([r[key] for r in results]))
+        else:
+            mean[key] = value
+    return mean
 
 
 class TrivialScores:
@@ -298,10 +340,11 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
     order, located, pixels, in_lesion = [], [], [], []
     bar = Progress(len(samples), f"scoring with {run.name}")
     for images, positions in stream:
-        _, found, maps = run.read(images, scorer)
+        reading, found = run.read(images)
         for name, values in found.items():
             scores[name].append(values.numpy())
-        for i, map_ in zip(positions.tolist(), maps[:, 0].cpu().numpy(), strict=True):
+        maps = run.scorer.anomaly_map(scorer, reading)[:, 0].cpu().numpy()
+        for i, map_ in zip(positions.tolist(), maps, strict=True):
             mask = lesion_mask(source, samples[i], run.config.image_size)
             if mask is not None and mask.any():
                 energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
@@ -497,9 +540,11 @@ def evaluate(
     """Test runs on the test split of their data (or on other `data`); the metrics of each run.
 
     Prints the tables and writes <run>/eval/<data name>/, and for several runs comparison.* in
-    the folder above them.
+    the folder above them. Instead of runs the folder above them may be given: what was trained
+    there last. Runs that differ by their seed alone are also averaged.
     """
-    paths = [runs] if isinstance(runs, str | Path) else list(runs)
+    paths = [path for given in ([runs] if isinstance(runs, str | Path) else runs)
+             for path in runs_in(given)]
     whole_grid, scorer = scorer == "all", DEFAULT_SCORER if scorer in (None, "all") else scorer
     if scorer not in SCORERS:
         raise UserError(f"--scorer {scorer}: not one of {', '.join((*SCORERS, 'all'))}")
@@ -510,6 +555,10 @@ def evaluate(
     if len({run.name for run in loaded}) < len(loaded):
         for run in loaded:
             run.name = f"{NAMES[run.config.model]} ({run.folder})"
+    groups = group_by_seed(loaded)
+    for name, positions in groups.items():
+        for run in (loaded[i] for i in positions if len(positions) > 1):
+            run.name = f"{name}, seed {run.config.seed}"
     trivial, weights, compared = None, None, []
     opened: dict[tuple, Source] = {}
     for run in loaded:
@@ -553,7 +602,7 @@ def evaluate(
             if well.any() else None,
             "scorer": scorer, "data": source.title, "external": external, "split": split,
             "data_fingerprint": source.fingerprint(), "trained_on": run.config.data,
-            "model": run.config.model, "unreadable": scored.bad,
+            "model": run.config.model, "seed": run.config.seed, "unreadable": scored.bad,
             "left_out": dict(source.left_out),
         }
         if metrics["auroc"] is not None:
@@ -575,19 +624,57 @@ def evaluate(
         print(f"written   {folder}/: metrics.json, scores.csv, roc.png, histogram.png, "
               "examples.png")
     print()
-    table = results_table([run.name for run in loaded], results)
+    means = average(groups, all_scored, results, weights)
+    table = results_table([run.name for run in loaded], results, means)
     print(table)
     for key, reason in all_scored[0].bad.items():
         print(f"skipped   {key}: {reason}")
     if isinstance(source, KaggleSource):
         print(source.report())
     if len(loaded) > 1:
-        compare(loaded, sources, all_scored, results, weights, table)
+        compare(loaded, sources, all_scored, results, means, weights, table)
     return results
 
 
-def results_table(names: list[str], results: list[dict]) -> str:
-    """The results as aligned text: models, scorers if asked for, trivial scores, findings."""
+def runs_in(path: str | Path) -> list[Path]:
+    """The run folder that a path is, or those that were trained last in it."""
+    noted = Path(path) / TRAINED
+    if (Path(path) / "best.pt").exists() or not noted.is_file():
+        return [Path(path)]
+    try:
+        known = json.loads(noted.read_text(encoding="utf-8"))
+        return [Path(path) / name for names in known.values() for name in names]
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise UserError(f"{noted}: cannot be read; name the run folders instead") from None
+
+
+def average(groups: dict[str, list[int]], scored: list[Scored], results: list[dict],
+            weights: np.ndarray) -> dict[str, dict]:
+    """Name -> metrics averaged over the seeds, of each group of runs that differ by these alone.
+
+    Beside them: `positions` of the runs, `scores` [S,n], `seeds`, `aurocs` and their standard
+    deviation `auroc_sd`. The interval is that of the mean, over patients drawn anew.
+    """
+    means = {}
+    for name, positions in groups.items():
+        those = [results[i] for i in positions]
+        mean = mean_of(those) | {
+            "positions": positions, "seeds": [r["seed"] for r in those],
+            "scores": np.array([scored[i].scores[r["scorer"]]
+                                for i, r in zip(positions, those, strict=True)])}
+        if mean["auroc"] is not None and len(those) > 1:
+            mean["auroc_ci"] = interval(mean_auroc(mean["scores"], scored[0].labels, weights))
+            mean["aurocs"] = [r["auroc"] for r in those]
+            mean["auroc_sd"] = float(np.std(mean["aurocs"], ddof=1))
+        means[name] = mean
+    return means
+
+
+def results_table(names: list[str], results: list[dict], means: dict[str, dict]) -> str:
+    """The results as aligned text: models, scorers if asked for, trivial scores, findings.
+
+    means: what `average` gives; tables of findings and places are of these.
+    """
     first = results[0]
     lines = [f"{first['data']}",
              f"{first['n_normal']} normal and {first['n_abnormal']} abnormal {first['split']} "
@@ -613,18 +700,24 @@ def results_table(names: list[str], results: list[dict]) -> str:
     for name, r in zip(names, results, strict=True):
         lines.append(row(name, r))
         lines += [row(f"  {scorer}", g) for scorer, g in r.get("scorers", {}).items()]
+    for name, mean in means.items():
+        if "auroc_sd" in mean:
+            lines += [row(f"{name}, mean of {len(mean['seeds'])} seeds", mean), spread(mean)]
+    drift = [r["specificity_at_threshold"] for r in results]
+    over_seeds = ", means" if len(means) < len(results) else ""
+    names, results = list(means), list(means.values())
     lines.append("trivial scores, each in its better direction:")
     lines += [f"  {k:<26}{v:>6.3f}" for k, v in first["baselines"].items()]
     for title in ("AUROC by finding", "AUROC by view"):
         key = title.lower().replace(" ", "_")
         if first[key]:
-            lines += ["", f"{title:<28}" + "".join(f"{n[:14]:>15}" for n in names)]
+            lines += ["", f"{title + over_seeds:<28}" + "".join(f"{n[:14]:>15}" for n in names)]
         for group, entry in first[key].items():
             label = f"  {group[:18]} ({entry['n']})"
             lines.append(f"{label:<28}" + "".join(
                 f"{r[key][group]['auroc']:>15.3f}" for r in results))
     if "n_located" in first:
-        lines.append(f"\nlocalisation of {first['n_located']} lesions")
+        lines.append(f"\nlocalisation of {first['n_located']} lesions{over_seeds}")
         if first["pixel_auroc"] is not None:
             lines.append(f"{'  pixel AUROC':<28}" + "".join(
                 f"{r['pixel_auroc']:>15.3f}" for r in results))
@@ -633,13 +726,18 @@ def results_table(names: list[str], results: list[dict]) -> str:
                            ("peak_in_large_lesion", "  the larger half"),
                            ("energy_in_lesion", "share of map in lesion")):
             lines.append(f"  {title:<26}" + "".join(f"{share(r[key]):>15}" for r in results))
-        lines.append(f"  The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside it. The "
-                     f"lesions cover {share(first['lesion_area'])} of the image.")
-    drift = [r["specificity_at_threshold"] for r in results]
+        lines.append(f"  The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside it. "
+                     f"The lesions cover {share(first['lesion_area'])} of the image.")
     if min(drift) < 0.90:
         lines.append(f"Careful: the threshold set for 95 % specificity reaches {share(min(drift))} "
                      "on these normals. They differ from the validation normals.")
     return "\n".join(lines)
+
+
+def spread(mean: dict) -> str:
+    """How far the AUROCs of the seeds lie apart."""
+    return (f"  seeds {', '.join(map(str, mean['seeds']))}: AUROC {min(mean['aurocs']):.3f} to "
+            f"{max(mean['aurocs']):.3f}, standard deviation {mean['auroc_sd']:.3f}")
 
 
 def share(value: float | None) -> str:
@@ -661,7 +759,7 @@ def write_scores(run: Run, scored: Scored, file: Path) -> None:
 
 
 def compare(runs: list[Run], sources: list[Source], scored: list[Scored], results: list[dict],
-            weights: np.ndarray, table: str) -> None:
+            means: dict[str, dict], weights: np.ndarray, table: str) -> None:
     """comparison.md, .csv and .png in the folder above the runs, and the verdict on screen."""
     folder = runs[0].folder.resolve().parent
     costs = [training_cost(run) for run in runs]
@@ -673,29 +771,51 @@ def compare(runs: list[Run], sources: list[Source], scored: list[Scored], result
     verdicts = []
     if results[0]["auroc"] is not None:
         labels = scored[0].labels
-        for a in range(len(runs)):
-            for b in range(a + 1, len(runs)):
-                one, two = (scored[i].scores[results[i]["scorer"]] for i in (a, b))
-                verdicts.append(verdict(runs[a].name, runs[b].name,
-                                        *paired_difference(one, two, labels, weights)))
-    print("\n".join(["", *lines, *verdicts]))
+        for (a, one), (b, two) in itertools.combinations(means.items(), 2):
+            verdicts.append(verdict(a, b, *paired_difference(one["scores"], two["scores"], labels,
+                                                             weights)))
+            verdicts += overlap(a, one, b, two)
+    several = any("auroc_sd" in mean for mean in means.values())
+    covered = (f"Intervals: {RESAMPLES} bootstrap resamples of patients; differences are paired." +
+               (" AUROCs are averaged over the seeds within each resample: so the intervals cover "
+                "which patients were tested, and not what other seeds would give. The spread over "
+                "the seeds tells that." if several else ""))
+    print("\n".join(["", *lines, *verdicts, *([covered] if several else [])]))
     text = ["# Comparison", "", f"Tested on: {results[0]['data']}. Trained on: "
             f"{results[0]['trained_on']}.", "", "```", table, "```", "",
             *(f"- {line}" for line in lines), "", *verdicts, "",
-            f"Intervals: {RESAMPLES} bootstrap resamples of patients; differences are paired. "
-            "Research use only, not for diagnosis.", ""]
+            f"{covered} Research use only, not for diagnosis.", ""]
     (folder / "comparison.md").write_text("\n".join(text), encoding="utf-8")
     columns = ("auroc", "average_precision", "sensitivity_at_90_specificity",
                "sensitivity_at_95_specificity", "specificity_at_threshold", "threshold",
                "reconstruction_mse", "reconstruction_ssim", "n_normal", "n_abnormal", "scorer")
     with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
-        writer.writerow(["run", *columns, "auroc_low", "auroc_high", *costs[0]])
-        for run, r, cost in zip(runs, results, costs, strict=True):
+        writer.writerow(["run", *columns, "auroc_low", "auroc_high", *costs[0], "seed",
+                         "model", "auroc_mean", "auroc_mean_low", "auroc_mean_high",
+                         "auroc_sd"])
+        for i, (run, r, cost) in enumerate(zip(runs, results, costs, strict=True)):
+            name, mean = next((k, m) for k, m in means.items() if i in m["positions"])
             writer.writerow([run.folder.name, *(r[c] for c in columns),
-                             *(r["auroc_ci"] or ("", "")), *cost.values()])
-    draw_comparison(runs, sources, scored, results, folder / "comparison.png")
+                             *(r["auroc_ci"] or ("", "")), *cost.values(), r["seed"], name,
+                             mean["auroc"], *(mean["auroc_ci"] or ("", "")),
+                             mean.get("auroc_sd")])
+    firsts = [mean["positions"][0] for mean in means.values()]  # of all seeds it would be too wide
+    draw_comparison(*([x[i] for i in firsts] for x in (runs, sources, scored, results)),
+                    folder / "comparison.png")
     print(f"written   {folder}/: comparison.md, comparison.csv, comparison.png")
+
+
+def overlap(name_a: str, a: dict, name_b: str, b: dict) -> list[str]:
+    """[a sentence] on whether the seeds of two models tell them apart; [] where each has one."""
+    if "aurocs" not in a and "aurocs" not in b:
+        return []
+    ones, twos = (m.get("aurocs", [m["auroc"]]) for m in (a, b))
+    for better, worse, higher, lower in ((name_a, name_b, ones, twos),
+                                         (name_b, name_a, twos, ones)):
+        if min(higher) > max(lower):
+            return [f"Every seed of {better} scores higher than every seed of {worse}."]
+    return ["Their seeds overlap: which one scores higher depends on the seed."]
 
 
 def training_cost(run: Run) -> dict[str, float]:
@@ -800,7 +920,8 @@ def pictures(run: Run, source: Source, samples: list[Sample],
         except (BadImage, OSError) as error:
             raise UserError(f"--data {source.spec}: {s.key} was scored, but cannot be read again "
                             f"for its picture ({error})") from None
-    reading, _, maps = run.read(torch.stack(images), scorer)
+    reading, _ = run.read(torch.stack(images))
+    maps = run.scorer.anomaly_map(scorer, reading)
     return tuple(t[:, 0].cpu().numpy() for t in (reading.images, reading.reconstruction, maps))
 
 
@@ -937,7 +1058,8 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             places.append(i)
         if not images:
             continue
-        reading, scores, maps = loaded.read(torch.stack(images), scorer)
+        reading, scores = loaded.read(torch.stack(images))
+        maps = loaded.scorer.anomaly_map(scorer, reading)
         percentiles = loaded.scorer.percentile(scorer, scores[scorer])
         for k, i in enumerate(places):
             score = float(scores[scorer][k])

@@ -11,7 +11,17 @@ Every flag can also come from the environment (IMGAE_EPOCHS=5) or from --config 
 import os
 import sys
 
-from config import Config, Stopped, UserError, flag, log, parse_config, run_command, run_folder
+from config import (
+    MODELS,
+    Config,
+    Stopped,
+    UserError,
+    flag,
+    log,
+    parse_config,
+    run_command,
+    run_folder,
+)
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     if status := run_command(lambda: parse_config(description=__doc__), "train.py"):
@@ -80,7 +90,7 @@ CALIBRATION_IMAGES = 256  # training normals that the scorer is calibrated on, a
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always
 # Settings that a resumed run may change; any other change makes it another run.
 CHANGEABLE = ("epochs", "patience", "min_delta", "keep_every", "checkpoint_minutes", "device",
-              "precision", "micro_batch", "compile", "deterministic", "memory_limit_gb",
+              "precision", "micro_batch", "compile", "deterministic", "memory_limit_gb", "seeds",
               "output_dir", "resume", "reuse", "wandb", "wandb_project")
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "skipped_steps",
                "images_per_second", "data_wait", "seconds", "process_mb", "device_mb")
@@ -89,6 +99,7 @@ BAD_STEPS = 3
 BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
 LARGE_MATRIX = 1 << 25  # numbers; Adam keeps less of the past of such a weight, see lean_adam
 LARGE_FILE = 500 << 20  # bytes; a larger last.pt is written at most once a minute
+TRAINED = "trained.json"  # in the parent of the run folders: {model: names of those trained last}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1020,7 +1031,7 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
 
 
 def train(config: Config) -> list[Path]:
-    """Train what the configuration asks for; the run folders (one, or two for model="both")."""
+    """Train what the configuration asks for; the run folders, as many as models times seeds."""
     ranks = Ranks()
     try:
         return train_all(config, ranks)
@@ -1048,8 +1059,9 @@ def train_all(config: Config, ranks: Ranks) -> list[Path]:
     device = ranks.meet(choose_device(config.device)[0])
     if config.deterministic:
         be_deterministic()
-    models = ("unet", "reversed_ae") if config.model == "both" else (config.model,)
-    configs = [dataclasses.replace(config, model=model) for model in models]
+    models = MODELS if config.model == "both" else (config.model,)
+    configs = [dataclasses.replace(config, model=model, seed=config.seed + i, seeds=1)
+               for i in range(config.seeds) for model in models]
     for each in configs:
         with torch.device("meta"):
             create_model(each.model, each)
@@ -1065,9 +1077,25 @@ def train_all(config: Config, ranks: Ranks) -> list[Path]:
     if configs[0].batch_size < ranks.world:
         raise UserError(f"--batch-size {configs[0].batch_size}: fewer images than the "
                         f"{ranks.world} processes that share them")
-    # One set of loaders for both models: images are read and decoded once.
+    # One set of loaders for all: the split is the same, and images are read and decoded once.
     loaders = create_dataloaders(configs[0], ranks.rank, ranks.world, source)
-    return [train_one(each, loaders, device, ranks, config) for each in configs]
+    folders = [train_one(each, loaders, device, ranks, config) for each in configs]
+    if ranks.rank == 0:
+        note_trained(configs, Path(config.output_dir) / TRAINED)
+    if len(folders) > 1:
+        log.info(f"next      python evaluate.py {shlex.quote(config.output_dir)}   (all of them)\n")
+    return folders
+
+
+def note_trained(configs: list[Config], file: Path) -> None:
+    """Write down which run folders belong together, for evaluate.py; of other models what is there
+    stays."""
+    known: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(file.read_text(encoding="utf-8"))
+    for model in {each.model for each in configs}:
+        known[model] = [run_folder(each).name for each in configs if each.model == model]
+    write_file(file, json.dumps({m: known[m] for m in MODELS if m in known}, indent=2) + "\n")
 
 
 def automatic_batch(configs: list[Config], source: Source, device: torch.device,
@@ -1089,7 +1117,7 @@ def automatic_batch(configs: list[Config], source: Source, device: torch.device,
     # All streams together hold some ten batches.
     most = max(2, min(most, configs[0].memory_bytes // (64 * configs[0].image_size**2)))
     size = most
-    for config in configs:
+    for config in {each.model: each for each in configs}.values():
         precision, _ = choose_precision(config.precision, device)
         run = start_run(config, device, precision)
         need, free = memory_of_a_step(run, config, device, precision), free_memory(device)
@@ -1151,6 +1179,7 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
         precision, why_precision = state["precision"], "as before"
     run = start_run(config, device, precision)
     stream: ImageStream = loaders.train.dataset
+    stream.seed = config.seed  # the loaders may have been another seed's
     stream.set_epoch(0)
     if state:
         run.load_state_dict(state)
@@ -1229,7 +1258,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     wandb = start_wandb(config, run, folder) if config.wandb and ranks.rank == 0 else None
     total_steps = max(1, run.schedule_epochs * len(loaders.train))
     images_an_epoch = len(loaders.train) * stream.batch_size
-    bar = Progress(config.epochs * images_an_epoch, config.model,
+    bar = Progress(config.epochs * images_an_epoch, folder.name,
                    run.epoch * images_an_epoch + run.images, show=ranks.rank == 0)
     memory_is_short, saved, saved_at, began = False, (-1, -1), time.monotonic(), 0.0
     first_step = run.step
@@ -1275,7 +1304,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                 run.step += 1
                 run.batch = stream.next_batch  # wholly unreadable ones are passed over
                 bar.update(count, loss=loss,
-                           label=f"{config.model} epoch {run.epoch + 1}/{config.epochs}")
+                           label=f"{folder.name} epoch {run.epoch + 1}/{config.epochs}")
                 memory_is_short = memory_is_short or warn_if_memory_is_short()
                 if due(60 * config.checkpoint_minutes):
                     save_last()
@@ -1338,7 +1367,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
         save_checkpoint(dict(best) | {"config": common["config"], "scorer": scorer.state_dict()},
                         folder / "best.pt")
     write_log(run.log, folder / "log.csv")  # also where nothing was left to train
-    draw_curves(run.log, folder / "curves.png", config.model)
+    draw_curves(run.log, folder / "curves.png", folder.name)
     if wandb:
         send(wandb, {}, folder / "curves.png")
     report_data(loaders)
@@ -1357,6 +1386,10 @@ def command_to_resume(config: Config) -> str:
         start = f"torchrun --nproc_per_node={world}"
     script = sys.argv[0] if sys.argv[0].endswith("train.py") else "train.py"
     where = "" if config.output_dir == "runs" else f" --output-dir {shlex.quote(config.output_dir)}"
+    # What decides which folders are meant; all else is in these.
+    for name in ("seed", "seeds"):
+        if (value := getattr(config, name)) != getattr(Config, name):
+            where += f" {flag(name)} {value}"
     return f"{start} {shlex.quote(script)} --model {config.model}{where} --resume"
 
 
@@ -1382,7 +1415,7 @@ def start_wandb(config: Config, run: Run, folder: Path) -> object | None:
             raise ValueError("no key: set WANDB_API_KEY, run wandb login, or set "
                              "WANDB_MODE=offline")
         there = wandb.init(
-            project=config.wandb_project, name=config.model, id=run.wandb_id, resume="allow",
+            project=config.wandb_project, name=folder.name, id=run.wandb_id, resume="allow",
             dir=str(folder), config=dataclasses.asdict(config),
             settings=wandb.Settings(init_timeout=30, finish_timeout=120, silent=True))
         run.wandb_id = there.id

@@ -22,9 +22,11 @@ from evaluate import (
     by_view,
     draw_evenly,
     evaluate,
+    group_by_seed,
     interval,
     load_run,
     localisation,
+    overlap,
     paired_difference,
     parse_arguments,
     patient_weights,
@@ -235,6 +237,69 @@ def test_two_runs_are_compared_on_the_same_images(
         assert min(picture.size) > 500
 
 
+def test_the_difference_of_several_seeds_is_that_of_their_mean_aurocs() -> None:
+    rng = np.random.RandomState(2)
+    labels = np.repeat([0, 1], 100)
+    a = labels + rng.randn(3, 200) * 1.5
+    b = labels * 1.2 + rng.randn(2, 200)
+    weights = patient_weights([str(i) for i in range(200)], 200)
+    difference, low, high = paired_difference(a, b, labels, weights)
+    one, two = (np.mean([roc_auc_score(labels, s) for s in x]) for x in (a, b))
+    assert difference == pytest.approx(two - one, abs=1e-9) and low < difference < high
+    drawn = np.array([np.mean([roc_auc_score(labels, s, sample_weight=w) for s in b])
+                      - np.mean([roc_auc_score(labels, s, sample_weight=w) for s in a])
+                      for w in weights])
+    assert (low, high) == pytest.approx(interval(drawn), abs=1e-9)
+
+
+@pytest.mark.parametrize(("a", "b", "says"), [
+    ([0.8, 0.9], [0.7, 0.75], "Every seed of A scores higher than every seed of B."),
+    ([0.8, 0.9], [0.91, 0.95], "Every seed of B scores higher than every seed of A."),
+    ([0.8, 0.9], [0.85, 0.95], "Their seeds overlap: which one scores higher depends on the seed."),
+    ([0.8, 0.9], [0.9], "Their seeds overlap: which one scores higher depends on the seed."),
+    ([0.8], [0.9], None),
+])
+def test_a_comparison_says_whether_seeds_tell_the_models_apart(
+    a: list[float], b: list[float], says: str | None
+) -> None:
+    one, two = ({"auroc": x[0]} | ({"aurocs": x} if len(x) > 1 else {}) for x in (a, b))
+    assert overlap("A", one, "B", two) == ([says] if says else [])
+
+
+def test_seeds_of_a_model_are_averaged_and_compared_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folders = train(tiny(tmp_path, epochs=1, model="both", seeds=2))
+    shutil.copytree(folders[0], tmp_path / "unet-seed2")  # there, but not of this training
+    capsys.readouterr()
+    results = evaluate(tmp_path, samples=100)
+    text = capsys.readouterr().out
+    assert [(r["model"], r["seed"]) for r in results] == [
+        ("unet", 0), ("unet", 1), ("reversed_ae", 0), ("reversed_ae", 1)]
+    aurocs = [r["auroc"] for r in results]
+    one, two = np.mean(aurocs[:2]), np.mean(aurocs[2:])
+    for line in ("U-Net, seed 1  ", "Reversed AE, seed 0  ", "Their seeds overlap: ",
+                 "and not what other seeds would give"):
+        assert (line in text) == (line in (tmp_path / "comparison.md").read_text())
+    row = re.search(r"U-Net, mean of 2 seeds +(0\.\d+)  (0\.\d+) to (0\.\d+)", text)
+    assert float(row[1]) == pytest.approx(one, abs=6e-4) and row[2] < row[1] < row[3]
+    sd = np.std(aurocs[:2], ddof=1)
+    assert (f"seeds 0, 1: AUROC {min(aurocs[:2]):.3f} to {max(aurocs[:2]):.3f}, standard deviation "
+            f"{sd:.3f}") in text
+    assert len(re.findall(r"scores \d\.\d{3} higher than", text)) == 1
+    assert re.search(rf"scores {abs(one - two):.3f} higher than", text)
+    with open(tmp_path / "comparison.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["run"], r["model"], r["seed"]) for r in rows] == [
+        ("unet", "U-Net", "0"), ("unet-seed1", "U-Net", "1"),
+        ("reversed_ae", "Reversed AE", "0"), ("reversed_ae-seed1", "Reversed AE", "1")]
+    assert float(rows[3]["auroc_mean"]) == pytest.approx(two)
+    # The same seed twice is not two seeds, and other settings are not either.
+    one, two, copy = (load_run(f) for f in (folders[0], folders[2], tmp_path / "unet-seed2"))
+    wider = dataclasses.replace(two, config=dataclasses.replace(two.config, width=5))
+    assert list(group_by_seed([one, copy, wider, two]).values()) == [[0, 3], [1], [2]]
+
+
 def test_a_rerun_gives_the_same_figures(runs: list[Path]) -> None:
     assert evaluate(runs[0], samples=40)[0] == evaluate(runs[0], samples=40)[0]
 
@@ -366,14 +431,14 @@ def test_scores_and_maps_of_an_image_are_bitwise_the_same_whatever_is_beside_it(
     run = load_run(runs[which])
     run.model, run.precision = place(run.model, run.device, precision), precision
     images = torch.randint(256, (21, 1, 32, 32), dtype=torch.uint8)
-    whole, scores, maps = run.read(images, "zscore")
+    whole, scores = run.read(images)
     groups = [[i] for i in range(21)] + [[20, 3], [5, 4, 3], list(range(19, 2, -1))]
     for group in groups:
-        other, their_scores, their_maps = run.read(images[group], "zscore")
-        assert torch.equal(their_maps, maps[group]), f"maps of {group}"
-        assert all(torch.equal(a, b[group]) for a, b in zip(other, whole, strict=True))
+        other, their_scores = run.read(images[group])
         for name in SCORERS:
             assert torch.equal(their_scores[name], scores[name][group]), f"{name} of {group}"
+            maps = (run.scorer.anomaly_map(name, reading) for reading in (other, whole))
+            assert torch.equal(next(maps), next(maps)[group]), f"{name} map of {group}"
 
 
 def test_a_film_gets_the_same_score_in_a_test_and_alone(

@@ -2,10 +2,12 @@
 
 import csv
 import dataclasses
+import json
 import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,10 @@ import pytest
 import torch
 from conftest import tiny, write_image
 
+import data as data_module
 import train as train_module
-from config import Config, UserError, load_config, parse_config
+from config import Config, Stopped, UserError, load_config, parse_config
+from data import read_splits
 from train import learning_rate_at, load_checkpoint, save_checkpoint, train
 
 ROOT = Path(__file__).parent.parent
@@ -234,8 +238,8 @@ def test_starting_over_moves_the_old_run_aside(
 ) -> None:
     (folder,) = train(tiny(tmp_path, epochs=1))
     before = (folder / "best.pt").read_bytes()
-    train(tiny(tmp_path, epochs=1, seed=5))
-    train(tiny(tmp_path, epochs=1, seed=6))
+    train(tiny(tmp_path, epochs=1, dropout=0.2))
+    train(tiny(tmp_path, epochs=1, dropout=0.3))
     assert (tmp_path / "unet.1" / "best.pt").read_bytes() == before
     assert (tmp_path / "unet.2" / "best.pt").exists()
     assert f"moved to {tmp_path / 'unet.1'}" in capsys.readouterr().out
@@ -255,8 +259,77 @@ def test_reuse_leaves_a_finished_run_alone_and_finishes_an_unfinished_one(
     train(tiny(tmp_path, reuse=True))
     assert (folder / "best.pt").stat().st_mtime_ns == stamp
     assert "left as it is" in capsys.readouterr().out
-    train(tiny(tmp_path, reuse=True, seed=1))
+    train(tiny(tmp_path, reuse=True, dropout=0.2))
     assert (tmp_path / "unet.1").exists()
+
+
+def test_several_seeds_are_runs_of_their_own_on_one_split_and_one_reading_of_the_images(
+    tmp_path: Path, xrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"data": str(xrays), "samples": None, "epochs": 2}
+    (alone,) = train(tiny(tmp_path / "alone", seed=4, **settings))
+    assert alone.name == "unet-seed4"
+    decoded: list[int] = []
+    real = data_module.decode_image
+    monkeypatch.setattr(data_module, "decode_image",
+                        lambda *a, **k: (decoded.append(1), real(*a, **k))[1])
+    folders = train(tiny(tmp_path, model="both", seed=3, seeds=2, **settings))
+    assert [f.name for f in folders] == ["unet-seed3", "reversed_ae-seed3", "unet-seed4",
+                                         "reversed_ae-seed4"]
+    splits = {(f / "split.csv").read_bytes() for f in folders}
+    parts = read_splits(folders[0] / "split.csv")
+    assert len(splits) == 1 and len(decoded) == len(parts.train) + len(parts.normals("val"))
+    one, other = (load_checkpoint(f / "best.pt") for f in (alone, folders[2]))
+    assert same_state(one["model"], other["model"]) and same_state(one["scorer"], other["scorer"])
+    assert not same_state(one["model"], load_checkpoint(folders[0] / "best.pt")["model"])
+    train(tiny(tmp_path, seed=0, **settings))  # of that model alone there is something newer
+    assert json.loads((tmp_path / "trained.json").read_text()) == {
+        "unet": ["unet"], "reversed_ae": ["reversed_ae-seed3", "reversed_ae-seed4"]}
+
+
+def test_several_seeds_go_on_in_the_run_that_was_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = train(tiny(tmp_path / "whole", seed=1))
+    calls: list[int] = []
+    real = train_module.validate
+
+    def validate(*arguments: object) -> float:
+        calls.append(1)
+        if len(calls) == 4:  # the second epoch of the second run
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(train_module, "validate", validate)
+    with pytest.raises(Stopped) as stopped:
+        train(tiny(tmp_path, seeds=3))
+    monkeypatch.undo()
+    assert not (tmp_path / "trained.json").exists()
+    assert load_checkpoint(tmp_path / "unet-seed1" / "last.pt")["epoch"] == 1
+    command = str(stopped.value).partition("train.py ")[2].split()
+    assert command[-3:] == ["--seeds", "3", "--resume"]
+    stamp = (tmp_path / "unet" / "best.pt").stat().st_mtime_ns
+    folders = train(parse_config(command, environ={}))
+    assert [f.name for f in folders] == ["unet", "unet-seed1", "unet-seed2"]
+    assert (tmp_path / "unet" / "best.pt").stat().st_mtime_ns == stamp
+    one, other = (load_checkpoint(f / "best.pt") for f in (whole, folders[1]))
+    assert same_state(one["model"], other["model"]) and same_state(one["scorer"], other["scorer"])
+    train(tiny(tmp_path, seeds=3, reuse=True))
+    assert not (tmp_path / "unet-seed1.1").exists()
+
+
+def test_a_run_of_another_seed_is_resumed_by_its_path_or_its_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny(tmp_path / "here", epochs=1, seed=7))
+    monkeypatch.chdir(tmp_path)
+    for how in (["--resume", "here/unet-seed7", "--epochs", "2"],
+                ["--output-dir", "here", "--seed", "7", "--resume", "--epochs", "3"]):
+        (folder,) = train(parse_config(how, environ={}))
+        assert folder == Path("here/unet-seed7") and len(log_of(folder)) == int(how[-1])
+    assert {p.name for p in Path("here").iterdir()} == {"unet-seed7", "trained.json"}
+    with pytest.raises(UserError, match="a path belongs to one run"):
+        parse_config(["--resume", "here/unet-seed7", "--seeds", "2"], environ={})
 
 
 def test_early_stopping_keeps_the_best_and_a_worse_epoch_never_replaces_it(
