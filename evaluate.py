@@ -48,6 +48,7 @@ import dataclasses
 import itertools
 import json
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,7 +80,9 @@ from models import (
     OWN_MAP,
     SCORERS,
     AnomalyScorer,
+    Draws,
     Reading,
+    corrupt,
     create_model,
 )
 from train import (
@@ -92,6 +95,7 @@ from train import (
     load_checkpoint,
     place,
     read_evenly,
+    seeded,
 )
 
 RESAMPLES = 1000
@@ -213,6 +217,14 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     values = values[np.isfinite(values)]
     low, high = np.quantile(values, (0.025, 0.975)) if len(values) else (math.nan, math.nan)
     return float(low), float(high)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share that was counted among n (Wilson 1927), images taken as
+    independent."""
+    z2 = 1.96**2
+    middle, half = share + z2 / (2 * n), 1.96 * math.sqrt((share * (1 - share) + z2 / (4 * n)) / n)
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
 
 
 def mean_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -472,13 +484,17 @@ def measure(run: Run, scored: Scored, scorer: str, weights: np.ndarray) -> dict[
         "sensitivity_at_90_specificity": float((sick > threshold90).mean()) if len(sick) else None,
         "sensitivity_at_95_specificity": float((sick > threshold95).mean()) if len(sick) else None,
         "threshold": threshold95,
-        "specificity_at_threshold": float((well <= threshold95).mean()) if len(well) else None,
+        "specificity_at_threshold": None, "specificity_ci": None,
         "n_normal": len(well), "n_abnormal": len(sick),
         "n_patients": len({s.patient for s in scored.samples}),
         "n_validation_normals": len(run.scorer.normal_scores[scorer]),
         "score_mean_normal": float(well.mean()) if len(well) else None,
         "score_mean_abnormal": float(sick.mean()) if len(sick) else None,
     }
+    if len(well):
+        reached = float((well <= threshold95).mean())
+        result["specificity_at_threshold"] = reached
+        result["specificity_ci"] = wilson(reached, len(well))
     if len(sick) and len(well):
         once = np.ones((1, len(labels)))
         result["auroc"] = float(weighted_auroc(scores, labels, once)[0])
@@ -618,11 +634,14 @@ def evaluate(
         draw_roc([(run.name, scored, metrics)], scorer, folder / "roc.png")
         draw_histogram(run.name, scored, metrics, folder / "histogram.png")
         draw_examples(run, source, scored, metrics, folder / "examples.png")
+        draw_worst(run, source, scored, metrics, folder / "worst.png")
+        healed = not external and draw_healing(run, source, scored, metrics,
+                                               folder / "healing.png")
         results.append(metrics)
         all_scored.append(scored)
         sources.append(source)
         print(f"written   {folder}/: metrics.json, scores.csv, roc.png, histogram.png, "
-              "examples.png")
+              f"examples.png, worst.png{', healing.png' * healed}")
     print()
     means = average(groups, all_scored, results, weights)
     table = results_table([run.name for run in loaded], results, means)
@@ -660,6 +679,7 @@ def average(groups: dict[str, list[int]], scored: list[Scored], results: list[di
         those = [results[i] for i in positions]
         mean = mean_of(those) | {
             "positions": positions, "seeds": [r["seed"] for r in those],
+            "specificity_ci": those[0]["specificity_ci"] if len(those) == 1 else None,
             "scores": np.array([scored[i].scores[r["scorer"]]
                                 for i, r in zip(positions, those, strict=True)])}
         if mean["auroc"] is not None and len(those) > 1:
@@ -680,22 +700,25 @@ def results_table(names: list[str], results: list[dict], means: dict[str, dict])
              f"{first['n_normal']} normal and {first['n_abnormal']} abnormal {first['split']} "
              f"images of {first['n_patients']} patients; scorer {first['scorer']}; thresholds from "
              f"{first['n_validation_normals']} validation normals"]
+    if first["external"]:
+        lines.insert(1, f"External test: trained on {trained_on(results)}, nothing is fitted to "
+                     "these images")
     if first["auroc"] is None:
         for name, r in zip(names, results, strict=True):
             lines.append(f"{name}: threshold {r['threshold']:.3f}, specificity reached "
-                         f"{share(r['specificity_at_threshold'])}, sensitivity "
+                         f"{specificity(r)}, sensitivity "
                          f"{share(r['sensitivity_at_95_specificity'])}")
         lines.append("AUROC needs both normal and abnormal images: not computed.")
         return "\n".join(lines)
     lines += ["", f"{'':<28}{'AUROC':>6}  {'95 % interval':<15}{'AP':>6}{'sens@90%':>10}"
-                  f"{'sens@95%':>10}{'spec reached':>14}"]
+                  f"{'sens@95%':>10}{'spec reached':>22}"]
 
     def row(name: str, r: dict) -> str:
         low, high = r["auroc_ci"]
         return (f"{name:<28}{r['auroc']:>6.3f}  {f'{low:.3f} to {high:.3f}':<15}"
                 f"{r['average_precision']:>6.3f}{share(r['sensitivity_at_90_specificity']):>10}"
                 f"{share(r['sensitivity_at_95_specificity']):>10}"
-                f"{share(r['specificity_at_threshold']):>14}")
+                f"{specificity(r):>22}")
 
     for name, r in zip(names, results, strict=True):
         lines.append(row(name, r))
@@ -703,7 +726,9 @@ def results_table(names: list[str], results: list[dict], means: dict[str, dict])
     for name, mean in means.items():
         if "auroc_sd" in mean:
             lines += [row(f"{name}, mean of {len(mean['seeds'])} seeds", mean), spread(mean)]
-    drift = [r["specificity_at_threshold"] for r in results]
+    # Where it is far off, and by more than chance would have it.
+    drift = [r for r in results if r["specificity_at_threshold"] < 0.90
+             and r["specificity_ci"][1] < 0.95]
     over_seeds = ", means" if len(means) < len(results) else ""
     names, results = list(means), list(means.values())
     lines.append("trivial scores, each in its better direction:")
@@ -728,10 +753,28 @@ def results_table(names: list[str], results: list[dict], means: dict[str, dict])
             lines.append(f"  {title:<26}" + "".join(f"{share(r[key]):>15}" for r in results))
         lines.append(f"  The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside it. "
                      f"The lesions cover {share(first['lesion_area'])} of the image.")
-    if min(drift) < 0.90:
-        lines.append(f"Careful: the threshold set for 95 % specificity reaches {share(min(drift))} "
+    if drift:
+        low = min(drift, key=lambda r: r["specificity_at_threshold"])
+        lines.append(f"Careful: the threshold set for 95 % specificity reaches {specificity(low)} "
                      "on these normals. They differ from the validation normals.")
     return "\n".join(lines)
+
+
+def trained_on(results: list[dict]) -> str:
+    return " and ".join(dict.fromkeys(r["trained_on"] for r in results))
+
+
+def tested_on(metrics: dict) -> str:
+    """What a picture's title says of the data."""
+    external = f"; external test: trained on {metrics['trained_on']}" * metrics["external"]
+    return textwrap.fill(f"tested on {metrics['data']}{external}", 75)
+
+
+def specificity(r: dict) -> str:
+    """'94.0 % (88 to 97)': the share of the tested normals under the threshold, its interval."""
+    ends = r["specificity_ci"]
+    return share(r["specificity_at_threshold"]) + (
+        f" ({100 * ends[0]:.0f} to {100 * ends[1]:.0f})" if ends else "")
 
 
 def spread(mean: dict) -> str:
@@ -782,13 +825,14 @@ def compare(runs: list[Run], sources: list[Source], scored: list[Scored], result
                 "the seeds tells that." if several else ""))
     print("\n".join(["", *lines, *verdicts, *([covered] if several else [])]))
     text = ["# Comparison", "", f"Tested on: {results[0]['data']}. Trained on: "
-            f"{results[0]['trained_on']}.", "", "```", table, "```", "",
+            f"{trained_on(results)}.", "", "```", table, "```", "",
             *(f"- {line}" for line in lines), "", *verdicts, "",
             f"{covered} Research use only, not for diagnosis.", ""]
     (folder / "comparison.md").write_text("\n".join(text), encoding="utf-8")
     columns = ("auroc", "average_precision", "sensitivity_at_90_specificity",
                "sensitivity_at_95_specificity", "specificity_at_threshold", "threshold",
-               "reconstruction_mse", "reconstruction_ssim", "n_normal", "n_abnormal", "scorer")
+               "reconstruction_mse", "reconstruction_ssim", "n_normal", "n_abnormal", "scorer",
+               "data", "trained_on")
     with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["run", *columns, "auroc_low", "auroc_high", *costs[0], "seed",
@@ -869,12 +913,14 @@ def plot_histogram(axes: Axes, name: str, scored: Scored, metrics: dict) -> None
 def draw_roc(entries: list[tuple[str, Scored, dict]], scorer: str, file: Path) -> None:
     figure = Figure(figsize=(5, 5), layout="constrained")
     plot_roc(figure.subplots(), entries, scorer)
+    figure.suptitle(tested_on(entries[0][2]), fontsize=8)
     figure.savefig(file, dpi=120)
 
 
 def draw_histogram(name: str, scored: Scored, metrics: dict, file: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     plot_histogram(figure.subplots(), name, scored, metrics)
+    figure.suptitle(tested_on(metrics), fontsize=8)
     figure.savefig(file, dpi=120)
 
 
@@ -909,10 +955,8 @@ def show_map(axes: Axes, image: np.ndarray, map_: np.ndarray, top: float,
     return shown
 
 
-def pictures(run: Run, source: Source, samples: list[Sample],
-             scorer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images, reconstructions, anomaly maps), each [n,H,W], of a few samples."""
-    size = run.config.image_size
+def load_images(source: Source, samples: list[Sample], size: int) -> Tensor:
+    """Images that have been scored, once more: uint8 [n,1,H,W]."""
     images = []
     for s in samples:
         try:
@@ -920,7 +964,13 @@ def pictures(run: Run, source: Source, samples: list[Sample],
         except (BadImage, OSError) as error:
             raise UserError(f"--data {source.spec}: {s.key} was scored, but cannot be read again "
                             f"for its picture ({error})") from None
-    reading, _ = run.read(torch.stack(images))
+    return torch.stack(images)
+
+
+def pictures(run: Run, source: Source, samples: list[Sample],
+             scorer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images, reconstructions, anomaly maps), each [n,H,W], of a few samples."""
+    reading, _ = run.read(load_images(source, samples, run.config.image_size))
     maps = run.scorer.anomaly_map(scorer, reading)
     return tuple(t[:, 0].cpu().numpy() for t in (reading.images, reading.reconstruction, maps))
 
@@ -957,9 +1007,91 @@ def draw_examples(run: Run, source: Source, scored: Scored, metrics: dict, file:
     for row, text in enumerate(("input", "reconstruction", "anomaly map")):
         axes[row][0].set_ylabel(text)
     figure.colorbar(shown, ax=axes[2], label=map_name(metrics["scorer"]), shrink=0.9)
-    figure.suptitle(f"{run.name} on {metrics['data']}; threshold {metrics['threshold']:.3g}",
-                    fontsize=10)
+    figure.suptitle(f"{run.name}, threshold {metrics['threshold']:.3g}\n{tested_on(metrics)}",
+                    fontsize=9)
     figure.savefig(file, dpi=120)
+
+
+def worst(scored: Scored, metrics: dict) -> tuple[list[int], list[int]]:
+    """(missed, false alarms): positions on the wrong side of the threshold, the worst first."""
+    order = np.argsort(scored.scores[metrics["scorer"]], kind="stable")
+    flagged = scored.scores[metrics["scorer"]][order] > metrics["threshold"]
+    sick = scored.labels[order] == ABNORMAL
+    return order[sick & ~flagged].tolist(), order[~sick & flagged][::-1].tolist()
+
+
+def draw_worst(run: Run, source: Source, scored: Scored, metrics: dict, file: Path) -> None:
+    """Input and map of the ten worst misses, above, and the ten worst false alarms, below."""
+    figure = Figure(figsize=(15, 7.7), layout="constrained")
+    figure.suptitle(f"{run.name}, {tested_on(metrics)}", fontsize=10)
+    missed, alarms = worst(scored, metrics)
+    for part, of, count, found in zip(
+            figure.subfigures(2, 1), ("abnormal images missed", "normal images flagged"),
+            (metrics["n_abnormal"], metrics["n_normal"]), (missed, alarms), strict=True):
+        first = found[:10]
+        part.suptitle(f"{len(found)} of {count} {of}" + (
+            f": the worst {len(first)}, by the score's percentile among validation normals"
+            if first else ""), fontsize=10)
+        if not first:
+            continue
+        samples = [scored.samples[i] for i in first]
+        images, _, maps = pictures(run, source, samples, metrics["scorer"])
+        percentiles = run.scorer.percentile(metrics["scorer"], torch.from_numpy(
+            scored.scores[metrics["scorer"]][first])).tolist()
+        axes, top = part.subplots(2, 10), map_top(maps)
+        for column, sample in enumerate(samples):
+            key = sample.key.rpartition("/")[2]
+            show_image(axes[0][column], images[column], f"{describe_sample(sample)}\npercentile "
+                       f"{percentiles[column]:.0f}\n{key if len(key) < 20 else '…' + key[-18:]}")
+            mask = lesion_mask(source, sample, run.config.image_size)
+            shown = show_map(axes[1][column], images[column], maps[column], top, mask)
+        for blank in axes[:, len(first):].flat:
+            blank.axis("off")
+        part.colorbar(shown, ax=axes[1], label=map_name(metrics["scorer"]), shrink=0.9)
+    figure.savefig(file, dpi=110)
+
+
+def draw_healing(run: Run, source: Source, scored: Scored, metrics: dict, file: Path) -> bool:
+    """Three validation normals, corrupted as in training, and what the model makes of them; below
+    them a tested image with a finding. Whether there was anything to draw."""
+    size, scorer = run.config.image_size, metrics["scorer"]
+    normals = read_splits(run.folder / "split.csv").normals("val")
+    stream = ImageStream(source, normals[:: max(1, len(normals) // 8)][:8], size, 8,
+                         memory=run.config.memory_bytes, cache=False, stop_on_bad=False)
+    with contextlib.closing(iter(stream)) as batches:
+        clean, _ = next(batches, (None, None))
+    if clean is None:
+        return False
+    draws = Draws(seeded(run.config.seed, "picture", 0), len(clean))
+    seen = corrupt(clean.float() / 255, run.config.objective, draws)
+    clean, seen = clean[:3], (255 * seen[:3]).round().byte()
+    titles, lesion = ["normal"] * len(clean), None
+    if sick := np.flatnonzero(scored.labels == ABNORMAL).tolist():
+        middle = sorted(sick, key=lambda i: scored.scores[scorer][i])[len(sick) // 2]
+        sample = scored.samples[middle]
+        image = load_images(source, [sample], size)
+        clean, seen = torch.cat([clean, image]), torch.cat([seen, image])
+        lesion = lesion_mask(source, sample, size)
+        titles.append(describe_sample(sample))
+    reading, _ = run.read(seen)
+    maps = run.scorer.anomaly_map(scorer, reading)[:, 0].cpu().numpy()
+    views = reading.views.cpu().numpy()
+    columns = ["image", "what the model sees", "healed", "healed, without skips"]
+    figure = Figure(figsize=(2 * (views.shape[1] + 3), 2.1 * len(seen)), layout="constrained")
+    axes = figure.subplots(len(seen), views.shape[1] + 3, squeeze=False)
+    top = min(map_top(m) for m in maps)  # corruptions are stronger than findings are
+    for row, title in enumerate(titles):
+        shown = [clean[row, 0].numpy() / 255, seen[row, 0].numpy() / 255, *views[row]]
+        for column, image in enumerate(shown):
+            show_image(axes[row][column], image, "" if row else columns[column])
+        mask = lesion if row == len(titles) - 1 else None
+        bar = show_map(axes[row][-1], shown[1], maps[row], top, mask)
+        axes[row][0].set_ylabel(title, fontsize=9)
+    axes[0][-1].set_title("map", fontsize=9)
+    figure.colorbar(bar, ax=axes[:, -1], label=map_name(scorer), shrink=0.5, extend="max")
+    figure.suptitle(f"{run.name}, objective {run.config.objective}", fontsize=10)
+    figure.savefig(file, dpi=110)
+    return True
 
 
 def draw_comparison(runs: list[Run], sources: list[Source], scored: list[Scored],
@@ -990,8 +1122,8 @@ def draw_comparison(runs: list[Run], sources: list[Source], scored: list[Scored]
             grid[row][2 + 2 * r].set_title(f"score {s.scores[scorer][cases[row]]:.3g}", fontsize=9)
         lower.colorbar(shown, ax=[grid[row][2 + 2 * r] for row in range(len(cases))],
                        label=map_name(scorer), shrink=min(1.0, 3 / len(cases)))
-    upper.suptitle(f"Tested on {results[0]['data']}, {results[0]['n_normal']} normal and "
-                   f"{results[0]['n_abnormal']} abnormal images", fontsize=11)
+    upper.suptitle(f"{results[0]['n_normal']} normal and {results[0]['n_abnormal']} abnormal "
+                   f"images, {tested_on(results[0])}", fontsize=10)
     figure.savefig(file, dpi=110)
 
 

@@ -111,7 +111,7 @@ def test_resume_takes_the_settings_of_the_run_but_flags_still_win(tmp_path: Path
     assert parse_config(["--resume", str(run)], environ={}).width == 8
     both = parse_config([*argv, "--model", "both"], environ={})
     assert (both.width, both.model) == (8, "both")
-    with pytest.raises(UserError, match="a path belongs to one model"):
+    with pytest.raises(UserError, match="a path belongs to one run"):
         parse_config(["--resume", str(run), "--model", "both"], environ={})
 
 
