@@ -593,7 +593,7 @@ def evaluate(
             compared = [s.key for s in chosen]
             print(f"testing   {source.title}")
             if external:
-                print(f"          external test: trained on {run.config.data}, nothing is fitted "
+                print(f"          External test: trained on {run.config.data}, nothing is fitted "
                       "to these images")
             for reason, count in source.left_out.most_common():
                 print(f"          left out: {count:,} {reason}")

@@ -35,6 +35,8 @@ from evaluate import (
     verdict,
     weighted_auroc,
     weighted_average_precision,
+    wilson,
+    worst,
 )
 from models import SCORERS
 from train import load_checkpoint, place, save_checkpoint, train
@@ -65,6 +67,35 @@ def test_the_bootstrap_draws_patients_not_images() -> None:
     assert (weights[:, [0, 5, 6, 7]].sum(1) == 4).all()
     assert weights[:, 0].mean() == pytest.approx(1, abs=0.15)
     assert np.array_equal(weights, patient_weights(patients, 500))
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    # Brown, Cai and DasGupta 2001, and any textbook: 10 of 10 and 9 of 10.
+    assert wilson(1.0, 10) == pytest.approx((0.722, 1.0), abs=1e-3)
+    assert wilson(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+
+
+def test_misses_and_false_alarms_are_on_the_wrong_side_of_the_threshold_the_worst_first() -> None:
+    samples = [Sample(str(i), str(i), y) for i, y in enumerate([0, 0, 0, 1, 1, 1])]
+    scored = Scored(samples, {"mse": np.array([0.2, 0.9, 0.6, 0.4, 0.1, 0.5])}, {}, {})
+    assert worst(scored, {"scorer": "mse", "threshold": 0.5}) == ([4, 3, 5], [1, 2])
+
+
+@pytest.mark.parametrize(("threshold", "of_normals", "says"), [
+    (0.5, 100, "reaches 80.0 % (71 to 87) on these normals"), (0.5, 5, None), (0.9, 100, None)])
+def test_a_threshold_that_does_not_hold_is_warned_of_where_that_is_no_chance(
+    runs: list[Path], threshold: float, of_normals: int, says: str | None
+) -> None:
+    run = load_run(runs[0])
+    run.scorer.normal_scores = {"mse": torch.full((50,), threshold, dtype=torch.float64)}
+    scores = np.append(np.where(np.arange(of_normals) % 5, 0.4, 0.8), [0.9, 0.9])
+    labels = [0] * of_normals + [1, 1]
+    samples = [Sample(str(i), str(i), y) for i, y in enumerate(labels)]
+    scored = Scored(samples, {"mse": scores}, {}, {})
+    metrics = evaluate_module.measure(run, scored, "mse", np.ones((2, len(scores)))) | {
+        "data": "", "split": "test", "scorer": "mse", "external": False, "baselines": {}}
+    table = evaluate_module.results_table(["U-Net"], [metrics], {"U-Net": metrics})
+    assert (says in table) if says else ("Careful" not in table)
 
 
 def test_the_interval_of_clustered_images_is_wider_than_if_they_were_independent() -> None:
@@ -191,9 +222,10 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     runs: list[Path], capsys: pytest.CaptureFixture
 ) -> None:
     (metrics,) = evaluate(runs[0])
+    text = capsys.readouterr().out
     folder = runs[0] / "eval" / "synthetic"
-    assert {p.name for p in folder.iterdir()} == {"metrics.json", "scores.csv", "roc.png",
-                                                  "histogram.png", "examples.png"}
+    drawn = {"roc.png", "histogram.png", "examples.png", "worst.png", "healing.png"}
+    assert {p.name for p in folder.iterdir()} == {"metrics.json", "scores.csv", *drawn}
     saved = json.loads((folder / "metrics.json").read_text())
     assert set(saved) >= KEYS and saved["auroc"] == metrics["auroc"]
     assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "fused")
@@ -210,11 +242,15 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     assert saved["threshold"] == threshold
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
+    reached, (low, high) = saved["specificity_at_threshold"], saved["specificity_ci"]
+    assert low < reached < high
+    assert f"{100 * reached:.1f} % ({100 * low:.0f} to {100 * high:.0f})" in text
+    percentiles = np.array([float(r["fused_percentile"]) for r in rows])
+    assert ((percentiles > 95) == (scores > threshold)).all()
     assert 0 <= saved["pixel_auroc"] <= 1 and saved["n_located"] == 100
     assert set(saved["auroc_by_finding"]) == {"opacity", "nodule", "effusion", "missing", "doubled"}
-    text = capsys.readouterr().out
     assert "not real X-rays" in text and "PCA reconstruction error" in text
-    for name in ("roc.png", "histogram.png", "examples.png"):
+    for name in drawn:
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300
 
@@ -317,7 +353,12 @@ def test_an_external_test_says_so_and_overwrites_nothing(
     before = (runs[0] / "eval" / "synthetic" / "metrics.json").read_bytes()
     (metrics,) = evaluate(runs[0], data=str(xrays))
     assert metrics["external"] and (metrics["n_normal"], metrics["n_abnormal"]) == (70, 12)
-    assert "external test: trained on synthetic" in capsys.readouterr().out
+    assert "External test: trained on synthetic" in capsys.readouterr().out
+    assert "external test: trained on synthetic" in evaluate_module.tested_on(metrics)
+    assert not (runs[0] / "eval" / "xrays" / "healing.png").exists()  # of other normals
+    evaluate(runs, data=str(xrays), samples=20)
+    page = (runs[0].parent / "comparison.md").read_text()
+    assert "External test: trained on synthetic" in page and "Trained on: synthetic" in page
     assert (runs[0] / "eval" / "xrays" / "metrics.json").exists()
     assert (runs[0] / "eval" / "synthetic" / "metrics.json").read_bytes() == before
 
