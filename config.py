@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -27,11 +28,20 @@ MODELS = ("unet", "reversed_ae")
 OBJECTIVES = ("heal", "denoise", "plain")
 
 
-class UserError(Exception):
+class OneLine:
+    """An exception that a notebook shows as its message alone: IPython asks it what to show."""
+
+    def _render_traceback_(self) -> list[str]:
+        # The notebook keeps the last error, and with it the frames, and in these a whole model.
+        traceback.clear_frames(self.__traceback__)
+        return [str(self)]
+
+
+class UserError(OneLine, Exception):
     """Something the user can put right. Shown as one line, without a traceback; exit code 2."""
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(OneLine, KeyboardInterrupt):
     """Training was asked to end by a signal, and all is saved. The message says how to go on."""
 
     def __init__(self, message: str, number: int = 2) -> None:
@@ -49,7 +59,7 @@ class _Screen(logging.Handler):
 log = logging.getLogger("imgae_dx")  # what training tells: on the screen, and in a run's run.log
 log.setLevel(logging.INFO)
 log.propagate = False
-log.addHandler(_Screen())
+log.handlers[:] = [_Screen()]  # one, also where a notebook loads this module once more
 
 
 def knob(default: object, help: str, choices: tuple = (), low: float | None = None,
@@ -251,10 +261,14 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook."""
+    return sys.argv[0].endswith(("ipykernel_launcher.py", "colab_kernel_launcher.py"))
+
+
 def command_line() -> list[str]:
     """sys.argv's flags; none in a notebook cell, where argv belongs to the kernel."""
-    kernels = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
-    return [] if sys.argv[0].endswith(kernels) else sys.argv[1:]
+    return [] if in_notebook() else sys.argv[1:]
 
 
 def parse_config(argv: list[str] | None = None, description: str = "",
@@ -370,10 +384,10 @@ def kaggle_credentials() -> dict[str, str]:
                             "download it again from kaggle.com, Settings, API") from None
     names = {"username": "KAGGLE_USERNAME", "key": "KAGGLE_KEY"}
     found |= {k: os.environ[name] for k, name in names.items() if os.environ.get(name)}
-    if not found and (colab := sys.modules.get("google.colab")):
-        if token := _colab_secret(colab, "KAGGLE_API_TOKEN"):
+    if not found and "google.colab" in sys.modules:
+        if token := _colab_secret("KAGGLE_API_TOKEN"):
             return {"api_token": token}
-        found = {k: v for k, name in names.items() if (v := _colab_secret(colab, name))}
+        found = {k: v for k, name in names.items() if (v := _colab_secret(name))}
     if len(found) == 1:
         missing = next(name for k, name in names.items() if k not in found)
         raise UserError(f"Kaggle credentials: {missing} is missing beside its other half")
@@ -400,9 +414,11 @@ def kaggle_folder() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
 
 
-def _colab_secret(colab: types.ModuleType, name: str) -> str | None:
+def _colab_secret(name: str) -> str | None:
     try:
-        return colab.userdata.get(name)
+        from google.colab import userdata
+
+        return userdata.get(name)
     except Exception:  # not there, or this notebook has not been granted access to it
         return None
 

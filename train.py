@@ -17,6 +17,7 @@ from config import (
     Stopped,
     UserError,
     flag,
+    in_notebook,
     log,
     parse_config,
     run_command,
@@ -1374,12 +1375,16 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     log.info(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
              f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png, split.csv, "
              "config.json")
-    log.info(f"next      python evaluate.py {shlex.quote(str(folder))}\n")
+    call = f"evaluate({str(folder)!r})" if in_notebook() else (
+        f"python evaluate.py {shlex.quote(str(folder))}")
+    log.info(f"next      {call}\n")
     return folder
 
 
 def command_to_resume(config: Config) -> str:
     """What to type to go on with a run, as this program itself was started."""
+    if in_notebook():
+        return "the same cell again" if config.reuse else "the same cell, with reuse=True"
     inside = Path(sys.executable).is_relative_to(Path.cwd())  # in .venv, which may not be active
     start = os.path.relpath(sys.executable) if inside else "python"
     if (world := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":

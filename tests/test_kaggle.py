@@ -152,9 +152,12 @@ def test_credentials_are_found_wherever_the_client_looks(
     else:
         secrets = {"KAGGLE_API_TOKEN": TOKEN} if place == "colab token" else {
             "KAGGLE_USERNAME": USER, "KAGGLE_KEY": KEY}
-        colab = types.ModuleType("google.colab")
-        colab.userdata = types.SimpleNamespace(get=lambda name: secrets[name])  # KeyError: absent
-        monkeypatch.setitem(sys.modules, "google.colab", colab)
+        userdata = types.SimpleNamespace(get=lambda name: secrets[name])  # KeyError: absent
+        for name in ("google", "google.colab"):  # whose own __init__ does not load userdata
+            package = types.ModuleType(name)
+            package.__path__ = []
+            monkeypatch.setitem(sys.modules, name, package)
+        monkeypatch.setitem(sys.modules, "google.colab.userdata", userdata)
     kaggle.archives["someone/xrays"] = Archive.of(images(3))
     assert len(open_spec().samples) == 3
 
