@@ -10,7 +10,7 @@ ARGS   ?=
 EVAL_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare evaluate test drills clean
+.PHONY: help setup train compare evaluate colab test drills clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,14 @@ compare: setup ## train both models on the same data and budget, test and compar
 evaluate: setup ## test and compare what was trained last
 	$(PY) evaluate.py "$(OUT)" $(EVAL_ARGS)
 
+colab: ## write a notebook, and one cell to paste, for Google Colab to build/
+	$(PYTHON) tests/colab.py
+
+# What only tests need: DICOM files, and a real kernel of a notebook.
+TEST_PACKAGES := 'pydicom>=3.0' 'ipykernel>=6' 'nbformat>=5'
+
 test: setup ## run the tests
-	$(PY) -m pip install --quiet --disable-pip-version-check 'pydicom>=3.0'
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m "not drill" tests $(ARGS)
 
 drills: setup ## run the long fault drills
