@@ -92,7 +92,9 @@ class Kernel:
                 interrupt_at = None
                 self.manager.interrupt_kernel()
 
-        self.client.execute_interactive(code, timeout=timeout, allow_stdin=False, output_hook=hook)
+        # stop_on_error would have an earlier kernel refuse what is sent soon after an error.
+        self.client.execute_interactive(code, timeout=timeout, allow_stdin=False,
+                                        stop_on_error=False, output_hook=hook)
         return output
 
     def close(self) -> None:
@@ -161,6 +163,17 @@ def test_what_a_cell_runs_is_this_very_code_and_can_be_read_there(
     shown = kernel.run("import inspect; print(inspect.getsource(train), inspect.getfile(predict))")
     assert shown.text["stdout"].startswith("def train(config: Config) -> list[Path]:")
     assert f"{folder.resolve()}/imgae_dx/evaluate.py" in shown.text["stdout"]
+
+
+def test_a_module_that_is_changed_in_the_notebook_is_imported_anew(
+    pasted: tuple[Kernel, Path, Output, Output]
+) -> None:
+    kernel, text = pasted[0], colab.read_modules()["models.py"]
+    for addition in ("CHANGED = True\n", ""):
+        kernel.run(f"%%writefile imgae_dx/models.py\n{text}{addition}")
+        kernel.run(colab.PROGRAM.code)
+        shown = kernel.run("import models; print(hasattr(models, 'CHANGED'))")
+        assert shown.text["stdout"] == f"{bool(addition)}\n"
 
 
 @pytest.mark.parametrize(("title", "settings", "says"), [
