@@ -1084,7 +1084,7 @@ def train_all(config: Config, ranks: Ranks) -> list[Path]:
     if ranks.rank == 0:
         note_trained(configs, Path(config.output_dir) / TRAINED)
     if len(folders) > 1:
-        log.info(f"next      python evaluate.py {shlex.quote(config.output_dir)}   (all of them)\n")
+        log.info(f"next      {command_to_evaluate(config.output_dir)}   (all of them)\n")
     return folders
 
 
@@ -1375,10 +1375,14 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     log.info(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
              f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png, split.csv, "
              "config.json")
-    call = f"evaluate({str(folder)!r})" if in_notebook() else (
-        f"python evaluate.py {shlex.quote(str(folder))}")
-    log.info(f"next      {call}\n")
+    log.info(f"next      {command_to_evaluate(str(folder))}\n")
     return folder
+
+
+def command_to_evaluate(folder: str) -> str:
+    """What to type to test what was trained."""
+    return f"evaluate({folder!r})" if in_notebook() else (
+        f"python evaluate.py {shlex.quote(folder)}")
 
 
 def command_to_resume(config: Config) -> str:

@@ -69,7 +69,7 @@ The machine behind a Colab notebook is thrown away some time after the notebook 
 it what it has stored. If you set `MOUNT_DRIVE = True`, Google asks you to give this notebook access
 to your Drive. Everything is then kept in its folder `imgae_dx`, and a run that was cut off goes on
 when these cells are run again, on another day too. That takes 0.6 GB at the settings below and up
-to 13 GB at full size; replaced checkpoints may wait in Drive's bin until you empty it. A Drive that
+to 8 GB at full size; replaced checkpoints may wait in Drive's bin until you empty it. A Drive that
 is mounted already is used.""", """\
 MOUNT_DRIVE = False  # True: Google asks for access to your Drive; results are kept there
 """, """\
