@@ -117,7 +117,7 @@ class Run:
     precision: str
     fingerprint: str  # of the data it was trained on
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, images: Tensor) -> tuple[Reading, dict[str, Tensor]]:
         """What the model makes of uint8 images [n,1,H,W], and their scores [n] by every scorer.
         An image's do not depend on the images beside it."""
@@ -345,7 +345,7 @@ class Scored:
 def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
                   trivial: TrivialScores | None) -> Scored:
     """Score images with every scorer; `scorer` gives the maps that are held against masks."""
-    stream = ImageStream(source, samples, run.config.image_size, 2 * READ_AT_ONCE,
+    stream = ImageStream(source, samples, run.config.image_size, 4 * READ_AT_ONCE,
                          memory=run.config.memory_bytes, cache=False)
     scores: dict[str, list] = {name: [] for name in SCORERS}
     baselines: dict[str, list] = {}

@@ -971,7 +971,7 @@ def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch
     return total / count
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
                 precision: str) -> list[tuple[Reading, int]]:
     """What the model makes of uint8 images [n,1,H,W]: Readings of READ_AT_ONCE images each, and
@@ -982,7 +982,8 @@ def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
     count, too: reading a batch and its scores in full keeps all shapes the same.
     """
     result = []
-    with autocast(device, precision):  # once for all, since it casts the weights
+    # Once for all, since it casts the weights; which it does anew each time in inference mode.
+    with autocast(device, precision):
         for part in images.split(READ_AT_ONCE):
             full = part.new_zeros((READ_AT_ONCE, *part.shape[1:]))
             full[: len(part)] = part
@@ -1003,7 +1004,7 @@ def regrouped(stream: ImageStream) -> Iterator[Tensor]:
         yield held
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
               precision: str) -> AnomalyScorer:
     """A scorer calibrated on training normals, with the scores of the validation normals."""
