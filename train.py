@@ -992,7 +992,8 @@ def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
 
 
 def regrouped(stream: ImageStream) -> Iterator[Tensor]:
-    """A stream's images, uint8 [n,1,H,W], n a multiple of READ_AT_ONCE but for the last."""
+    """A stream's images, uint8 [n,1,H,W], n a multiple of READ_AT_ONCE but for the last: so that
+    smaller batches are not filled up, which would cost as much as whole ones."""
     held = torch.empty(0, dtype=torch.uint8)
     for images, _ in stream:
         held = torch.cat([held, images]) if len(held) else images
