@@ -48,6 +48,7 @@ test: setup ## run the tests
 	$(PY) -m pytest -q -m "not drill" tests $(ARGS)
 
 drills: setup ## run the long fault drills
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m drill tests $(ARGS)
 
 clean: ## remove caches (never runs, never .venv)
