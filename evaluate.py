@@ -42,26 +42,38 @@ if __name__ == "__main__":  # --help and a mistyped flag are answered before tor
         sys.exit(status)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 
+import base64
 import contextlib
 import csv
 import dataclasses
+import datetime
+import io
 import itertools
 import json
 import math
+import platform
+import re
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
+from string import Template
 
+import matplotlib
 import numpy as np
+import sklearn
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from PIL import Image, ImageChops, ImageFilter
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
-from config import Config
+from config import Config, flag
 from data import (
     ABNORMAL,
     IMAGE_SUFFIXES,
@@ -94,6 +106,7 @@ from train import (
     choose_precision,
     load_checkpoint,
     place,
+    plot_curves,
     read_evenly,
     seeded,
 )
@@ -101,7 +114,11 @@ from train import (
 RESAMPLES = 1000
 NAMES = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+matplotlib.rcParams["text.parse_math"] = False  # a name with a $ in it is a name
 PEAK_TOLERANCE = 0.03  # of the image side: how far beside a lesion a map's peak may lie
+LOCATED = (("peak_in_lesion", "map peak in lesion"), ("peak_in_small_lesion", "  the smaller half"),
+           ("peak_in_large_lesion", "  the larger half"),
+           ("energy_in_lesion", "share of map in lesion"))
 
 
 @dataclasses.dataclass
@@ -116,6 +133,7 @@ class Run:
     device: torch.device
     precision: str
     fingerprint: str  # of the data it was trained on
+    made_with: str  # versions, device and precision of its training
 
     @torch.no_grad()
     def read(self, images: Tensor) -> tuple[Reading, dict[str, Tensor]]:
@@ -154,8 +172,10 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
     if state["precision"] != precision:
         print(f"note      {folder} was calibrated in {state['precision']} and scores in "
               f"{precision} here: scores differ a little")
+    made_with = (", ".join(f"{k} {v}" for k, v in state["versions"].items())
+                 + f", {state['device']}, {state['precision']}")
     return Run(folder, name, config, place(model, where, precision).eval(), scorer, where,
-               precision, state["data_fingerprint"])
+               precision, state["data_fingerprint"], made_with)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -543,10 +563,19 @@ def localisation(scored: Scored) -> dict[str, object]:
             "energy_in_lesion": float(energies.mean()), "lesion_area": float(areas.mean())}
 
 
-def best_direction(scores: np.ndarray, labels: np.ndarray) -> float:
-    """AUROC of a trivial score in whichever direction is better: the most that can be claimed."""
-    auroc = float(weighted_auroc(scores, labels, np.ones((1, len(labels))))[0])
-    return max(auroc, 1 - auroc)
+def best_direction(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A trivial score, negated if that tells more: its AUROC is then the most it can claim."""
+    auroc = weighted_auroc(scores, labels, np.ones((1, len(labels))))[0]
+    return scores if auroc >= 0.5 else -scores
+
+
+def measure_trivial(scored: Scored, weights: np.ndarray) -> dict[str, dict]:
+    """AUROC of each trivial score in its better direction, and its 95 % interval."""
+    labels, once = scored.labels, np.ones((1, len(scored.samples)))
+    best = {k: best_direction(v, labels) for k, v in scored.trivial.items()}
+    return {"baselines": {k: float(weighted_auroc(v, labels, once)[0]) for k, v in best.items()},
+            "baselines_ci": {k: interval(bootstrap(weighted_auroc, v, labels, weights))
+                             for k, v in best.items()}}
 
 
 def evaluate(
@@ -555,9 +584,10 @@ def evaluate(
 ) -> list[dict[str, object]]:
     """Test runs on the test split of their data (or on other `data`); the metrics of each run.
 
-    Prints the tables and writes <run>/eval/<data name>/, and for several runs comparison.* in
-    the folder above them. Instead of runs the folder above them may be given: what was trained
-    there last. Runs that differ by their seed alone are also averaged.
+    Prints the tables and writes <run>/eval/<data name>/; and in the folder above the runs
+    comparison.html, and for several runs comparison.md, .csv and .png. Instead of runs the folder
+    above them may be given: what was trained there last. Runs that differ by their seed alone are
+    also averaged.
     """
     paths = [path for given in ([runs] if isinstance(runs, str | Path) else runs)
              for path in runs_in(given)]
@@ -622,8 +652,8 @@ def evaluate(
             "left_out": dict(source.left_out),
         }
         if metrics["auroc"] is not None:
-            metrics["baselines"] = {k: best_direction(v, scored.labels)
-                                    for k, v in (all_scored or [scored])[0].trivial.items()}
+            metrics |= ({k: results[0][k] for k in ("baselines", "baselines_ci")} if results
+                        else measure_trivial(scored, weights))
         if scored.located:
             metrics |= localisation(scored)
         if whole_grid:
@@ -650,8 +680,19 @@ def evaluate(
         print(f"skipped   {key}: {reason}")
     if isinstance(source, KaggleSource):
         print(source.report())
+    verdicts = all_verdicts(all_scored[0], means, weights)
+    costs = [training_cost(run) for run in loaded]
     if len(loaded) > 1:
-        compare(loaded, sources, all_scored, results, means, weights, table)
+        compare(loaded, sources, all_scored, results, means, verdicts, costs, table)
+    elif verdicts:
+        print(f"\n{verdicts[0]}")
+    asked = {"data": data, "split": None if split == "test" else split, "samples": samples,
+             "scorer": "all" if whole_grid else None if scorer == DEFAULT_SCORER else scorer}
+    command = shlex.join(["python", "evaluate.py", *map(str, paths), *(
+        word for k, v in asked.items() if v is not None for word in (flag(k), str(v)))])
+    page = loaded[0].folder.resolve().parent / "comparison.html"
+    write_page(loaded, sources, all_scored, results, means, verdicts, costs, command, page)
+    print(f"written   {page}: the results in one file, to open in a browser or to send on")
     return results
 
 
@@ -726,13 +767,13 @@ def results_table(names: list[str], results: list[dict], means: dict[str, dict])
     for name, mean in means.items():
         if "auroc_sd" in mean:
             lines += [row(f"{name}, mean of {len(mean['seeds'])} seeds", mean), spread(mean)]
-    # Where it is far off, and by more than chance would have it.
-    drift = [r for r in results if r["specificity_at_threshold"] < 0.90
-             and r["specificity_ci"][1] < 0.95]
+    warning = drift_warning(results)
     over_seeds = ", means" if len(means) < len(results) else ""
     names, results = list(means), list(means.values())
     lines.append("trivial scores, each in its better direction:")
-    lines += [f"  {k:<26}{v:>6.3f}" for k, v in first["baselines"].items()]
+    for k, v in first["baselines"].items():
+        low, high = first["baselines_ci"][k]
+        lines.append(f"  {k:<26}{v:>6.3f}  {low:.3f} to {high:.3f}")
     for title in ("AUROC by finding", "AUROC by view"):
         key = title.lower().replace(" ", "_")
         if first[key]:
@@ -746,18 +787,22 @@ def results_table(names: list[str], results: list[dict], means: dict[str, dict])
         if first["pixel_auroc"] is not None:
             lines.append(f"{'  pixel AUROC':<28}" + "".join(
                 f"{r['pixel_auroc']:>15.3f}" for r in results))
-        for key, title in (("peak_in_lesion", "map peak in lesion"),
-                           ("peak_in_small_lesion", "  the smaller half"),
-                           ("peak_in_large_lesion", "  the larger half"),
-                           ("energy_in_lesion", "share of map in lesion")):
+        for key, title in LOCATED:
             lines.append(f"  {title:<26}" + "".join(f"{share(r[key]):>15}" for r in results))
         lines.append(f"  The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside it. "
                      f"The lesions cover {share(first['lesion_area'])} of the image.")
-    if drift:
-        low = min(drift, key=lambda r: r["specificity_at_threshold"])
-        lines.append(f"Careful: the threshold set for 95 % specificity reaches {specificity(low)} "
-                     "on these normals. They differ from the validation normals.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *warning])
+
+
+def drift_warning(results: list[dict]) -> list[str]:
+    """[a sentence] if a threshold is far off on the test normals, by more than chance; or []."""
+    drift = [r for r in results if r["specificity_ci"] and r["specificity_at_threshold"] < 0.90
+             and r["specificity_ci"][1] < 0.95]
+    if not drift:
+        return []
+    low = min(drift, key=lambda r: r["specificity_at_threshold"])
+    return [f"Careful: the threshold set for 95 % specificity reaches {specificity(low)} on these "
+            "normals. They differ from the validation normals."]
 
 
 def trained_on(results: list[dict]) -> str:
@@ -787,6 +832,12 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def with_interval(value: float | None, ends: Sequence[float] | None) -> str:
+    """'0.898 (0.850 to 0.936)', in one piece where lines are broken."""
+    return "-" if value is None else f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})".replace(
+        " ", "\xa0")
+
+
 def write_scores(run: Run, scored: Scored, file: Path) -> None:
     """One row an image: what it is, and its score by every scorer."""
     with open(file, "w", newline="", encoding="utf-8") as f:
@@ -801,33 +852,47 @@ def write_scores(run: Run, scored: Scored, file: Path) -> None:
                              *(f"{p[i]:.1f}" for p in percentiles)])
 
 
+def all_verdicts(scored: Scored, means: dict[str, dict], weights: np.ndarray) -> list[str]:
+    """Sentences on each pair of models, and on each model against the best trivial score."""
+    baselines = next(iter(means.values())).get("baselines")
+    if not baselines:
+        return []
+    verdicts = []
+    for (a, one), (b, two) in itertools.combinations(means.items(), 2):
+        verdicts.append(verdict(a, b, *paired_difference(one["scores"], two["scores"],
+                                                         scored.labels, weights)))
+        verdicts += overlap(a, one, b, two)
+    best = max(baselines, key=baselines.get)
+    alone = best_direction(scored.trivial[best], scored.labels)
+    return verdicts + [verdict(f"{best[0].upper()}{best[1:]} alone", name, *paired_difference(
+        alone, mean["scores"], scored.labels, weights)) for name, mean in means.items()]
+
+
+def coverage(means: dict[str, dict]) -> str:
+    """What the intervals cover, and what not."""
+    covered = f"Intervals: {RESAMPLES} bootstrap resamples of patients; differences are paired."
+    if any("auroc_sd" in mean for mean in means.values()):
+        covered += (" AUROCs are averaged over the seeds within each resample: so the intervals "
+                    "cover which patients were tested, and not what other seeds would give. The "
+                    "spread over the seeds tells that.")
+    return covered
+
+
 def compare(runs: list[Run], sources: list[Source], scored: list[Scored], results: list[dict],
-            means: dict[str, dict], weights: np.ndarray, table: str) -> None:
+            means: dict[str, dict], verdicts: list[str], costs: list[dict], table: str) -> None:
     """comparison.md, .csv and .png in the folder above the runs, and the verdict on screen."""
     folder = runs[0].folder.resolve().parent
-    costs = [training_cost(run) for run in runs]
     lines = []
     for run, cost in zip(runs, costs, strict=True):
         lines.append(f"{run.name}: {cost['parameters']:,} parameters, trained {cost['epochs']} "
                      f"epochs in {cost['minutes']:.1f} min, {cost['images_per_second']:.1f} "
                      "images/s")
-    verdicts = []
-    if results[0]["auroc"] is not None:
-        labels = scored[0].labels
-        for (a, one), (b, two) in itertools.combinations(means.items(), 2):
-            verdicts.append(verdict(a, b, *paired_difference(one["scores"], two["scores"], labels,
-                                                             weights)))
-            verdicts += overlap(a, one, b, two)
     several = any("auroc_sd" in mean for mean in means.values())
-    covered = (f"Intervals: {RESAMPLES} bootstrap resamples of patients; differences are paired." +
-               (" AUROCs are averaged over the seeds within each resample: so the intervals cover "
-                "which patients were tested, and not what other seeds would give. The spread over "
-                "the seeds tells that." if several else ""))
-    print("\n".join(["", *lines, *verdicts, *([covered] if several else [])]))
+    print("\n".join(["", *lines, *verdicts, *([coverage(means)] if several else [])]))
     text = ["# Comparison", "", f"Tested on: {results[0]['data']}. Trained on: "
             f"{trained_on(results)}.", "", "```", table, "```", "",
             *(f"- {line}" for line in lines), "", *verdicts, "",
-            f"{covered} Research use only, not for diagnosis.", ""]
+            f"{coverage(means)} Research use only, not for diagnosis.", ""]
     (folder / "comparison.md").write_text("\n".join(text), encoding="utf-8")
     columns = ("auroc", "average_precision", "sensitivity_at_90_specificity",
                "sensitivity_at_95_specificity", "specificity_at_threshold", "threshold",
@@ -875,6 +940,11 @@ def training_cost(run: Run) -> dict[str, float]:
 # Pictures
 
 
+def short(name: str) -> str:
+    """A run's name as a figure has room for it."""
+    return name if len(name) <= 36 else f"{name[:10]}...{name[-23:]}"
+
+
 def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -886,9 +956,8 @@ def plot_roc(axes: Axes, entries: list[tuple[str, Scored, dict]], scorer: str) -
             axes.text(0.5, 0.5, "needs normal and abnormal images", ha="center")
             continue
         fpr, tpr, _ = roc_curve(scored.labels, scored.scores[scorer])
-        low, high = metrics["auroc_ci"]
         axes.plot(fpr, tpr, color=colour, linewidth=2,
-                  label=f"{name}: {metrics['auroc']:.3f} ({low:.3f} to {high:.3f})")
+                  label=f"{short(name)}: {with_interval(metrics['auroc'], metrics['auroc_ci'])}")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
              title="ROC, with AUROC and its 95 % interval", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     if axes.get_legend_handles_labels()[0]:
@@ -896,16 +965,27 @@ def plot_roc(axes: Axes, entries: list[tuple[str, Scored, dict]], scorer: str) -
     plain_axes(axes)
 
 
-def plot_histogram(axes: Axes, name: str, scored: Scored, metrics: dict) -> None:
-    scores, labels = scored.scores[metrics["scorer"]], scored.labels
-    bins = np.linspace(scores.min(), max(np.quantile(scores, 0.995), scores.min() + 1e-9), 31)
+def score_frame(scored: Sequence[Scored], scorer: str) -> tuple[np.ndarray, int]:
+    """(edges of the bars, height of the tallest) of histograms that can be held side by side."""
+    scores = np.concatenate([s.scores[scorer] for s in scored])
+    low, high = scores.min(), np.quantile(scores, 0.995)
+    bins = np.linspace(low, max(high, low + 1e-9), 31)
+    return bins, max(np.histogram(s.scores[scorer][s.labels == label].clip(max=bins[-1]),
+                                  bins)[0].max() for s in scored for label in (NORMAL, ABNORMAL))
+
+
+def plot_histogram(axes: Axes, name: str, scored: Scored, metrics: dict,
+                   frame: tuple[np.ndarray, int], colour: str = COLOURS[0]) -> None:
+    """Normal images in grey, abnormal ones in the colour of the run."""
+    scores, labels, (bins, tallest) = scored.scores[metrics["scorer"]], scored.labels, frame
     clipped = np.minimum(scores, bins[-1])  # the last bar takes what lies beyond
-    for label, text, colour in ((NORMAL, "normal", COLOURS[0]), (ABNORMAL, "abnormal", COLOURS[1])):
+    for label, text, shade in ((NORMAL, "normal", "0.55"), (ABNORMAL, "abnormal", colour)):
         if (labels == label).any():
-            axes.hist(clipped[labels == label], bins, color=colour, alpha=0.6, label=text)
-    axes.axvline(metrics["threshold"], color="black", linestyle="--", linewidth=1.2,
-                 label="threshold (95 % of\nvalidation normals)")
-    axes.set(xlabel=f"anomaly score ({metrics['scorer']})", ylabel="images", title=name)
+            axes.hist(clipped[labels == label], bins, color=shade, alpha=0.65, label=text)
+    axes.axvline(metrics["threshold"], color=matplotlib.rcParams["text.color"], linestyle="--",
+                 linewidth=1.2, label="threshold (95 % of\nvalidation normals)")
+    axes.set(xlabel=f"anomaly score ({metrics['scorer']})", ylabel="images",
+             title=short(name), ylim=(0, 1.05 * tallest))
     axes.legend(frameon=False, fontsize=9)
     plain_axes(axes)
 
@@ -919,7 +999,8 @@ def draw_roc(entries: list[tuple[str, Scored, dict]], scorer: str, file: Path) -
 
 def draw_histogram(name: str, scored: Scored, metrics: dict, file: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
-    plot_histogram(figure.subplots(), name, scored, metrics)
+    plot_histogram(figure.subplots(), name, scored, metrics,
+                   score_frame([scored], metrics["scorer"]))
     figure.suptitle(tested_on(metrics), fontsize=8)
     figure.savefig(file, dpi=120)
 
@@ -983,6 +1064,12 @@ def map_top(maps: np.ndarray) -> float:
 def map_name(scorer: str) -> str:
     """What the map shows that goes with a scorer."""
     return scorer if scorer in OWN_MAP else "zscore"
+
+
+def map_label(scorer: str) -> str:
+    """The map's name and unit, for a colour bar."""
+    name = map_name(scorer)
+    return f"{name} (standard deviations of training normals)" if name == "zscore" else name
 
 
 def describe_sample(sample: Sample) -> str:
@@ -1102,15 +1189,18 @@ def draw_comparison(runs: list[Run], sources: list[Source], scored: list[Scored]
     figure = Figure(figsize=(4.2 * (1 + len(runs)), 4.4 + 1.9 * len(cases)), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[4.4, 1.9 * len(cases)])
     axes = upper.subplots(1, 1 + len(runs))
+    frame = score_frame(scored, scorer)
     entries = [(r.name, s, m) for r, s, m in zip(runs, scored, results, strict=True)]
     plot_roc(axes[0], entries, scorer)
-    for ax, run, s, m in zip(axes[1:], runs, scored, results, strict=True):
-        plot_histogram(ax, run.name, s, m)
+    for ax, run, s, m, colour in zip(axes[1:], runs, scored, results, COLOURS * 3, strict=False):
+        plot_histogram(ax, run.name, s, m, frame, colour)
     samples = [scored[0].samples[i] for i in cases]
     grid = lower.subplots(len(cases), 1 + 2 * len(runs), squeeze=False)
+    drawn = [pictures(run, source, samples, scorer)
+             for run, source in zip(runs, sources, strict=True)]
+    top = map_top(np.concatenate([maps.ravel() for _, _, maps in drawn]))
     for r, (run, source, s) in enumerate(zip(runs, sources, scored, strict=True)):
-        images, reconstructions, maps = pictures(run, source, samples, scorer)
-        top = map_top(maps)
+        images, reconstructions, maps = drawn[r]
         for row, sample in enumerate(samples):
             if r == 0:
                 show_image(grid[row][0], images[row], "input" if row == 0 else "")
@@ -1120,8 +1210,8 @@ def draw_comparison(runs: list[Run], sources: list[Source], scored: list[Scored]
             mask = lesion_mask(source, sample, run.config.image_size)
             shown = show_map(grid[row][2 + 2 * r], images[row], maps[row], top, mask)
             grid[row][2 + 2 * r].set_title(f"score {s.scores[scorer][cases[row]]:.3g}", fontsize=9)
-        lower.colorbar(shown, ax=[grid[row][2 + 2 * r] for row in range(len(cases))],
-                       label=map_name(scorer), shrink=min(1.0, 3 / len(cases)))
+    lower.colorbar(shown, ax=grid, label=map_label(scorer), extend="max",
+                   shrink=min(1.0, 3 / len(cases)))
     upper.suptitle(f"{results[0]['n_normal']} normal and {results[0]['n_abnormal']} abnormal "
                    f"images, {tested_on(results[0])}", fontsize=10)
     figure.savefig(file, dpi=110)
@@ -1138,6 +1228,375 @@ def comparison_cases(scored: Scored, scorer: str) -> list[int]:
         groups.setdefault(describe_sample(s), []).append(i)
     common = sorted(groups.values(), key=len, reverse=True)[:6]
     return [sorted(group, key=lambda i: scores[i])[len(group) // 2] for group in common]
+
+
+# ----------------------------------------------------------------------------------------------
+# The comparison page: one file that needs nothing but a browser
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --back: #fff; --ink: #1a1c1f; --soft: #565c64; --line: #d5d8dc;
+  --link: #0b5cad; --panel: #f3f4f6 }
+@media screen and (prefers-color-scheme: dark) { :root { --back: #15171a; --ink: #e6e8ea;
+  --soft: #a8aeb6; --line: #3a3f46; --link: #80b9f2; --panel: #202327 } }
+* { box-sizing: border-box }
+body { max-width: 72rem; margin: 0 auto; padding: 1rem; background: var(--back); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: .8rem 0 }
+h1 + p { font-size: 1.2rem }
+h2 { font-size: 1.35rem; margin: 2.5rem 0 .5rem; padding-top: 1rem;
+  border-top: 1px solid var(--line) }
+h3, h4 { font-size: 1.05rem; margin: 1.5rem 0 .4rem } h4 { font-size: 1rem; margin-top: 1rem }
+p, dl { max-width: 46rem; margin: .5rem 0 }
+.use { border-left: .3rem solid #d55e00; padding-left: .7rem; font-weight: 600 }
+.soft, figcaption, footer { color: var(--soft); font-size: .9rem }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem }
+dt { font-weight: 600 } dd { margin: 0 }
+a { color: var(--link) }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px }
+.skip:not(:focus) { position: absolute; left: -99rem }
+nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none }
+nav a { display: inline-block; padding: .2rem 0 }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
+th, td { text-align: left; vertical-align: top; padding: .3rem 1.2rem .3rem 0; max-width: 22rem;
+  min-width: 4.2rem; border-bottom: 1px solid var(--line) }
+tbody th { font-weight: 400; min-width: 7rem }
+@media screen and (min-width: 48rem) { tbody th { min-width: 16.5rem } }
+pre { background: var(--panel); padding: .7rem; white-space: pre-wrap; font-size: .85rem }
+img { display: block; width: 100%; height: auto }
+.plots { display: grid; gap: 1rem 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+.drawing { max-width: 28rem; margin: .5rem 0 }
+.dark { display: none }
+@media screen and (prefers-color-scheme: dark) { .light { display: none } .dark { display: block } }
+.row { display: flex; flex-wrap: wrap; gap: .6rem 1rem }
+figure { margin: 0; break-inside: avoid; max-width: calc(14rem * var(--n) - .6rem);
+  flex: var(--n) 1 calc(7.8rem * var(--n) - .6rem) }
+figure div { display: grid; gap: .6rem; grid-template-columns: repeat(var(--n), 1fr) }
+figcaption { margin: .2rem 0 .6rem }
+@media print { nav, .skip { display: none } body { font-size: 10pt; max-width: none; padding: 0 }
+  figure { flex-basis: calc(6.6rem * var(--n) - .6rem); max-width: calc(11rem * var(--n) - .6rem) }
+  table { font-size: 8.5pt }
+  th, td { padding-right: .7rem } tbody th { min-width: 0 }
+  h2, h3, h4 { break-after: avoid } tr, .drawing { break-inside: avoid } @page { margin: 15mm } }
+</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the results</a>
+$body
+</body>
+</html>
+""")
+DARK = {"#1a1c1f": "#e6e8ea", "#0072b2": "#3d9fe0"}  # colours of line drawings on a dark page
+SIDE = 256  # of the pictures, in pixels
+
+
+def embedded(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def embedded_image(alt: str, image: np.ndarray, map_: np.ndarray | None = None, top: float = 1.0,
+                   mask: np.ndarray | None = None) -> str:
+    """An <img> of a grey image [H,W] in [0,1], with the map over it as `show_map` draws it."""
+    def fit(values: np.ndarray) -> np.ndarray:
+        whole = Image.fromarray(values.astype(np.float32))
+        return np.asarray(whole.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).clip(0)
+
+    grey = fit(image).clip(max=1)
+    if map_ is not None:
+        height = (fit(map_) / top).clip(max=1)
+        colour = matplotlib.colormaps["inferno"](height)[..., :3]
+        grey = grey[..., None] + 0.85 * height[..., None] * (colour - grey[..., None])
+    picture = Image.fromarray((255 * grey).round().astype(np.uint8))
+    if mask is not None and mask.any():
+        inside = Image.fromarray((fit(mask) > 0.5).astype(np.uint8) * 255)
+        outline = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)), inside)
+        picture.paste(COLOURS[5], mask=outline)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=88, subsampling=0)
+    return (f'<img src="{embedded("jpeg", file.getvalue())}" width="{SIDE}" height="{SIDE}" '
+            f'alt="{escape(alt)}">')
+
+
+def embedded_drawing(alt: str, draw: Callable[..., object], of: tuple = (),
+                     size: tuple[float, float] = (4.6, 4.2)) -> str:
+    """What draw(axes, *of) draws, `size` inches large, once for light and once for dark pages."""
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    file = io.StringIO()
+    with matplotlib.rc_context(dict.fromkeys(names, next(iter(DARK)))):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(), *of)
+        figure.savefig(file, format="svg", transparent=True)
+    light = dark = file.getvalue()
+    for ink, pale in DARK.items():
+        dark = dark.replace(ink, pale)
+    # Not a <picture>: on paper that would keep what was chosen for the screen.
+    return '<div class="drawing">' + "".join(
+        f'<img class="{kind}" src="{embedded("svg+xml", svg.encode())}" width="{96 * size[0]:.0f}" '
+        f'height="{96 * size[1]:.0f}" alt="{escape(alt)}">'
+        for kind, svg in (("light", light), ("dark", dark))) + "</div>"
+
+
+def html_figure(images: Sequence[str], caption: str) -> str:
+    return (f'<figure style="--n:{len(images)}"><div>{"".join(images)}</div>'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def html_table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A heading and its table, whose columns may be scrolled; each row's first cell names it."""
+    name = re.sub(r"\W+", "-", title.lower())
+    text = [f'<h3 id="{name}">{escape(title)}</h3><div class="scroll" role="region" tabindex="0" '
+            f'aria-labelledby="{name}"><table><thead><tr>',
+            *(f'<th scope="col">{escape(cell)}</th>' for cell in head), "</tr></thead><tbody>"]
+    for first, *cells in rows:
+        text += [f'<tr><th scope="row">{escape(str(first))}</th>',
+                 *(f"<td>{escape(str(cell))}</td>" for cell in cells), "</tr>"]
+    return "".join([*text, "</tbody></table></div>\n"]).replace(" %", "\xa0%")
+
+
+def page_results(names: list[str], results: list[dict], means: dict[str, dict]) -> str:
+    """The tables of figures: of all runs, and averaged over their seeds."""
+    first, rows = results[0], []
+
+    def add(name: str, m: dict) -> None:
+        rows.append([name, with_interval(m["auroc"], m["auroc_ci"]),
+                     with_interval(m["average_precision"], m["average_precision_ci"]),
+                     share(m["sensitivity_at_90_specificity"]),
+                     share(m["sensitivity_at_95_specificity"]),
+                     specificity(m).replace(" ", "\xa0")])
+
+    for name, r in zip(names, results, strict=True):
+        add(name, r)
+        for scorer, m in r.get("scorers", {}).items():
+            if scorer != r["scorer"]:
+                add(f"{name}, {scorer}", m)
+    spreads = [(name, mean) for name, mean in means.items() if "auroc_sd" in mean]
+    for name, mean in spreads:
+        add(f"{name}, mean of {len(mean['seeds'])} seeds", mean)
+    rows += [[f"{k} (trivial)", with_interval(v, first["baselines_ci"][k]), *4 * [""]]
+             for k, v in first.get("baselines", {}).items()]
+    head = ("Score", "AUROC (95 % interval)", "Average precision", "Sensitivity at 90 %",
+            "Sensitivity at 95 %", "Specificity reached")
+    text = [html_table("AUROC and sensitivity", head, rows),
+            '<p class="soft">AUROC is the chance that an abnormal image scores higher than a '
+            "normal one; 0.5 is guessing. Sensitivities are at the thresholds that 90 % and 95 % "
+            f"of {first['n_validation_normals']} validation normals stay under; the last column "
+            "is the share of test normals under the second of them. Trivial scores need no model; "
+            f"each stands in its better direction. {coverage(means)}</p>",
+            *(f"<p>{escape(name)}, {escape(spread(mean).strip())}.</p>" for name, mean in spreads)]
+    over_seeds = ", means" if len(means) < len(results) else ""
+    names, results = list(means), list(means.values())
+    for kind in ("finding", "view"):
+        if table := first.get(f"auroc_by_{kind}"):
+            rows = [[group, entry["n"], *(f"{r[f'auroc_by_{kind}'][group]['auroc']:.3f}"
+                                          for r in results)] for group, entry in table.items()]
+            text.append(html_table(f"AUROC by {kind}{over_seeds}",
+                                   [kind.capitalize(), "Images", *names], rows))
+    if "n_located" in first:
+        rows = [[title.replace("  ", "map peak in lesion, "), *(share(r[key]) for r in results)]
+                for key, title in LOCATED]
+        if first["pixel_auroc"] is not None:
+            rows.insert(0, ["pixel AUROC", *(f"{r['pixel_auroc']:.3f}" for r in results)])
+        text += [html_table(f"Where the maps point: {first['n_located']} lesions{over_seeds}",
+                            ["Measure", *names], rows), '<p class="soft">The peak may lie '
+                 f"{100 * PEAK_TOLERANCE:g} % of the image side beside the lesion. Lesions cover "
+                 f"{share(first['lesion_area'])} of the image.</p>"]
+    return "".join(text)
+
+
+def page_plots(runs: list[Run], scored: list[Scored], results: list[dict]) -> str:
+    """ROC of all runs, and a histogram of scores for each."""
+    scorer, frame = results[0]["scorer"], score_frame(scored, results[0]["scorer"])
+    entries = [(run.name, s, m) for run, s, m in zip(runs, scored, results, strict=True)]
+    text = []
+    if results[0]["auroc"] is not None:
+        alt = "; ".join(f"{n}: AUROC {with_interval(m['auroc'], m['auroc_ci'])}"
+                        for n, _, m in entries)
+        text.append(embedded_drawing(f"ROC curves. {alt}.", plot_roc, (entries, scorer)))
+    for (name, s, m), colour in zip(entries, COLOURS * 9, strict=False):
+        alt = (f"Histogram of the scores of {name}, threshold {m['threshold']:.3g}. On the right "
+               f"side of it: {share(m['specificity_at_threshold'])} of the normal and "
+               f"{share(m['sensitivity_at_95_specificity'])} of the abnormal images.")
+        text.append(embedded_drawing(alt, plot_histogram, (name, s, m, frame, colour)))
+    return f'<div class="plots">{"".join(text)}</div>'
+
+
+def page_pictures(runs: list[Run], sources: list[Source], scored: list[Scored],
+                  results: list[dict]) -> tuple[str, str]:
+    """(example cases, worst misses and false alarms), all maps on one colour scale."""
+    scorer, cases = results[0]["scorer"], comparison_cases(scored[0], results[0]["scorer"])
+    wrong = [worst(s, m) for s, m in zip(scored, results, strict=True)]
+    drawn: list[dict[int, tuple]] = []
+    for run, source, s, (missed, alarms) in zip(runs, sources, scored, wrong, strict=True):
+        drawn.append({})
+        positions = list(dict.fromkeys(cases + missed[:3] + alarms[:3]))
+        for start in range(0, len(positions), 6):  # a few at a time: the images may be large
+            part = positions[start:start + 6]
+            found = pictures(run, source, [s.samples[i] for i in part], scorer)
+            drawn[-1] |= dict(zip(part, zip(*found, strict=True), strict=True))
+    top = map_top(np.concatenate([m.ravel() for d in drawn for _, _, m in d.values()]))
+    scale = ScalarMappable(matplotlib.colors.Normalize(0, top), "inferno")
+    bar = embedded_drawing(
+        f"Colours of the maps, dark to bright: {map_label(scorer)}, 0 to {top:.2g} and more.",
+        lambda axes: axes.figure.colorbar(scale, cax=axes, orientation="horizontal", extend="max",
+                                          label=map_label(scorer)), size=(4.4, 0.8))
+
+    def show(r: int, i: int) -> tuple[str, str, str]:
+        """Input, reconstruction and map of image i by run r."""
+        (image, back, map_), name, sample = drawn[r][i], runs[r].name, scored[r].samples[i]
+        y, x = (3 * int(v) // len(map_) for v in np.unravel_index(map_.argmax(), map_.shape))
+        peak = f"{('upper', 'middle', 'lower')[y]} {('left', 'centre', 'right')[x]}"
+        return (embedded_image(f"Input, {describe_sample(sample)}", image),
+                embedded_image(f"Reconstruction by {name}", back),
+                embedded_image(f"Anomaly map by {name}, highest ({map_.max():.2g}) in the {peak}",
+                               image, map_, top, lesion_mask(sources[r], sample, len(map_))))
+
+    def told(r: int, i: int) -> str:
+        score = scored[r].scores[scorer][i]
+        percentile = runs[r].scorer.percentile(scorer, torch.tensor([score]))[0]
+        return (f"score {score:.3g}, percentile {percentile:.0f}, "
+                f"{'' if score > results[r]['threshold'] else 'not '}flagged")
+
+    examples, mistakes = [bar], [bar]
+    for i in cases:
+        sample = scored[0].samples[i]
+        examples += [f"<h3>{escape(describe_sample(sample))}: {escape(sample.key)}</h3>"
+                     '<div class="row">', html_figure(show(0, i)[:1], "input"),
+                     *(html_figure(show(r, i)[1:], f"{escape(run.name)}, reconstruction "
+                                   f"and map: {told(r, i)}") for r, run in enumerate(runs)),
+                     "</div>"]
+    for r, (run, s) in enumerate(zip(runs, scored, strict=True)):
+        mistakes.append(f"<h3>{escape(run.name)}</h3>")
+        for what, n, found in zip(("abnormal images missed", "normal images flagged"),
+                                  (sum(s.labels == ABNORMAL), sum(s.labels == NORMAL)), wrong[r],
+                                  strict=True):
+            mistakes += [f'<h4>{len(found)} of {n} {what}</h4><div class="row">', *(
+                html_figure(show(r, i)[::2], f"<b>{escape(s.samples[i].key)}</b>, "
+                            f"{escape(describe_sample(s.samples[i]))}: {told(r, i)}")
+                for i in found[:3]), "</div>"]
+    return "".join(examples), "".join(mistakes)
+
+
+def command_to_train(config: Config) -> str:
+    """What to type to train a run again: every setting that is not the default."""
+    words = ["python", "train.py"]
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        if f.name in ("resume", "reuse") or (value == f.default and f.name != "model"):
+            continue
+        words += ([flag(f.name) if value else flag(f"no_{f.name}")] if isinstance(value, bool)
+                  else [flag(f.name), "auto" if value is None else str(value)])
+    return shlex.join(words)
+
+
+def page_training(runs: list[Run], results: list[dict], costs: list[dict],
+                  commands: list[str]) -> str:
+    """Learning curves on one scale; what training took; commands, versions and settings."""
+    logs = []
+    for run in runs:
+        with open(run.folder / "log.csv", newline="") as f:
+            logs.append([{k: float(row[k]) for k in ("epoch", "train_loss", "val_loss")}
+                         for row in csv.DictReader(f)])
+    highest = max(max(row["train_loss"], row["val_loss"]) for rows in logs for row in rows)
+
+    def draw(axes: Axes, name: str, rows: list[dict], colour: str) -> None:
+        plot_curves(axes, rows, short(name), colour, colour)
+        axes.set_ylim(0, 1.1 * highest)
+        plain_axes(axes)
+
+    text = ['<div class="plots">']
+    for run, rows, colour in zip(runs, logs, COLOURS * 9, strict=False):
+        best = min(rows, key=lambda row: row["val_loss"])
+        text.append(embedded_drawing(
+            f"Learning curves of {run.name}. Training loss {rows[0]['train_loss']:.3f} to "
+            f"{rows[-1]['train_loss']:.3f}; best validation loss {best['val_loss']:.3f} in epoch "
+            f"{best['epoch']:.0f} of {len(rows)}.", draw, (run.name, rows, colour)))
+    names = [run.name for run in runs]
+    here = (f"python {platform.python_version()}, torch {torch.__version__}, numpy "
+            f"{np.__version__}, scikit-learn {sklearn.__version__}")
+    rows = [("trained on", [kind_of_data(run.config.data) for run in runs]),
+            ("normal training images", [f"{len(read_splits(run.folder / 'split.csv').train):,}"
+                                        for run in runs]),
+            ("parameters", [f"{cost['parameters']:,}" for cost in costs]),
+            ("epochs", [cost["epochs"] for cost in costs]),
+            ("minutes", [f"{cost['minutes']:.1f}" for cost in costs]),
+            ("images per second", [f"{cost['images_per_second']:.1f}" for cost in costs]),
+            ("trained with", [run.made_with for run in runs]),
+            ("scored with", [f"{here}, {run.device.type}, {run.precision}" for run in runs]),
+            ("fingerprint of training data", [run.fingerprint for run in runs]),
+            ("fingerprint of test data", [r["data_fingerprint"] for r in results])]
+    settings = [[f.name, *(getattr(run.config, f.name) for run in runs)]
+                for f in dataclasses.fields(Config)]
+    return "".join([*text, "</div>", html_table(
+        "What training took", ["What", *names], [[what, *cells] for what, cells in rows]),
+        "<h3>Commands</h3><pre>" + escape("\n".join(commands)) + "</pre>",
+        html_table("Settings", ["Setting", *names], settings)])
+
+
+def kind_of_data(spec: str, title: str = "") -> str:
+    """What a reader must know first about data: whether it is real."""
+    return ("the built-in phantom: drawn chest films, not real X-rays" if spec == "synthetic"
+            else f"real images, as supplied: {title or spec}")
+
+
+def write_page(runs: list[Run], sources: list[Source], scored: list[Scored], results: list[dict],
+               means: dict[str, dict], verdicts: list[str], costs: list[dict], command: str,
+               file: Path) -> None:
+    """comparison.html: all that was found, in one file that fetches nothing."""
+    tables = page_results([run.name for run in runs], results, means)
+    commands = [*(command_to_train(run.config) for run in runs), command]
+    warning, first = drift_warning(results), results[0]
+    firsts = [mean["positions"][0] for mean in means.values()]  # seeds; of all it would be too much
+    shown = runs, sources, scored, results = [
+        [x[i] for i in firsts] for x in (runs, sources, scored, results)]
+    title = f"{' and '.join(means)}, {'compared' if len(means) > 1 else 'tested'}"
+    facts = {
+        "Trained on": "; ".join(dict.fromkeys(kind_of_data(run.config.data) for run in runs)),
+        "Tested on": kind_of_data(sources[0].spec, first["data"]) + (
+            " (an external test: nothing is fitted to these images)" if first["external"] else ""),
+        f"{first['split'].capitalize()} images": f"{first['n_normal']:,} normal and "
+        f"{first['n_abnormal']:,} abnormal, of {first['n_patients']:,} patients"
+        + (f"; {len(first['unreadable'])} could not be read" if first["unreadable"] else ""),
+        "Scorer": first["scorer"]}
+    if any("auroc_sd" in mean for mean in means.values()):
+        facts["Seeds"] = "all in the tables of results; from the curves on the first of each model"
+    examples, mistakes = page_pictures(*shown)
+    sections = {
+        "Results": tables,
+        "ROC and scores": page_plots(runs, scored, results),
+        "Example cases": "<p>Of each kind of image the one whose score is in the middle, by the "
+        "first model: nothing is picked by hand. Percentile: the share of validation normals that "
+        "score no higher. Flagged: above the threshold. Blue outlines, where there are any, are "
+        "the true lesions.</p>" + examples,
+        "Worst misses and false alarms": "<p>Up to three of each, the furthest from the threshold "
+        "first: input and anomaly map.</p>" + mistakes,
+        "Training and reproduction": page_training(
+            runs, results, [costs[i] for i in firsts], commands)}
+    body = ['<header><p class="use">Research use only. Not for diagnosis.</p>',
+            f"<h1>{escape(title)}</h1>",
+            *(f"<p>{escape(line)}</p>" for line in verdicts),
+            '<p class="soft">Compared by AUROC, over the same resamples.</p>' * bool(verdicts),
+            *(f"<p><strong>{escape(line)}</strong></p>" for line in warning), "<dl>",
+            *(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()),
+            '</dl></header><nav aria-label="Sections"><ul>',
+            *(f'<li><a href="#s{i}">{name}</a></li>' for i, name in enumerate(sections)),
+            '</ul></nav><main id="main" tabindex="-1">',
+            *(f'<section id="s{i}"><h2>{name}</h2>\n{text}</section>\n'
+              for i, (name, text) in enumerate(sections.items())),
+            f"</main><footer><p>Made by ImgAE-Dx on {datetime.date.today()}. This file holds "
+            "images of the test data and their names: mind to whom you give it. Research use only, "
+            "not for diagnosis.</p></footer>"]
+    file.write_text(PAGE.substitute(title=escape(title), body="".join(body)), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------

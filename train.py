@@ -1485,20 +1485,26 @@ def draw_curves(rows: list[dict], file: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    plot_curves(figure.subplots(), rows, title, "#0072B2", "#D55E00")
+    figure.savefig(file, dpi=120)
+
+
+def plot_curves(axes: object, rows: list[dict], title: str, colour: str, colour_val: str) -> None:
+    """The losses of the rows of log.csv, on matplotlib's axes."""
     epochs = [row["epoch"] for row in rows]
-    axes.plot(epochs, [row["train_loss"] for row in rows], "o-", color="#0072B2", label="training",
+    axes.plot(epochs, [row["train_loss"] for row in rows], "o-", color=colour, label="training",
               markersize=4)
-    axes.plot(epochs, [row["val_loss"] for row in rows], "s--", color="#D55E00",
+    axes.plot(epochs, [row["val_loss"] for row in rows], "s--", color=colour_val,
               label="validation normals", markersize=4)
     best = min(rows, key=lambda row: row["val_loss"])
-    axes.annotate("best", (best["epoch"], best["val_loss"]), textcoords="offset points",
-                  xytext=(0, 8), ha="center")
+    axes.axvline(best["epoch"], color="0.6", linewidth=1, linestyle=":")
+    late = best["epoch"] > epochs[-1] / 2
+    axes.text(best["epoch"], 0.03, " best ", transform=axes.get_xaxis_transform(),
+              ha="right" if late else "left")
     axes.set(xlabel="epoch", ylabel="mean absolute error", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
-    figure.savefig(file, dpi=120)
 
 
 def main() -> None:

@@ -1,11 +1,18 @@
 """The figures that are reported, the files that are written, and scoring of new images."""
 
+import base64
+import contextlib
 import csv
 import dataclasses
+import io
+import itertools
 import json
 import re
+import shlex
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,11 +22,12 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import evaluate as evaluate_module
-from config import UserError
+from config import Config, UserError, parse_config
 from data import Sample, read_splits
 from evaluate import (
     Scored,
     by_view,
+    command_to_train,
     draw_evenly,
     evaluate,
     group_by_seed,
@@ -240,6 +248,9 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     assert low < saved["auroc"] < high
     threshold = load_run(runs[0]).scorer.threshold("fused", 0.95)
     assert saved["threshold"] == threshold
+    for name, value in saved["baselines"].items():
+        low, high = saved["baselines_ci"][name]
+        assert low < value < high and value >= 0.5
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
     reached, (low, high) = saved["specificity_at_threshold"], saved["specificity_ci"]
@@ -255,22 +266,157 @@ def test_evaluation_writes_metrics_scores_and_pictures(
             assert min(picture.size) > 300
 
 
-def test_two_runs_are_compared_on_the_same_images(
-    runs: list[Path], capsys: pytest.CaptureFixture
-) -> None:
-    results = evaluate(runs, scorer="all")
-    text = capsys.readouterr().out
+class Page(HTMLParser):
+    """What a browser would find in comparison.html, less the layout."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.source = file.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        data = data.replace("\xa0", " ")
+        self.text += data
+        if self.tags and self.tags[-1][0] in ("td", "th"):
+            self.rows[-1][-1] += data.strip("\n")
+
+    def drawings(self, start: str) -> list[str]:
+        """The alt texts of the drawings that start so; each is there for light and for dark."""
+        return [a["alt"] for t, a in self.tags
+                if t == "img" and a["alt"].startswith(start) and a.get("class") != "dark"]
+
+
+def check_that_it_needs_nothing_else(page: Page) -> None:
+    """One file, without scripts, that fetches nothing and that a screen reader can follow."""
+    assert not re.search(r"https?:|@import|url\(", page.source)
+    assert not {"script", "link", "iframe", "object"} & {t for t, a in page.tags
+                                                        if a.get("rel") != "icon"}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert attributes.get(name, "data:").startswith(("data:", "#"))
+        assert not any(name.startswith("on") for name in attributes)
+        if tag == "img":
+            kind, content = attributes["src"].split(";base64,")
+            content = base64.b64decode(content, validate=True)
+            if kind == "data:image/jpeg":
+                with Image.open(io.BytesIO(content)) as image:
+                    image.load()
+            else:
+                assert kind == "data:image/svg+xml"
+                for element in ElementTree.fromstring(content).iter():
+                    link = element.get("{http://www.w3.org/1999/xlink}href", "#")
+                    assert link.startswith(("#", "data:"))
+            assert attributes["alt"].strip()
+        if tag == "th":
+            assert attributes["scope"] in ("col", "row")
+    levels = [int(t[1]) for t, _ in page.tags if re.fullmatch("h[1-6]", t)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    assert {"main", "nav", "header", "footer"} <= {t for t, _ in page.tags}
+    assert len(page.source) < 3e6
+
+
+@pytest.fixture(scope="module")
+def compared(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that comparing both runs, with every scorer, has printed and written."""
+    folder = tmp_path_factory.mktemp("compared") / "runs"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate(runs, scorer="all")
+    shutil.copytree(runs[0].parent, folder, ignore=lambda _, names: [
+        n for n in names if n.endswith(".pt")])
+    (folder / "printed.txt").write_text(printed.getvalue())
+    return folder
+
+
+def read_metrics(folder: Path, model: str) -> dict:
+    return json.loads((folder / model / "eval" / "synthetic" / "metrics.json").read_text())
+
+
+def test_two_runs_are_compared_on_the_same_images(compared: Path) -> None:
+    text = (compared / "printed.txt").read_text()
     assert "clear difference" in text and "parameters, trained 2 epochs" in text
-    above = runs[0].parent
-    with open(above / "comparison.csv", newline="") as f:
+    results = [read_metrics(compared, model) for model in ("unet", "reversed_ae")]
+    with open(compared / "comparison.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [r["run"] for r in rows] == ["unet", "reversed_ae"]
     assert [float(r["auroc"]) for r in rows] == [r["auroc"] for r in results]
     assert set(results[0]["scorers"]) == set(SCORERS)
-    page = (above / "comparison.md").read_text()
+    page = (compared / "comparison.md").read_text()
     assert "not real X-rays" in page and "clear difference" in page and "not for diagnosis" in page
-    with Image.open(above / "comparison.png") as picture:
+    with Image.open(compared / "comparison.png") as picture:
         assert min(picture.size) > 500
+
+
+def test_the_page_holds_what_was_measured_and_needs_nothing_else(compared: Path) -> None:
+    page = Page(compared / "comparison.html")
+    check_that_it_needs_nothing_else(page)
+    results = [read_metrics(compared, model) for model in ("unet", "reversed_ae")]
+
+    def told(value: float, ends: tuple[float, float]) -> str:
+        return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+
+    for name, saved in zip(("U-Net", "Reversed AE"), results, strict=True):
+        for title, m in ((name, saved), (f"{name}, peak", saved["scorers"]["peak"])):
+            row = next(row for row in page.rows if row[0] == title)
+            assert row[1:3] == [told(m["auroc"], m["auroc_ci"]),
+                                told(m["average_precision"], m["average_precision_ci"])]
+            assert row[3:5] == [f"{100 * m[key]:.1f} %" for key in (
+                "sensitivity_at_90_specificity", "sensitivity_at_95_specificity")]
+            assert row[5].startswith(f"{100 * m['specificity_at_threshold']:.1f} % (")
+        assert len(page.drawings(f"Histogram of the scores of {name}")) == 1
+        (curves,) = page.drawings(f"Learning curves of {name}")
+        with open(compared / saved["model"] / "log.csv", newline="") as f:
+            assert f"to {float(list(csv.DictReader(f))[-1]['train_loss']):.3f};" in curves
+        missed = round(100 * (1 - saved["sensitivity_at_95_specificity"]))
+        assert f"{missed} of 100 abnormal images missed" in page.text
+    for name, value in saved["baselines"].items():
+        row = next(row for row in page.rows if row[0] == f"{name} (trivial)")
+        assert row[1] == told(value, saved["baselines_ci"][name])
+    assert ["nodule", "20", *(f"{r['auroc_by_finding']['nodule']['auroc']:.3f}"
+                              for r in results)] in page.rows
+    assert len(page.drawings("ROC curves")) == 1 and len(page.drawings("Colours of the maps")) == 2
+    assert sum(t == "img" and a.get("class") == "dark" for t, a in page.tags) == 7
+    # One case of the normals and of each of the five findings, seen by both models.
+    assert len(page.drawings("Reconstruction by U-Net")) == 6
+    for text in ("Research use only", "not real X-rays", "clear difference",
+                 " alone, 95 % interval", "100 normal and 100 abnormal",
+                 results[0]["data_fingerprint"], torch.__version__):
+        assert text in page.text
+    assert ["latent_dim", "8", "8"] in page.rows
+
+
+def test_names_in_the_page_are_only_names(runs: list[Path], tmp_path: Path) -> None:
+    bad = "<script>alert(1)<img src=x onerror=y> &amp; \" ' $x$ $body"
+    for i in range(8):
+        write_image(tmp_path / "data" / "good" / f"{i} {bad}.png", i)
+        write_image(tmp_path / "data" / f"<b>{bad[-9:]}" / f"{i} {bad}.png", 10 + i)
+    folder = tmp_path / f"<u>{bad}" / "<i>"
+    shutil.copytree(runs[0], folder)
+    evaluate(folder, data=str(tmp_path / "data"))
+    page = Page(folder.parent / "comparison.html")
+    check_that_it_needs_nothing_else(page)
+    assert not {"u", "i", "script"} & {t for t, _ in page.tags}
+    assert f"good/0 {bad}.png" in page.text or f"{bad}.png" in page.text
+    assert f"<b>{bad[-9:]}" in page.text and "U-Net (<i>), tested" in page.text
+
+
+def test_the_command_in_the_page_trains_the_same_run() -> None:
+    config = Config(model="reversed_ae", data="my films/a'b", samples=7, batch_size=None,
+                    augment=False, deterministic=True, learning_rate=2e-4, output_dir="other")
+    words = shlex.split(command_to_train(config))
+    assert words[:2] == ["python", "train.py"]
+    assert parse_config(words[2:], environ={}) == config
+    assert command_to_train(Config()) == "python train.py --model unet"
 
 
 def test_the_difference_of_several_seeds_is_that_of_their_mean_aurocs() -> None:
@@ -314,16 +460,26 @@ def test_seeds_of_a_model_are_averaged_and_compared_as_one(
         ("unet", 0), ("unet", 1), ("reversed_ae", 0), ("reversed_ae", 1)]
     aurocs = [r["auroc"] for r in results]
     one, two = np.mean(aurocs[:2]), np.mean(aurocs[2:])
+    page = Page(tmp_path / "comparison.html")
+    check_that_it_needs_nothing_else(page)
     for line in ("U-Net, seed 1  ", "Reversed AE, seed 0  ", "Their seeds overlap: ",
                  "and not what other seeds would give"):
         assert (line in text) == (line in (tmp_path / "comparison.md").read_text())
+        assert (line.strip() in text) == (line.strip() in page.text)
     row = re.search(r"U-Net, mean of 2 seeds +(0\.\d+)  (0\.\d+) to (0\.\d+)", text)
     assert float(row[1]) == pytest.approx(one, abs=6e-4) and row[2] < row[1] < row[3]
     sd = np.std(aurocs[:2], ddof=1)
     assert (f"seeds 0, 1: AUROC {min(aurocs[:2]):.3f} to {max(aurocs[:2]):.3f}, standard deviation "
             f"{sd:.3f}") in text
-    assert len(re.findall(r"scores \d\.\d{3} higher than", text)) == 1
+    verdicts = re.findall(r".* scores \d\.\d{3} higher than .*", text)
+    assert [" alone" in v for v in verdicts] == [False, True, True]
     assert re.search(rf"scores {abs(one - two):.3f} higher than", text)
+    assert "U-Net and Reversed AE, compared" in page.text
+    assert [row[0] for row in page.rows[1:7]] == [
+        "U-Net, seed 0", "U-Net, seed 1", "Reversed AE, seed 0", "Reversed AE, seed 1",
+        "U-Net, mean of 2 seeds", "Reversed AE, mean of 2 seeds"]
+    assert page.rows[5][1] == f"{row[1]} ({row[2]} to {row[3]})"
+    assert re.search("python train.py --model unet .*--seed 1 ", page.text)
     with open(tmp_path / "comparison.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [(r["run"], r["model"], r["seed"]) for r in rows] == [
@@ -354,6 +510,14 @@ def test_an_external_test_says_so_and_overwrites_nothing(
     (metrics,) = evaluate(runs[0], data=str(xrays))
     assert metrics["external"] and (metrics["n_normal"], metrics["n_abnormal"]) == (70, 12)
     assert "External test: trained on synthetic" in capsys.readouterr().out
+    page = Page(runs[0].parent / "comparison.html")  # of one run, without masks or findings
+    check_that_it_needs_nothing_else(page)
+    assert "U-Net, tested" in page.text and "Reversed AE" not in page.text
+    assert "Trained onthe built-in phantom" in page.text
+    assert "Tested onreal images, as supplied" in page.text and "external test" in page.text
+    assert "Where the maps point" not in page.text and len(page.drawings("ROC curves")) == 1
+    assert page.rows[1][:2] == ["U-Net", "{:.3f} ({:.3f} to {:.3f})".format(
+        metrics["auroc"], *metrics["auroc_ci"])]
     assert "external test: trained on synthetic" in evaluate_module.tested_on(metrics)
     assert not (runs[0] / "eval" / "xrays" / "healing.png").exists()  # of other normals
     evaluate(runs, data=str(xrays), samples=20)
@@ -372,6 +536,12 @@ def test_normals_alone_give_no_auroc_but_a_specificity(
     assert metrics["auroc"] is None and metrics["n_abnormal"] == 0
     assert metrics["specificity_at_threshold"] is not None
     assert "not computed" in capsys.readouterr().out
+    page = Page(runs[0].parent / "comparison.html")
+    check_that_it_needs_nothing_else(page)
+    assert not page.drawings("ROC") and "clear difference" not in page.text
+    low, high = (100 * end for end in metrics["specificity_ci"])
+    assert page.rows[1] == ["U-Net", "-", "-", "-", "-", f"0.0 % ({low:.0f} to {high:.0f})"]
+    assert "0 of 0 abnormal images missed" in page.text
 
 
 def test_own_data_is_tested_on_the_test_split_of_split_csv_alone(
