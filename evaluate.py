@@ -811,8 +811,10 @@ def trained_on(results: list[dict]) -> str:
 
 def tested_on(metrics: dict) -> str:
     """What a picture's title says of the data."""
-    external = f"; external test: trained on {metrics['trained_on']}" * metrics["external"]
-    return textwrap.fill(f"tested on {metrics['data']}{external}", 75)
+    lines = [f"tested on {metrics['data']}"]
+    if metrics["external"]:
+        lines.append(f"external test: trained on {metrics['trained_on']}")
+    return "\n".join(textwrap.fill(line, 75) for line in lines)
 
 
 def specificity(r: dict) -> str:
@@ -1109,12 +1111,14 @@ def worst(scored: Scored, metrics: dict) -> tuple[list[int], list[int]]:
 
 def draw_worst(run: Run, source: Source, scored: Scored, metrics: dict, file: Path) -> None:
     """Input and map of the ten worst misses, above, and the ten worst false alarms, below."""
-    figure = Figure(figsize=(15, 7.7), layout="constrained")
+    wrong = worst(scored, metrics)
+    heights = [3.6 if found else 0.4 for found in wrong]
+    figure = Figure(figsize=(15, 0.5 + sum(heights)), layout="constrained")
     figure.suptitle(f"{run.name}, {tested_on(metrics)}", fontsize=10)
-    missed, alarms = worst(scored, metrics)
     for part, of, count, found in zip(
-            figure.subfigures(2, 1), ("abnormal images missed", "normal images flagged"),
-            (metrics["n_abnormal"], metrics["n_normal"]), (missed, alarms), strict=True):
+            figure.subfigures(2, 1, height_ratios=heights),
+            ("abnormal images missed", "normal images flagged"),
+            (metrics["n_abnormal"], metrics["n_normal"]), wrong, strict=True):
         first = found[:10]
         part.suptitle(f"{len(found)} of {count} {of}" + (
             f": the worst {len(first)}, by the score's percentile among validation normals"
@@ -1129,7 +1133,7 @@ def draw_worst(run: Run, source: Source, scored: Scored, metrics: dict, file: Pa
         for column, sample in enumerate(samples):
             key = sample.key.rpartition("/")[2]
             show_image(axes[0][column], images[column], f"{describe_sample(sample)}\npercentile "
-                       f"{percentiles[column]:.0f}\n{key if len(key) < 20 else '…' + key[-18:]}")
+                       f"{percentiles[column]:.0f}\n{key if len(key) < 17 else '…' + key[-15:]}")
             mask = lesion_mask(source, sample, run.config.image_size)
             shown = show_map(axes[1][column], images[column], maps[column], top, mask)
         for blank in axes[:, len(first):].flat:
