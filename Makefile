@@ -20,8 +20,9 @@ help: ## this list
 	@echo '  OUT=runs  PYTHON=python3  VENV=.venv'
 
 # The stamp is made only once pip has succeeded, so that a broken install is tried again.
+# config.py alone does nothing but refuse a Python that is too old.
 $(VENV)/.installed: requirements.txt
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@test -x $(PY) || { $(PYTHON) config.py && $(PYTHON) -m venv $(VENV); }
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

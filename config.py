@@ -9,14 +9,24 @@ here, so that `python train.py --help` answers at once.
     config = load_config("runs/unet/config.json")    # what a run was trained with
 """
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 (in a line, before what an older one cannot read)
+    print(f"Python 3.10 or newer is needed; {sys.executable} is {sys.version.split()[0]}. "
+          "With a newer one: make setup PYTHON=python3.12", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import dataclasses
 import difflib
+import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
 import os
-import sys
+import shlex
+import shutil
 import traceback
 import types
 import typing
@@ -366,7 +376,7 @@ def kaggle_credentials() -> dict[str, str]:
 
         token, _ = get_access_token_from_env()
     except ImportError:
-        raise UserError("--data kaggle: needs the kaggle package, 2.0 or newer: "
+        raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
                         "pip install -U kaggle") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = type(error).__name__
@@ -425,6 +435,42 @@ def _colab_secret(name: str) -> str | None:
 
 # ----------------------------------------------------------------------------------------------
 # Running a script
+
+
+# What requirements.txt asks for, less kaggle: package -> (the module in it, the oldest version).
+PACKAGES = {"torch": ("torch", "2.4"), "numpy": ("numpy", "1.26"), "pillow": ("PIL", "10.0"),
+            "requests": ("requests", "2.28"), "scikit-learn": ("sklearn", "1.3"),
+            "matplotlib": ("matplotlib", "3.8"), "tqdm": ("tqdm", "4.66")}
+
+
+def require_packages() -> None:
+    """UserError that says what to type if a package is missing."""
+    missing = [p for p, (module, _) in PACKAGES.items() if not importlib.util.find_spec(module)]
+    if not missing:
+        return
+    folder = Path(sys.argv[0]).parent
+    own, again = folder / ".venv/bin/python", shlex.join(sys.argv)
+    what = f"{sys.executable} lacks {', '.join(missing)}"
+    if own.exists() and os.path.abspath(folder / ".venv") != sys.prefix:
+        raise UserError(f"{what}; type: {own} {again}")
+    raise UserError(f"{what}; run make setup, then {own} {again}; or {sys.executable} -m pip "
+                    f"install -r {folder / 'requirements.txt'}")
+
+
+def command(script: str) -> str:
+    """What to type to start train.py or evaluate.py as this program was started."""
+    python, here = Path(sys.executable), Path(sys.argv[0])
+    for name in ("python", "python3"):
+        if (found := shutil.which(name)) and Path(found).parent == python.parent:  # it is active
+            start = name
+            break
+    else:
+        start = shlex.quote(os.path.relpath(python) if python.is_relative_to(Path.cwd())
+                            else str(python))
+    if script == "train.py" and (world := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
+        start = f"torchrun --nproc_per_node={world}"
+    where = here.with_name(script) if here.name in ("train.py", "evaluate.py") else script
+    return f"{start} {shlex.quote(str(where))}"
 
 
 def run_command(main: Callable[[], object], prog: str, when_interrupted: str = "") -> int:

@@ -47,7 +47,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from config import Config, UserError, kaggle_credentials, log
+from config import Config, UserError, command, kaggle_credentials, log
 from models import Draws
 
 NORMAL, ABNORMAL = 0, 1
@@ -2024,7 +2024,7 @@ def split_for_training(source: Source, config: Config) -> Splits:
         raise UserError(
             f"--data {source.spec}: {normals} normal images are too few to learn what is normal "
             f"(at least {MIN_NORMALS}). Train on a larger set, then score this one with: "
-            f"python evaluate.py RUN_FOLDER --data {source.spec}"
+            f"{command('evaluate.py')} RUN_FOLDER --data {source.spec}"
         )
     splits = split_samples(source.samples, config.samples)
     for name, part in (("training", splits.train), ("validation", splits.normals("val"))):

@@ -10,7 +10,7 @@
 import os
 import sys
 
-from config import UserError, command_line, make_parser, run_command
+from config import UserError, command, command_line, make_parser, require_packages, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
@@ -38,7 +38,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
 
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
-    if status := run_command(parse_arguments, "evaluate.py"):
+    if status := (run_command(parse_arguments, "evaluate.py")
+                  or run_command(require_packages, "evaluate.py")):
         sys.exit(status)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 
@@ -153,12 +154,14 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
     if folder.suffix == ".pt":
         raise UserError(f"{folder}: give the run folder, not a checkpoint")
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no run folder there; train one with python train.py")
+        raise UserError(f"{folder}: there is no run folder there; train one with "
+                        f"{command('train.py')}")
     state = load_checkpoint(folder / "best.pt")
     config = Config(**state["config"])
     if not state["scorer"]:
         raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
-                        f"go on with: python train.py --model {config.model} --resume {folder} "
+                        f"go on with: {command('train.py')} --model {config.model} --resume "
+                        f"{folder} "
                         f"(--epochs {state['epoch']} ends it now)")
     where, _ = choose_device(device)
     precision, _ = choose_precision(config.precision, where)

@@ -16,16 +16,19 @@ from config import (
     Config,
     Stopped,
     UserError,
+    command,
     flag,
     in_notebook,
     log,
     parse_config,
+    require_packages,
     run_command,
     run_folder,
 )
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
-    if status := run_command(lambda: parse_config(description=__doc__), "train.py"):
+    if status := (run_command(lambda: parse_config(description=__doc__), "train.py")
+                  or run_command(require_packages, "train.py")):
         sys.exit(status)
     # Threads that wait for each other then leave the core to whoever else wants it. Two programs
     # of spinning threads on the same cores slow each other down many times over.
@@ -1374,8 +1377,9 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     if wandb:
         send(wandb, {}, folder / "curves.png")
     report_data(loaders)
+    before = ", previous.pt" if (folder / "previous.pt").exists() else ""
     log.info(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
-             f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png, split.csv, "
+             f"{best['val_loss']:.4f}), last.pt{before}, log.csv, run.log, curves.png, split.csv, "
              "config.json")
     log.info(f"next      {command_to_evaluate(str(folder))}\n")
     return folder
@@ -1384,24 +1388,19 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
 def command_to_evaluate(folder: str) -> str:
     """What to type to test what was trained."""
     return f"evaluate({folder!r})" if in_notebook() else (
-        f"python evaluate.py {shlex.quote(folder)}")
+        f"{command('evaluate.py')} {shlex.quote(folder)}")
 
 
 def command_to_resume(config: Config) -> str:
     """What to type to go on with a run, as this program itself was started."""
     if in_notebook():
         return "the same cell again" if config.reuse else "the same cell, with reuse=True"
-    inside = Path(sys.executable).is_relative_to(Path.cwd())  # in .venv, which may not be active
-    start = os.path.relpath(sys.executable) if inside else "python"
-    if (world := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
-        start = f"torchrun --nproc_per_node={world}"
-    script = sys.argv[0] if sys.argv[0].endswith("train.py") else "train.py"
     where = "" if config.output_dir == "runs" else f" --output-dir {shlex.quote(config.output_dir)}"
     # What decides which folders are meant; all else is in these.
     for name in ("seed", "seeds"):
         if (value := getattr(config, name)) != getattr(Config, name):
             where += f" {flag(name)} {value}"
-    return f"{start} {shlex.quote(script)} --model {config.model}{where} --resume"
+    return f"{command('train.py')} --model {config.model}{where} --resume"
 
 
 def report_data(loaders: Loaders) -> None:

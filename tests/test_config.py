@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import config as config_module
-from config import Config, UserError, flag, load_config, parse_config
+from config import PACKAGES, Config, UserError, command, flag, load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,3 +140,59 @@ def test_help_and_mistakes_are_answered_without_loading_torch(script: str) -> No
 
 def test_config_is_importable_without_torch_and_numpy() -> None:
     assert not {"torch", "numpy"} & set(vars(config_module))
+
+
+def test_an_old_python_is_refused_in_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", "import sys; sys.version_info = (3, 9, 6)\n"
+                           "import config"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("Python 3.10 or newer is needed")
+    assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.parametrize("typed", [["train.py"], ["evaluate.py", "runs/a b"]])
+def test_missing_packages_are_named_with_what_to_type(tmp_path: Path, typed: list[str]) -> None:
+    for name in (typed[0], "config.py"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def start() -> str:  # -S: as if nothing had been installed
+        done = subprocess.run([sys.executable, "-S", *typed], cwd=tmp_path, capture_output=True,
+                              text=True)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+        return done.stderr
+
+    assert re.search("lacks torch, numpy, .*; run make setup, then .* -m pip install -r", start())
+    own = tmp_path / ".venv/bin/python"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert start().endswith(f"; type: .venv/bin/python {shlex.join(typed)}\n")
+
+
+def test_the_packages_that_are_looked_for_are_those_of_the_requirements() -> None:
+    wanted = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+    for name in ("torchvision", "kaggle", "pytest"):  # not needed by every command
+        del wanted[name]
+    assert {name: least for name, (_, least) in PACKAGES.items()} == wanted
+
+
+def test_what_to_type_next_names_the_python_and_the_place_of_this_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    own = tmp_path / ".venv/bin/python3"
+    own.parent.mkdir(parents=True)
+    for file in (own, own.with_name("python")):
+        file.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(own))
+    assert command("evaluate.py") == ".venv/bin/python3 evaluate.py"
+    monkeypatch.setenv("PATH", str(own.parent))  # the environment is active
+    assert command("evaluate.py") == "python evaluate.py"
+    monkeypatch.setenv("PATH", "/nowhere")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "argv", ["/my code/train.py"])
+    assert command("evaluate.py") == f"{own} '/my code/evaluate.py'"
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/colab_kernel_launcher.py"])
+    assert command("train.py") == f"{own} train.py"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert command("train.py") == "torchrun --nproc_per_node=4 train.py"

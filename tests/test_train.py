@@ -18,7 +18,7 @@ from conftest import tiny, write_image
 
 import data as data_module
 import train as train_module
-from config import Config, Stopped, UserError, load_config, parse_config
+from config import Config, Stopped, UserError, command, load_config, parse_config
 from data import read_splits
 from train import learning_rate_at, load_checkpoint, save_checkpoint, train
 
@@ -68,7 +68,8 @@ def test_a_run_leaves_what_it_promises_and_says_where(
     text = capsys.readouterr().out
     assert "BUILT-IN PHANTOM" in text.splitlines()[0]
     for words in ("settings  model unet", "device    cpu (as asked)", "train        64         0",
-                  "model     unet, ", f"python evaluate.py {folder}"):
+                  "model     unet, ", "last.pt, previous.pt, log.csv",
+                  f"next      {command('evaluate.py')} {folder}"):
         assert words in text
     assert load_config(folder).epochs == 2
     best = load_checkpoint(folder / "best.pt")
