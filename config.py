@@ -291,6 +291,8 @@ def parse_config(argv: list[str] | None = None, description: str = "",
     fields = {f.name: f for f in dataclasses.fields(Config)}
     parser = make_parser("train.py", description)
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON or TOML file")
+    parser.add_argument("--check", action="store_true", help="train nothing: say whether training "
+                        "with the other flags would work, and how long it would take")
     for f in fields.values():
         kind, _ = _type_of(f.name)
         default = "" if f.default is None else f"(default: {f.default})"
@@ -306,6 +308,7 @@ def parse_config(argv: list[str] | None = None, description: str = "",
             parser.add_argument(flag(f.name), metavar=shown, **about)
 
     flags = vars(parser.parse_args(command_line() if argv is None else argv))
+    del flags["check"]  # no setting, but what train.py does with them
     layers: dict[str, object] = {}
     if file := flags.pop("config"):
         layers |= read_config_file(file)

@@ -3,6 +3,7 @@
     python train.py --model unet                             on the built-in phantom
     python train.py --model both --data my_xrays --epochs 30
     python train.py --model unet --resume                    go on where it stopped
+    python train.py --model both --data my_xrays --check     would that work, and how long?
     torchrun --nproc_per_node=2 train.py --model unet        on two GPUs
 
 Every flag can also come from the environment (IMGAE_EPOCHS=5) or from --config FILE.
@@ -13,12 +14,15 @@ import sys
 
 from config import (
     MODELS,
+    PACKAGES,
     Config,
     Stopped,
     UserError,
     command,
+    command_line,
     flag,
     in_notebook,
+    kaggle_credentials,
     log,
     parse_config,
     require_packages,
@@ -40,11 +44,13 @@ import ctypes
 import dataclasses
 import datetime
 import hashlib
+import importlib
 import io
 import json
 import logging
 import math
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -56,6 +62,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import requests
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -378,6 +385,10 @@ def save_checkpoint(state: dict, path: Path, previous: Path | None = None) -> No
         raise cannot_write(path, error) from None
 
 
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def cannot_write(file: Path, error: Exception) -> UserError:
     """What to say of a file that a run must write and cannot."""
     room = shutil.disk_usage(file.parent).free
@@ -406,7 +417,7 @@ def load_checkpoint(path: Path, model: str | None = None) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         ours = isinstance(state, dict) and {"format", "model", "config"} <= state.keys()
     except Exception as error:  # damage shows as many kinds of errors in the readers
-        reason = str(error).strip().split("\n")[0][:160]
+        reason = first_line(error)[:160]
         raise Damaged(f"{path}: not a readable checkpoint, perhaps cut short or not ours "
                       f"({type(error).__name__}: {reason})") from None
     if not ours:
@@ -456,13 +467,20 @@ def checkpoint_to_resume(config: Config) -> tuple[Path, dict] | None:
         raise
 
 
-def refuse_changes(saved: dict, config: Config, path: Path) -> None:
-    """UserError with the list of differences if this is not the run that the checkpoint is of."""
-    now = dataclasses.asdict(config)
+def refuse_changes(state: dict, config: Config, path: Path, fingerprint: str, world: int) -> None:
+    """UserError that says what differs if the run that the checkpoint is of cannot go on so."""
+    if "optimizer" not in state:
+        raise UserError(f"{path}: holds weights only; resume from the last.pt beside it")
+    saved, now = state["config"], dataclasses.asdict(config)
     changed = [f"{flag(k)} was {saved.get(k)!r}, is {now[k]!r}" for k in now
                if k not in CHANGEABLE and saved.get(k) != now[k]]
     if changed:
         raise UserError(f"{path}: cannot be resumed with other settings: {'; '.join(changed)}")
+    if state["world"] != world:
+        raise UserError(f"{path}: of a run with {state['world']} processes, and not {world}; go "
+                        f"on with torchrun --nproc_per_node={state['world']}")
+    if state["data_fingerprint"] != fingerprint:
+        raise UserError(f"{path}: the images in {config.data} have changed since")
 
 
 def same_run(state: dict, config: Config, fingerprint: str, *also: str) -> bool:
@@ -560,6 +578,12 @@ def make_optimizer(config: Config, model: nn.Module, device: torch.device,
 
 def is_large(parameter: Tensor) -> bool:
     return parameter.ndim == 2 and parameter.numel() >= LARGE_MATRIX
+
+
+def moment_bytes(parameter: Tensor, config: Config) -> int:
+    """What the optimizer keeps of the past of a parameter, nearly."""
+    lean = 2 if is_large(parameter) else 8
+    return parameter.numel() * (4 if config.optimizer == "sgd" else lean)
 
 
 @torch.no_grad()
@@ -744,11 +768,8 @@ def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: 
                 m.factors is not None}
     fixed = max(0, two - 2 * image)
     for p in run.model.parameters():
-        lean = config.optimizer != "sgd" and is_large(p)
-        gradient = 0 if p in factored else 4
-        moments = 0 if run.optimizer.state else (
-            4 if config.optimizer == "sgd" else 2 if lean else 8)
-        fixed += p.numel() * (gradient + moments)
+        moments = 0 if run.optimizer.state else moment_bytes(p, config)
+        fixed += moments + (0 if p in factored else 4 * p.numel())
     # What whole steps took on a CPU was 1.44 to 1.64 times that: gradients of activations, what
     # convolutions work in, and the allocator's own.
     return lambda count: int(1.6 * (fixed + count * image))
@@ -757,18 +778,13 @@ def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: 
 def fit_into_memory(run: Run, config: Config, loaders: Loaders, device: torch.device,
                     precision: str, ranks: Ranks) -> None:
     """Take fewer images at a time, if the whole batch would not fit into the free memory."""
-    free = free_memory(device)
+    free = memory_for_steps(device, loaders)
     batch = math.ceil(loaders.train.dataset.batch_size / ranks.world)
     run.micro_batch = min(batch, config.micro_batch or batch)
     if free is None or config.micro_batch:
         return
-    if device.type == "cpu":  # which also holds the images
-        free -= sum(loader.dataset.allotted for loader in loaders[:3])
     need = memory_of_a_step(run, config, device, precision)
-    micro = run.micro_batch
-    while micro > 1 and need(micro) > 0.9 * free:
-        micro = math.ceil(micro / 2)
-    run.micro_batch = int(ranks.least(micro))
+    run.micro_batch = int(ranks.least(parts_that_fit(run.micro_batch, need, free)))
     if run.micro_batch < batch:
         log.info(f"memory    a step with all {batch} images takes about {need(batch) / 2**30:.1f} "
                  f"GB, {free / 2**30:.1f} are free: {run.micro_batch} are taken at a time, their "
@@ -776,6 +792,22 @@ def fit_into_memory(run: Run, config: Config, loaders: Loaders, device: torch.de
     if need(run.micro_batch) > free:
         log.warning(f"careful: even that takes about {need(run.micro_batch) / 2**30:.1f} GB; a "
                     "smaller --width or --image-size would take less")
+
+
+def memory_for_steps(device: torch.device, loaders: Loaders | None) -> int | None:
+    """Bytes that training steps may take on the device: what is free, less what the images will
+    take there; None if that is not known."""
+    free = free_memory(device)
+    if free is not None and loaders and device.type == "cpu":
+        free -= sum(loader.dataset.allotted for loader in loaders[:3])
+    return free
+
+
+def parts_that_fit(batch: int, need: Callable[[int], int], free: int) -> int:
+    """How many images of a batch to take at a time, so that a step fits into the free memory."""
+    while batch > 1 and need(batch) > 0.9 * free:
+        batch = math.ceil(batch / 2)
+    return batch
 
 
 def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, batch_size: int,
@@ -1042,7 +1074,7 @@ def train(config: Config) -> list[Path]:
     try:
         return train_all(config, ranks)
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = first_line(error)[:200]
         if is_out_of_memory(error):
             raise UserError(f"out of memory ({reason}); try a smaller --micro-batch, --width or "
                             "--image-size") from None
@@ -1052,28 +1084,38 @@ def train(config: Config) -> list[Path]:
         raise
 
 
-def train_all(config: Config, ranks: Ranks) -> list[Path]:
-    """What `train` says, among the processes of `ranks`."""
+def complete(config: Config) -> Config:
+    """The configuration, with what it leaves open filled in."""
     synthetic = config.data == "synthetic"
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config, epochs=config.epochs or (3 if synthetic else 20),
         samples=config.samples or (PHANTOM_SAMPLES if synthetic else None),
         # Absolute, so that the run can be evaluated from anywhere.
         data=config.data if synthetic or not os.path.exists(config.data)
         else os.path.abspath(config.data))
+
+
+def one_by_one(config: Config) -> list[Config]:
+    """A configuration for each run: every model, with every seed."""
+    models = MODELS if config.model == "both" else (config.model,)
+    return [dataclasses.replace(config, model=model, seed=config.seed + i, seeds=1)
+            for i in range(config.seeds) for model in models]
+
+
+def train_all(config: Config, ranks: Ranks) -> list[Path]:
+    """What `train` says, among the processes of `ranks`."""
+    config = complete(config)
     # The machine and the models come first: what they refuse costs no reading of data.
     device = ranks.meet(choose_device(config.device)[0])
     if config.deterministic:
         be_deterministic()
-    models = MODELS if config.model == "both" else (config.model,)
-    configs = [dataclasses.replace(config, model=model, seed=config.seed + i, seeds=1)
-               for i in range(config.seeds) for model in models]
+    configs = one_by_one(config)
     for each in configs:
         with torch.device("meta"):
             create_model(each.model, each)
         if each.resume not in (None, "auto") and not os.path.exists(each.resume):
             raise UserError(f"--resume {each.resume}: there is no checkpoint there")
-    if synthetic:
+    if config.data == "synthetic":
         log.info("This trains on the BUILT-IN PHANTOM: drawn films, not real X-rays. For your own "
                  "images give --data FOLDER.")
     source = open_source(config)
@@ -1171,14 +1213,7 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
             log.warning(f"reuse     {error}: not reused")
     checkpoint, state = found or (None, None)
     if state:
-        if "optimizer" not in state:
-            raise UserError(f"{checkpoint}: holds weights only; resume from the last.pt beside it")
-        refuse_changes(state["config"], config, checkpoint)
-        if state["world"] != ranks.world:
-            raise UserError(f"{checkpoint}: of a run with {state['world']} processes, and not "
-                            f"{ranks.world}; go on with torchrun --nproc_per_node={state['world']}")
-        if state["data_fingerprint"] != fingerprint:
-            raise UserError(f"{checkpoint}: the images in {config.data} have changed since")
+        refuse_changes(state, config, checkpoint, fingerprint, ranks.world)
 
     precision, why_precision = choose_precision(config.precision, device)
     if state and config.precision == "auto" and state["device"] == device.type:
@@ -1414,27 +1449,38 @@ def report_data(loaders: Loaders) -> None:
             log.warning(f"skipped   {key} ({name}): {reason}")
 
 
-def start_wandb(config: Config, run: Run, folder: Path) -> object | None:
-    """A run at Weights & Biases, the one before if this run goes on; None if it cannot be had."""
-    os.environ.setdefault("WANDB_SILENT", "true")
+def find_wandb(verify: bool = False) -> types.ModuleType:
+    """The wandb package. UserError if it is missing or has no key: it would ask for one, and wait.
+
+    verify: also ask the server whether it takes the key.
+    """
+    for name, value in (("SILENT", "true"), ("INIT_TIMEOUT", "30"), ("FINISH_TIMEOUT", "120")):
+        os.environ.setdefault(f"WANDB_{name}", value)
     try:
         import wandb
+    except ImportError:
+        raise UserError("not installed: pip install wandb") from None
+    if os.environ.get("WANDB_MODE", "online") == "online":
+        keys = [os.environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE")]
+        hosts = (os.environ.get("WANDB_BASE_URL", ""), wandb.Settings().base_url,
+                 "https://api.wandb.ai")  # .netrc may hold a key for one of them
+        if not any([*keys, *map(requests.utils.get_netrc_auth, hosts)]):
+            raise UserError("no key: set WANDB_API_KEY, run wandb login, or set WANDB_MODE=offline")
+        if verify and not wandb.login(verify=True):
+            raise UserError("the key is not accepted")
+    return wandb
 
-        # Where there is no key, init would ask for one, and wait.
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-            raise ValueError("no key: set WANDB_API_KEY, run wandb login, or set "
-                             "WANDB_MODE=offline")
-        there = wandb.init(
+
+def start_wandb(config: Config, run: Run, folder: Path) -> object | None:
+    """A run at Weights & Biases, the one before if this run goes on; None if it cannot be had."""
+    try:
+        there = find_wandb().init(
             project=config.wandb_project, name=folder.name, id=run.wandb_id, resume="allow",
-            dir=str(folder), config=dataclasses.asdict(config),
-            settings=wandb.Settings(init_timeout=30, finish_timeout=120, silent=True))
+            dir=str(folder), config=dataclasses.asdict(config))
         run.wandb_id = there.id
         return there
-    except ImportError:
-        log.warning("wandb     is not installed (pip install wandb): going on without it")
     except Exception as error:  # whatever it is, training matters more
-        reason = str(error).strip().split("\n")[0]
-        log.warning(f"wandb     cannot be used ({reason}): going on without it")
+        log.warning(f"wandb     cannot be used ({first_line(error)}): going on without it")
     return None
 
 
@@ -1506,8 +1552,217 @@ def plot_curves(axes: object, rows: list[dict], title: str, colour: str, colour_
     axes.grid(alpha=0.25)
 
 
+# ----------------------------------------------------------------------------------------------
+# Whether training would work
+
+
+class Findings:
+    """Tells what was found, a line each: ok, careful, or FAILS."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def tell(self, level: str, what: str, text: str) -> None:
+        if level == "FAILS":
+            self.failed.append(what)
+        log.info(f"{level:<9}{what:<13}" + text.replace("\n", "\n" + " " * 22))
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """What goes wrong inside is told as a failure, and all that comes after it goes on."""
+        try:
+            yield
+        except (UserError, OSError, ImportError, RuntimeError, MemoryError) as error:
+            text = str(error) if isinstance(error, UserError) else first_line(error)
+            self.tell("FAILS", what, text)
+
+
+def check(config: Config) -> list[str]:
+    """Tell whether training with this configuration would work, and how long it would take.
+
+    Nothing is trained, and nothing is left on the disk. What failed, by name; [] if nothing did.
+    """
+    findings, ranks, config = Findings(), Ranks(), complete(config)
+    on, tell = findings.on, findings.tell
+    if ranks.world > 1:
+        raise UserError("--check: start it as one process, without torchrun")
+    with on("versions"):
+        found = {p: importlib.import_module(m).__version__ for p, (m, _) in PACKAGES.items()}
+        old = [f"{p} must be {least} or newer: pip install -U {p}"
+               for p, (_, least) in PACKAGES.items()
+               if [*map(int, re.findall(r"\d+", found[p]))] < [*map(int, least.split("."))]]
+        versions = {"Python": platform.python_version()} | found
+        tell("careful" if old else "ok", "versions", "\n".join(textwrap.wrap(", ".join(
+            f"{p} {v}" for p, v in versions.items()), 78) + old))
+    device, precision = choose_device("auto")[0], "fp32"  # to go on with where this fails
+    with on("device"):
+        device, why = choose_device(config.device)
+        precision, why_precision = choose_precision(config.precision, device)
+        tell("ok", "device", f"{device} ({why}), {precision} ({why_precision})")
+    if config.deterministic:
+        be_deterministic()
+
+    source, loaders, remote = None, None, config.data.startswith("kaggle:")
+    with on("kaggle"):
+        try:
+            kind = "an access token" if "api_token" in kaggle_credentials() else "a name and key"
+            source = open_source(config) if remote else None
+            tell("ok", "kaggle", f"{kind} found, " + (
+                "and accepted" if remote else "not needed for this data"))
+        except UserError as error:
+            if remote:
+                raise
+            tell("ok", "kaggle", f"not needed for this data ({str(error).partition('. ')[0]})")
+    if config.wandb:
+        try:
+            find_wandb(verify=True)
+            tell("ok", "wandb", "can be used")
+        except Exception as error:  # as in start_wandb
+            tell("careful", "wandb", f"{first_line(error)}; training would go on without it")
+    with on("data"):
+        if source or not remote:
+            source = source or open_source(config)
+            if config.batch_size is None:
+                size = automatic_batch(one_by_one(config), source, device, ranks)
+                config = dataclasses.replace(config, batch_size=size)
+            loaders = create_dataloaders(config, source=source)
+            tell("ok", "data", describe(source, loaders.splits).removeprefix("data").strip())
+    # A few images: whether they can be read, how fast, and something to try steps on.
+    shape, reading = (config.batch_size or 8, 1, config.image_size, config.image_size), 0.0
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    with on("images"):
+        if loaders:
+            stream, began, count = loaders.train.dataset, time.monotonic(), 0
+            with contextlib.closing(iter(stream)) as batches:
+                for images, _ in batches:
+                    count += len(images)
+                    reading = (time.monotonic() - began) / count  # seconds an image
+                    if count >= 64 or reading * count > 5:
+                        break
+            bad = [f"{name} cannot be read: {reason}" for name, reason in stream.bad.items()]
+            tell("careful" if bad else "ok", "images", "\n".join(
+                [f"{count} read as a trial, {1 / reading:,.0f} a second", *bad]))
+
+    sizes = {}
+    for each in one_by_one(config):
+        with on(each.model):  # as where the image size does not suit it
+            sizes[each] = checkpoint_bytes(each)
+    with on("disk"):
+        tell("ok", "disk", look_at_disk(config.output_dir, sizes))
+    seconds, speeds = 0.0, {}
+    for each in sizes:
+        if each.model in findings.failed:  # with another seed
+            continue
+        with on(each.model):
+            found = checkpoint_to_resume(each) if each.resume else None
+            if found and source:
+                refuse_changes(found[1], each, found[0], source.fingerprint(), ranks.world)
+            if each.model not in speeds:
+                speeds[each.model] = try_steps(each, images, loaders, sizes[each][0], device,
+                                               precision, ranks, tell)
+            training, validation = speeds[each.model]
+            if loaders:
+                epochs = each.epochs - (found[1]["epoch"] if found else 0)
+                n, n_val = (len(loader.dataset.samples) for loader in loaders[:2])
+                kept = sum(loader.dataset.divide()[1] for loader in loaders[:2])
+                again = epochs * (n + n_val - kept)
+                seconds += reading * (again if seconds else again + kept) + (
+                    epochs * (n * training + n_val * validation)
+                    + (min(n, CALIBRATION_IMAGES) + n_val) * validation)
+    if seconds and not findings.failed:
+        minutes = math.ceil(seconds / 60)
+        hours = f"{minutes // 60} h " if minutes >= 60 else ""
+        runs = f"{len(sizes)} runs of " if len(sizes) > 1 else ""
+        tell("ok", "time", f"about {hours}{minutes % 60} min for {runs}{config.epochs} epochs of "
+             f"{n:,} images\nless if early stopping ends it; writing checkpoints comes on top")
+    return findings.failed
+
+
+def checkpoint_bytes(config: Config) -> tuple[int, int]:
+    """(bytes of last.pt, bytes of best.pt), nearly: weights, and moments with the former."""
+    with torch.device("meta"):
+        model = create_model(config.model, config)
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return weights + sum(moment_bytes(p, config) for p in model.parameters()), weights
+
+
+def look_at_disk(output_dir: str, sizes: dict[Config, tuple[int, int]]) -> str:
+    """What room there is for the run folders. UserError if it is too little or may not be used."""
+    there = Path(output_dir)
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"--output-dir {output_dir}: {there} is a file")
+    need = max((last for last, _ in sizes.values()), default=0)  # under its temporary name
+    for config, (last, best) in sizes.items():
+        folder = run_folder(config)
+        make_run_folder(folder if folder.exists() else there)
+        need += 2 * last + best * (1 + config.epochs // (config.keep_every or config.epochs + 1))
+        if config.resume:
+            need -= sum(p.stat().st_size for p in folder.glob("*.pt"))
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise UserError(f"--output-dir {output_dir}: checkpoints take {size_of(need)} there, and "
+                        f"{size_of(free)} are free; make room, or name another disk")
+    return f"{size_of(free)} are free for {output_dir}, checkpoints take {size_of(max(need, 0))}"
+
+
+def try_steps(config: Config, images: Tensor, loaders: Loaders | None, kept: int,
+              device: torch.device, precision: str, ranks: Ranks,
+              tell: Callable[[str, str, str], None]) -> tuple[float, float]:
+    """Seconds an image of training and of validation, from steps on a batch of images; tells
+    them, and what memory a step takes. UserError if that is too much.
+
+    kept: bytes of the weights and the optimizer's moments.
+    """
+    free = memory_for_steps(device, loaders)
+    if free is not None and kept > free:
+        raise UserError(f"weights and their moments alone take {size_of(kept)} of memory, and "
+                        f"{size_of(max(0, free))} are free beside the images; try a smaller "
+                        "--width or --memory-limit-gb")
+    run = start_run(config, device, precision)
+    need, free = memory_of_a_step(run, config, device, precision), memory_for_steps(device, loaders)
+    batch = len(images)
+    run.micro_batch = min(batch, config.micro_batch or batch)
+    if free is not None:
+        if not config.micro_batch:
+            run.micro_batch = parts_that_fit(batch, need, free)
+        if need(run.micro_batch) > free:
+            raise UserError(f"with {run.micro_batch} images at a time a step takes "
+                            f"{size_of(need(run.micro_batch))} of memory, and "
+                            f"{size_of(max(0, free))} are free; try a smaller --micro-batch, "
+                            "--width or --image-size")
+    objective: nn.Module = Objective(run.model)
+    if config.compile:
+        objective = torch.compile(objective)
+    for run.step in range(3):  # the first ones are slower
+        began = time.monotonic()
+        train_step(run, objective, images, config, batch, device, precision, ranks)
+        training = (time.monotonic() - began) / batch
+    began = time.monotonic()
+    validate(run.model, [(images, None)], config, device, precision, ranks, run.micro_batch)
+    validation = (time.monotonic() - began) / batch
+    parts = f", {run.micro_batch} at a time," if run.micro_batch < batch else ""
+    there = f"; {size_of(free)} are free" if free is not None else ""
+    tell("careful" if parts and not config.micro_batch else "ok", config.model,
+         f"{sum(p.numel() for p in run.model.parameters()):,} parameters\n"
+         f"a step of {batch} images{parts} takes {training * batch:.2f} s ({1 / training:,.1f} "
+         f"images/s), {size_of(need(run.micro_batch))} of memory{there}")
+    return training, validation
+
+
+def size_of(count: float) -> str:
+    """A number of bytes, to be read by people."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
 def main() -> None:
-    train(parse_config(description=__doc__))
+    config = parse_config(description=__doc__)
+    if "--check" in command_line():
+        if failed := check(config):
+            raise UserError(f"training would not work as it is: see {', '.join(failed)} above")
+        return
+    train(config)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -679,21 +679,21 @@ def test_a_compiled_model_trains_and_its_weights_load_without(tmp_path: Path) ->
 class FakeWandb(types.ModuleType):
     """What train.py uses of wandb; `broken` names what raises."""
 
-    def __init__(self, broken: str = "", key: str | None = "key") -> None:
+    def __init__(self, broken: str = "") -> None:
         super().__init__("wandb")
         self.broken, self.rows, self.ids, self.finished = broken, [], [], 0
-        self.key = key
         self.id = "abc123"
 
     def _maybe_break(self, what: str) -> None:
         if self.broken == what:
             raise ConnectionError("the network is dead")
 
-    def login(self, prompt: bool) -> bool:
-        assert not prompt, "it would wait for an answer"
-        return bool(self.key)
+    def login(self, verify: bool) -> bool:
+        self._maybe_break("login")
+        return verify
 
     def init(self, **how: object) -> "FakeWandb":
+        assert os.environ["WANDB_API_KEY"], "it would ask for a key, and wait"
         self._maybe_break("init")
         self.ids.append(how["id"])
         self.project = how["project"]
@@ -707,8 +707,8 @@ class FakeWandb(types.ModuleType):
         self._maybe_break("finish")
         self.finished += 1
 
-    def Settings(self, **how: object) -> dict:
-        return how
+    def Settings(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(base_url="https://wandb.example")
 
     def Image(self, path: str) -> str:
         return path
@@ -719,6 +719,7 @@ def test_wandb_gets_the_rows_of_the_csv_and_the_curves_and_a_resumed_run_goes_on
 ) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "key")
     train(tiny(tmp_path, wandb=True, wandb_project="films", epochs=1))
     folder, = train(tiny(tmp_path, wandb=True, epochs=2, resume="auto"))
     rows = [{k: str(v) for k, v in row.items()} for row in fake.rows if "epoch" in row]
@@ -731,13 +732,15 @@ def test_wandb_gets_the_rows_of_the_csv_and_the_curves_and_a_resumed_run_goes_on
 
 
 @pytest.mark.parametrize(("wandb", "says"), [
-    (None, "wandb     is not installed"), (FakeWandb(key=None), "no key: set WANDB_API_KEY"),
+    (None, "not installed: pip install wandb"), (FakeWandb(), "no key: set WANDB_API_KEY"),
     *[(FakeWandb(broken), "the network is dead") for broken in ("init", "log", "finish")]])
 def test_wandb_never_stops_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     wandb: FakeWandb | None, says: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_API_KEY", "" if "no key" in says else "key")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     folder, = train(tiny(tmp_path, wandb=True, epochs=1))
     assert len([x for x in capsys.readouterr().out.splitlines() if says in x]) == 1
     assert (folder / "curves.png").exists()
