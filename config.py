@@ -25,6 +25,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import traceback
@@ -257,11 +258,17 @@ class _Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one line, and suggests what was meant."""
 
     def error(self, message: str) -> typing.NoReturn:
+        message = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        message = re.sub(r"invalid int value: (.*)", r"\1 is not a whole number", message)
+        message = message.replace("expected one argument", "a value is missing after it")
         wrong = message.removeprefix("unrecognized arguments: ")
-        if wrong != message:
+        if wrong != message and not wrong.startswith("-"):
+            message = (f"{wrong.split()[0]} stands alone; images are named with --data, and a name "
+                       "with spaces needs quotes")
+        elif wrong != message:
             names = [s for a in self._actions for s in a.option_strings]
             close = difflib.get_close_matches(wrong.split()[0].split("=")[0], names, 1)
-            message = f"unknown flag {wrong.split()[0]}" if wrong.startswith("-") else message
+            message = f"unknown flag {wrong.split()[0]}"
             message += f"; did you mean {close[0]}?" if close else "; --help lists the flags"
         raise UserError(message)
 

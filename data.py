@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import difflib
 import email.utils
 import errno
 import hashlib
@@ -43,7 +44,7 @@ import requests
 import torch
 import torch.nn.functional as F
 import urllib3
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -444,7 +445,8 @@ class FolderSource(Source):
         self.spec, self.name = spec, re.sub(r"[^\w.-]+", "_", name) or "folder"
         self.left_out = Counter()
         if not path.exists():
-            raise UserError(f"--data {spec}: there is nothing at {path.resolve()}")
+            raise UserError(f"--data {spec}: there is nothing at {path.resolve()}; "
+                            + instead_of(spec, path))
         self.root = path if path.is_dir() else path.parent
         if path.is_dir():
             names = []
@@ -460,10 +462,12 @@ class FolderSource(Source):
             if absent:
                 raise UserError(
                     f"--data {spec}: {len(absent)} of the {len(listed)} files it lists are "
-                    f"not there, the first is {self.root / absent[0]}"
+                    f"not there, the first is {self.root / absent[0]}; paths are relative to "
+                    "the CSV"
                 )
         else:
-            raise UserError(f"--data {spec}: neither a folder nor a CSV file")
+            raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
+                            "first, and give a single image to evaluate.py with --image")
         self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
         self.title = f"{layout.title} in {path.resolve()}"
 
@@ -475,6 +479,16 @@ class FolderSource(Source):
             return (self.root / sample.key).stat().st_size
         except OSError:  # a dangling link: found unreadable later on
             return 0
+
+
+def instead_of(spec: str, path: Path) -> str:
+    """What may have been meant by a --data that is not there."""
+    if m := re.search(r"kaggle\.com/(?:datasets/)?([\w.-]+/[\w.-]+)", spec):
+        return f"to read it from Kaggle: --data kaggle:{m[1]}"
+    near = [p.name for p in path.parent.glob("*") if p.is_dir() or p.suffix.lower() == ".csv"]
+    close = difflib.get_close_matches(path.name, [*near, "synthetic"], 1)
+    return f"did you mean {path.with_name(close[0]) if close[0] in near else close[0]}?" if close \
+        else "give a folder, a CSV, kaggle:owner/name, or synthetic"
 
 
 class Layout(NamedTuple):
@@ -544,11 +558,15 @@ def read_class_folders(images: list[str], where: str, left_out: Counter) -> Layo
         patient, kermany_finding = _patient_from_name(PurePosixPath(name).name)
         samples.append(Sample(name, patient or name, label, kermany_finding or finding, "", split))
     if not any(s.label == NORMAL for s in samples):
-        found = ", ".join(sorted({p.as_posix() for p in parents.values()})[:6])
+        above = PurePosixPath(os.path.abspath(where))
+        if above.name.lower() in NORMAL_NAMES:
+            raise UserError(f"--data {where}: give the folder above it, {above.parent}, in which "
+                            f"{above.name} is then found")
+        found = ", ".join(sorted({p.as_posix() for p in parents.values()} - {"."})[:6])
         raise UserError(
-            f"--data {where}: no folder of normal images among its {len(images)} images; call it "
-            f"normal (or NORMAL, good, healthy) or list the images in a CSV; folders found: {found}"
-        )
+            f"--data {where}: none of its {len(images)} images is known to be normal; put those "
+            "that are into a folder normal (or NORMAL, good, healthy) and others beside it, or "
+            f"list all in a CSV; {f'folders found: {found}' if found else 'it has no folders'}")
     kermany = any(s.finding in ("bacteria", "virus") for s in samples)
     return Layout("chest X-rays as Kermany laid them out" if kermany else
                   "folders of normal and abnormal images", samples)
@@ -596,7 +614,8 @@ def read_csv_of_paths(
         if not _has_columns(text, group):
             header = text.split("\n", 1)[0].strip()
             raise UserError(f"--data {where}: {file} has no column {group[0]} (or "
-                            f"{', '.join(group[1:])}); its columns are: {header[:200]}")
+                            f"{', '.join(group[1:])}); its columns, parted by commas, are: "
+                            f"{header[:200]}")
     there = None if images is None else set(images)
     samples, masks, seen = [], {}, set()
     for number, row in enumerate(_rows(text), start=2):
@@ -1499,6 +1518,10 @@ def decode_image(data: bytes, size: int, budget: "Budget | None" = None,
             return _grey_square(image, size)
     except Image.DecompressionBombError:
         raise BadImage("more pixels than any radiograph") from None
+    except UnidentifiedImageError:
+        page = bytes(data[:100]).lstrip()[:1] == b"<"
+        raise BadImage("a web page or XML, and no image" if page else
+                       "no image of a known format" if data else "an empty file") from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
         # What Pillow's decoders raise on damaged files.
         raise BadImage(str(error).split("<")[0].strip() or type(error).__name__) from None
@@ -1966,7 +1989,8 @@ class ImageStream(IterableDataset):
         if self.stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * len(self.samples)):
             raise UserError(
                 f"--data {self.source.spec}: {len(self.bad)} of {len(self.samples)} images cannot "
-                f"be read, more than {MAX_BAD_SHARE:.0%}; the last is {key}: {reason}"
+                f"be read, more than {MAX_BAD_SHARE:.0%}; the last is {key}: {reason}. Replace "
+                "or remove them"
             )
 
 
@@ -2032,6 +2056,9 @@ def split_for_training(source: Source, config: Config) -> Splits:
             raise UserError(f"--data {source.spec}: its {normals} normal images leave {len(part)} "
                             f"for {name}, because whole patients are kept together and a "
                             "prescribed test split is kept as it is")
+    if (config.batch_size or 0) > len(splits.train):
+        splits.notes.append(f"--batch-size {config.batch_size}: more than there are training "
+                            "images, which all make one step")
     if not isinstance(source, PhantomSource) and (pairs := duplicates_across(source, splits)):
         splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
                             f"{pairs[0][0]} and {pairs[0][1]}")

@@ -16,7 +16,7 @@ from config import UserError, command, command_line, make_parser, require_packag
 def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
     """Keyword arguments for `evaluate` or `predict` from the command line."""
     parser = make_parser("evaluate.py", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, e.g. runs/unet, or "
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or "
                         "the folder above: what was trained there last, all models and seeds")
     parser.add_argument("--data", metavar="SPEC", help="other data to test on: synthetic, a "
                         "folder, a CSV or kaggle:owner/name (default: what the run was trained on)")
@@ -32,6 +32,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
                         "in the run folder)")
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
     arguments = vars(parser.parse_args(command_line() if argv is None else argv))
+    if not arguments["runs"]:
+        raise UserError("which run? Name its folder, such as runs/unet; --help says more")
     if arguments["samples"] is not None and arguments["samples"] < 1:
         raise UserError(f"--samples: {arguments['samples']} is less than 1")
     return arguments
@@ -156,13 +158,18 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no run folder there; train one with "
                         f"{command('train.py')}")
+    if not (folder / "best.pt").exists():
+        inside = shlex.join(str(p.parent) for p in sorted(folder.glob("*/best.pt")))
+        raise UserError(f"{folder}: " + (
+            f"not a run folder itself; in it are {inside}" if inside else
+            "holds no trained model, not even of one epoch; train one with "
+            f"{command('train.py')}"))
     state = load_checkpoint(folder / "best.pt")
     config = Config(**state["config"])
     if not state["scorer"]:
         raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
                         f"go on with: {command('train.py')} --model {config.model} --resume "
-                        f"{folder} "
-                        f"(--epochs {state['epoch']} ends it now)")
+                        f"{folder} (--epochs {state['epoch']} ends it now)")
     where, _ = choose_device(device)
     precision, _ = choose_precision(config.precision, where)
     model = create_model(config.model, config)
@@ -614,7 +621,12 @@ def evaluate(
         config = run.config if data is None else dataclasses.replace(
             run.config, data=data, samples=None)
         key = (config.data, config.image_size, config.samples)
-        source = opened[key] = opened.get(key) or open_source(config)
+        try:
+            source = opened[key] = opened.get(key) or open_source(config)
+        except UserError as error:
+            raise error if data else UserError(
+                f"{error}. {run.folder} was trained on it: if it lies elsewhere now, name that "
+                "place with --data") from None
         chosen, external, notes = samples_to_score(run, source, split)
         chosen = draw_evenly(chosen, samples)
         if not chosen:
@@ -1628,7 +1640,8 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
                    ) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"--image {image}: no images in this folder")
+        raise UserError(f"--image {image}: no images in this folder (looked for "
+                        f"{', '.join(IMAGE_SUFFIXES)})")
     folder = Path(out) if out else loaded.folder / "predictions"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ def test_images_that_cannot_be_read_are_named(found: Found, xrays: Path, tmp_pat
         name.write_text("<html>404</html>")
     failed, told = found(**config)
     assert failed == [] and told["images"].startswith("careful ")
-    assert re.search(r"normal/00\d\.png cannot be read: cannot identify", told["images"])
+    assert re.search(r"normal/00\d\.png cannot be read: a web page or XML, and no", told["images"])
     for name in sorted((data / "normal").iterdir())[3:20]:
         name.write_text("<html>404</html>")
     failed, told = found(**config)

@@ -62,7 +62,8 @@ def test_settings_can_be_toml(tmp_path: Path) -> None:
     (["--learning-rate", "nan"], "--learning-rate: nan is not a number"),
     (["--learn", "1"], "unknown flag --learn"),
     (["--config", "/no/such.json"], "/no/such.json: cannot be read"),
-    (["surplus"], "surplus"),
+    (["surplus"], "surplus stands alone; images are named with --data, and a name with spaces"),
+    (["--data"], "--data: a value is missing after it"),
 ])
 def test_a_wrong_flag_is_one_line_that_says_what_is_legal(argv: list[str], says: str) -> None:
     with pytest.raises(UserError, match="^[^\n]*$") as error:

@@ -201,8 +201,10 @@ def test_class_folders_need_a_normal_one_and_take_its_neighbours_as_abnormal() -
         ("test/good/b.png", 0, "", "test"), ("test/scratch/c.png", 1, "scratch", "test"),
         ("train/good/a.png", 0, "", "train")]
     assert sum(left_out.values()) == 1
-    with pytest.raises(UserError, match=r"no folder of normal images.*folders found: pictures"):
+    with pytest.raises(UserError, match=r"2 images is known to be normal.*found: pictures"):
         layout(["pictures/a.png", "pictures/b.png"])
+    with pytest.raises(UserError, match=r"into a folder normal.*it has no folders$"):
+        layout(["a.png", "b.png"])
 
 
 def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> None:
@@ -240,13 +242,35 @@ def test_a_wrong_csv_is_one_line_that_names_it(tmp_path: Path, text: str, says: 
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_empty_and_odd_places_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("x")
-    for name, says in (("nowhere", "nothing at"), ("empty", "no images in it"),
-                       ("notes.txt", "neither a folder nor a CSV")):
-        with pytest.raises(UserError, match=says):
-            FolderSource(str(tmp_path / name))
+def test_missing_empty_and_odd_places_are_one_line_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my films/empty").mkdir(parents=True)
+    write_image(tmp_path / "my films/Normal/a.png")
+    for name in ("notes.txt", "list.csv"):
+        (tmp_path / name).write_text("path;label\n")
+    page = "https://www.kaggle.com/datasets/paul/chest-xray"
+    for name, says in (
+        ("nowhere", "nothing at {}/nowhere; give a folder, a CSV, kaggle:owner/name, or synthetic"),
+        ("my_films", "did you mean my films?"), ("./lists.csv", "did you mean list.csv?"),
+        ("synthetik", "did you mean synthetic?"),
+        (page, "to read it from Kaggle: --data kaggle:paul/chest-xray"),
+        ("my films/empty", "no images in it"), ("notes.txt", "neither a folder nor a CSV file; un"),
+        ("list.csv", "its columns, parted by commas, are: path;label"),
+        ("my films/Normal", "give the folder above it, {}/my films, in which Normal is"),
+    ):
+        with pytest.raises(UserError, match="^[^\n]*$") as told:
+            FolderSource(name)
+        assert says.format(tmp_path) in str(told.value)
+
+
+def test_a_batch_larger_than_the_data_is_noted(xrays: Path) -> None:
+    for size, notes in ((42, 0), (43, 1)):
+        config = Config(data=str(xrays), batch_size=size)
+        splits = split_for_training(FolderSource(str(xrays)), config)
+        assert len(splits.train) == 42
+        assert sum("all make one step" in note for note in splits.notes) == notes
 
 
 def test_too_few_normals_say_what_to_do_instead(tmp_path: Path) -> None:

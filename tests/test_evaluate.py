@@ -670,7 +670,10 @@ def test_a_film_gets_the_same_score_in_a_test_and_alone(
     (lambda run, tmp: evaluate(run, scorer="magic"), "--scorer magic: not one of"),
     (lambda run, tmp: evaluate(run, data=str(tmp / "gone")), "there is nothing at"),
     (lambda run, tmp: predict(run, tmp / "gone.png"), "there is nothing at"),
-    (lambda run, tmp: predict(run, tmp), "no images in this folder"),
+    (lambda run, tmp: predict(run, tmp), "no images in this folder (looked for .png"),
+    (lambda run, tmp: evaluate(tmp), "holds no trained model, not even of one epoch; train one"),
+    (lambda run, tmp: parse_arguments([]), "which run? Name its folder"),
+    (lambda run, tmp: parse_arguments(["r", "--samples", "x"]), "--samples: 'x' is not a whole"),
     (lambda run, tmp: predict(run, Path(__file__)), "cannot be read as an image"),
     (lambda run, tmp: evaluate(run, split="train"), "--split: 'train'"),
     (lambda run, tmp: evaluate(run, device="gpu"), "--device: 'gpu' is not one of"),
@@ -682,6 +685,24 @@ def test_bad_input_is_one_clear_line(
     with pytest.raises(UserError, match=r"^[^\n]*$") as error:
         call(runs[0], tmp_path)
     assert says in str(error.value)
+
+
+def test_data_that_went_elsewhere_is_said_to_be_what_the_run_was_trained_on(
+    xrays: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(xrays, tmp_path / "xrays")
+    folder, = train(tiny(tmp_path, data=str(tmp_path / "xrays"), samples=None, epochs=1))
+    (tmp_path / "xrays").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="was trained on it: if it lies elsewhere now, .* --data$"):
+        evaluate(folder)
+    assert evaluate(folder, data=str(tmp_path / "moved"))[0]["external"] is False
+
+
+def test_the_folder_above_the_runs_is_told_from_a_run(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/best.pt").touch()
+    with pytest.raises(UserError, match=f"not a run folder itself; in it are {tmp_path}/unet$"):
+        evaluate(tmp_path)
 
 
 def test_an_unfinished_run_is_not_evaluated(runs: list[Path], tmp_path: Path) -> None:
