@@ -10,7 +10,7 @@ ARGS   ?=
 EVAL_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare evaluate colab test drills clean
+.PHONY: help setup train compare evaluate colab test drills coverage lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,5 +52,17 @@ drills: setup ## run the long fault drills
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m drill tests $(ARGS)
 
+coverage: setup ## run the tests and the drills, and say which lines they leave out
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES) 'coverage>=7.10'
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -q tests $(ARGS)
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report
+
+lint: setup ## check style and types
+	$(PY) -m pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'mypy>=1.14'
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
 clean: ## remove caches (never runs, never .venv)
-	rm -rf __pycache__ tests/__pycache__ .pytest_cache build
+	rm -rf __pycache__ tests/__pycache__ .pytest_cache .ruff_cache .mypy_cache .coverage* build

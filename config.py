@@ -167,7 +167,7 @@ def _type_of(name: str) -> tuple[type, bool]:
     return hint, False
 
 
-def _checked(f: dataclasses.Field, value: object, where: str) -> object:
+def _checked(f: dataclasses.Field, value: typing.Any, where: str) -> object:
     """The value in the field's own type, or a UserError that says what is legal."""
     kind, optional = _type_of(f.name)
     if optional and (value is None or (kind is int and value == "auto")):
@@ -175,7 +175,7 @@ def _checked(f: dataclasses.Field, value: object, where: str) -> object:
     wrong = UserError(f"{where}: {value!r} is not {_legal(f)}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise wrong
     choices, low, high = (f.metadata[k] for k in ("choices", "low", "high"))
     if (choices and value not in choices) or (low is not None and value < low) or (
@@ -222,7 +222,7 @@ def _known(name: str, where: str, shown: Callable[[str], str] = str) -> str:
     raise UserError(f"{where}: there is no setting {shown(name)}{hint}")
 
 
-def read_config_file(path: str | Path) -> dict[str, object]:
+def read_config_file(path: str | Path) -> dict[str, typing.Any]:
     """The settings in a JSON or TOML file, names checked; values are checked by Config."""
     path = Path(path)
     try:
@@ -303,7 +303,8 @@ def parse_config(argv: list[str] | None = None, description: str = "",
     for f in fields.values():
         kind, _ = _type_of(f.name)
         default = "" if f.default is None else f"(default: {f.default})"
-        about = {"dest": f.name, "default": argparse.SUPPRESS,
+        about: dict[str, typing.Any] = {
+            "dest": f.name, "default": argparse.SUPPRESS,
                  "help": f"{f.metadata['help']} {default}".strip()}
         if kind is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
@@ -316,7 +317,7 @@ def parse_config(argv: list[str] | None = None, description: str = "",
 
     flags = vars(parser.parse_args(command_line() if argv is None else argv))
     del flags["check"]  # no setting, but what train.py does with them
-    layers: dict[str, object] = {}
+    layers: dict[str, typing.Any] = {}
     if file := flags.pop("config"):
         layers |= read_config_file(file)
     for key, text in environ.items():
@@ -338,7 +339,7 @@ def run_folder(config: Config) -> Path:
     return Path(config.output_dir) / name
 
 
-def resumed_settings(config: Config) -> dict[str, object]:
+def resumed_settings(config: Config) -> dict[str, typing.Any]:
     """The settings of the run that `config.resume` points at; {} if there is none to be found."""
     if config.resume == "auto":
         folder = run_folder(config if config.model != "both" else replace(config, model=MODELS[0]))

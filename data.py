@@ -32,12 +32,12 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import requests
@@ -85,8 +85,8 @@ class Source:
     title: str  # one line: what this is
     samples: list[Sample]
     left_out: Counter  # reason -> number of images or rows that were left out
-    masks: dict[str, str] = {}  # image key -> name of its mask's file
-    boxes: dict[str, list[Box]] = {}  # image key -> boxes drawn round its lesions
+    masks: dict[str, str]  # image key -> name of its mask's file
+    boxes: dict[str, list[Box]]  # image key -> boxes drawn round its lesions
     threads = os.cpu_count() or 1  # that read and decode at the same time
     version = ""  # tells a set from a later one of the same name, where the source knows
 
@@ -194,6 +194,7 @@ class PhantomSource(Source):
         self.spec = self.name = "synthetic"
         self.title = "built-in phantom (drawn chest films, not real X-rays)"
         self.left_out, self.image_size = Counter(), image_size
+        self.masks, self.boxes = {}, {}
         kinds = [None] * 100 + list(PHANTOM_KINDS) * 20
         self.samples = [self._sample(i, None, "train") for i in range(train_normals)]
         self.samples += [self._sample(100_000 + i, kind, "val") for i, kind in enumerate(kinds)]
@@ -258,7 +259,7 @@ def _clavicles(distance: np.ndarray, a: np.ndarray) -> np.ndarray:
 
 def _patient(rng: np.random.RandomState, size: int) -> SimpleNamespace:
     """One patient's layers, float64 [size, size] each; lengths are in half image sides."""
-    def draw(low: float, high: float, count: int | None = None) -> float | np.ndarray:
+    def draw(low: float, high: float, count: int | None = None) -> Any:
         return (low + high) / 2 + VARIETY * (rng.uniform(low, high, count) - (low + high) / 2)
 
     p = SimpleNamespace()
@@ -491,11 +492,14 @@ def instead_of(spec: str, path: Path) -> str:
         else "give a folder, a CSV, kaggle:owner/name, or synthetic"
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
+    """What is found in a place: all but how to read it."""
+
     title: str
     samples: list[Sample]
-    masks: dict[str, str] = {}  # image key -> mask file, for the layouts that have masks
-    boxes: dict[str, list[Box]] = {}
+    masks: dict[str, str] = field(default_factory=dict)  # image key -> mask file
+    boxes: dict[str, list[Box]] = field(default_factory=dict)
 
 
 def recognise_layout(
@@ -657,7 +661,7 @@ def read_nih(
         if not _has_columns(text, (column,)):
             raise UserError(f"--data {where}: {entry} has no column {column!r}")
     by_name = {PurePosixPath(n).name: n for n in images}
-    split_of = {}
+    split_of: dict[str, str] = {}
     for list_name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
         if list_name in tables:
             split_of |= dict.fromkeys(read_text(tables[list_name]).split(), split)
@@ -801,8 +805,8 @@ class Wire:
     def _api(self) -> object:
         if not hasattr(self._local, "api"):
             class WithTimeouts(requests.adapters.HTTPAdapter):
-                def send(self, request: object, **options: object) -> requests.Response:
-                    return super().send(request, **options | {"timeout": TIMEOUT})
+                def send(self, *request: Any, **options: Any) -> requests.Response:
+                    return super().send(*request, **options | {"timeout": TIMEOUT})
 
             from kagglesdk import KaggleClient
 
@@ -812,7 +816,7 @@ class Wire:
             self._local.api = client.datasets.dataset_api_client
         return self._local.api
 
-    def persist(self, once: Callable, halt: threading.Event | None) -> object:
+    def persist(self, once: Callable, halt: threading.Event | None) -> Any:
         """once(), again and again while it raises Temporary, with growing, random waits."""
         failures = 0
         while True:
@@ -855,7 +859,7 @@ class Wire:
             return self._stop(f"Kaggle has no such {what} (404); see {page}")
         return self._stop(f"Kaggle answers {status}")
 
-    def call(self, method: str, request: object, what: str = "data set") -> object:
+    def call(self, method: str, request: object, what: str = "data set") -> Any:
         """One call of the API. Temporary or UserError."""
         self.traffic["API calls"] += 1
         try:
@@ -979,7 +983,7 @@ class Wire:
     def download(self, file: str, size: int, halt: threading.Event | None = None) -> bytes:
         """One file by a call of its own; BadImage if Kaggle lacks it, or if it is over `size`."""
         def once() -> bytes:
-            data = bytearray()
+            data: bytes | bytearray = bytearray()
             try:
                 with self.call("download_dataset", self.request(file), "file") as response:
                     for chunk in response.iter_content(CHUNK):
@@ -1037,8 +1041,8 @@ class ZipIndex:
                 continue
             name = name.decode("utf-8" if flags & 0x800 else "cp437", "replace").encode()
             rows[name] = len(fields[0])
-            values = (start, packed, full, crc, 255 if flags & 1 else method)
-            for column, value in zip(fields, values, strict=True):
+            entry = (start, packed, full, crc, 255 if flags & 1 else method)
+            for column, value in zip(fields, entry, strict=True):
                 column.append(value)
         names = sorted(rows)
         order = np.array([rows[name] for name in names], dtype=np.int64)
@@ -1181,6 +1185,7 @@ class KaggleSource(Source):
                 row = int(rows[place])
                 at = int(self.index.start[row]) - start
                 span = data[at : at + int(self.index.length[row])]
+                member: bytes | Exception
                 try:
                     member = self._member(row, span, halt)
                 except BadImage as error:
@@ -1273,6 +1278,7 @@ class KaggleFilesSource(KaggleSource):
 
     def fetch(self, samples: list[Sample],
               halt: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
+        data: bytes | Exception
         for sample in samples:
             try:
                 data = self.wire.download(sample.key, self.size_of(sample), halt)
@@ -1419,12 +1425,12 @@ def read_splits(file: Path) -> Splits:
     try:
         with open(file, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
-                parts[row["split"]].append(Sample(*(row[c] for c in _COLUMNS[:2]),
-                                                  int(row["label"]), row["finding"], row["view"],
-                                                  row["split"]))
+                parts[row["split"]].append(Sample(
+                    row["key"], row["patient"], int(row["label"]), row["finding"], row["view"],
+                    row["split"]))
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{file}: not a readable table of splits ({error})") from None
-    return Splits(*parts.values(), notes=[])
+    return Splits(parts["train"], parts["val"], parts["test"], notes=[])
 
 
 def duplicates_across(source: Source, splits: Splits) -> list[tuple[str, str]]:
@@ -1471,8 +1477,8 @@ def describe(source: Source, splits: Splits) -> str:
     remote = isinstance(source, KaggleSource)  # there a look would cost a request each
     sizes = [] if remote else sorted({size for s in some if (size := image_size_of(source, s))})
     if remote:
-        size = sum(source.size_of(s) for s in splits.train) / 1e6
-        lines.append(f"  training images: {size:,.1f} MB, streamed; nothing is stored on disk")
+        total = sum(source.size_of(s) for s in splits.train) / 1e6
+        lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
     if sizes:
         low, high = sizes[0], sizes[-1]
         lines.append(f"  image sizes (of about 20 looked at): {low[0]}x{low[1]}"
@@ -1804,7 +1810,7 @@ class ImageStream(IterableDataset):
                 "batch_size": self.batch_size, "world": self.world,
                 "images": len(self.samples), "version": self.source.version}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was taken; nothing is read of what is skipped."""
         mine = self.state_dict()
         changed = [f"{k} was {state[k]!r}, is {mine[k]!r}" for k in mine
@@ -1829,7 +1835,7 @@ class ImageStream(IterableDataset):
         other.rank, other.world = 0, 1
         return other
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         worker = get_worker_info()
         me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         memory = Memory(self.memory.limit // workers) if worker else self.memory
@@ -1865,7 +1871,7 @@ class ImageStream(IterableDataset):
         ahead = room - reach
 
         share_one_heap()
-        halt, jobs = threading.Event(), queue.SimpleQueue()
+        halt, jobs = threading.Event(), queue.SimpleQueue[Any]()
         futures: dict[int, Future] = {}
         planned = 0
 
@@ -1880,9 +1886,9 @@ class ImageStream(IterableDataset):
                 if position not in futures and not self._is_kept[position]:
                     first, last = np.searchsorted(sorted_blocks, [blocks[place], blocks[place] + 1])
                     near = by_block[first:last]
-                    near = sequence[near[(near >= place) & (near < place + reach)]].tolist()
-                    near = [p for p in near if p not in futures and not self._is_kept[p]]
-                    job = {p: Future() for p in near}
+                    near = sequence[near[(near >= place) & (near < place + reach)]]
+                    job: dict[int, Future] = {p: Future() for p in near.tolist()
+                                              if p not in futures and not self._is_kept[p]}
                     futures.update(job)
                     jobs.put(job)
                 planned = place + 1
@@ -1965,7 +1971,7 @@ class ImageStream(IterableDataset):
     def _assemble(self, batch: np.ndarray, futures: dict[int, Future], memory: Memory,
                   waiting: Waiting) -> tuple[Tensor, Tensor]:
         images = torch.empty((len(batch), 1, self.image_size, self.image_size), dtype=torch.uint8)
-        positions = []
+        positions: list[int] = []
         for i in batch.tolist():
             row = images[len(positions)]
             future = futures.pop(i, None)
@@ -1994,12 +2000,18 @@ class ImageStream(IterableDataset):
             )
 
 
-class Loaders(NamedTuple):
-    """DataLoaders over (uint8 images [B,1,H,W], positions [B]), and what they read."""
+class Loader(DataLoader):
+    """A DataLoader over (uint8 images [B,1,H,W], positions [B])."""
 
-    train: DataLoader
-    val: DataLoader  # normals only: what early stopping and thresholds look at
-    test: DataLoader
+    dataset: ImageStream
+
+
+class Loaders(NamedTuple):
+    """The loaders of the three splits, and what they read."""
+
+    train: Loader
+    val: Loader  # normals only: what early stopping and thresholds look at
+    test: Loader
     source: Source
     splits: Splits
 
@@ -2022,7 +2034,7 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
         stream = ImageStream(source, samples, config.image_size, config.batch_size,
                              config.seed if name == "train" else None, memory, share,
                              name != "test", *((0, 1) if alone else (rank, world)))
-        streams[name] = DataLoader(stream, batch_size=None)
+        streams[name] = Loader(stream, batch_size=None)
     return Loaders(streams["train"], streams["val"], streams["test"], source, splits)
 
 
@@ -2034,10 +2046,10 @@ def describe_memory(loaders: Loaders) -> str:
     kept = sum(stream.divide()[1] for stream in streams)
     there = sum(len(stream.samples) for stream in streams if stream.cache)
     parts = (memory.flight.limit, memory.pixels.limit, waiting, kept * image)
-    flight, pixels, waiting, kept_mb = (f"{part / 1e6:,.0f}" for part in parts)
+    flight, pixels, waiting_mb, kept_mb = (f"{part / 1e6:,.0f}" for part in parts)
     share = "all" if kept == there else f"{kept:,} of {there:,}"
     return (f"memory    images never take more than {memory.limit / 1e6:,.0f} MB; of these files "
-            f"in flight at most {flight},\n          decoding {pixels}, waiting {waiting}, kept "
+            f"in flight at most {flight},\n          decoding {pixels}, waiting {waiting_mb}, kept "
             f"for later epochs {kept_mb} ({share} training and validation images)")
 
 

@@ -9,11 +9,12 @@
 
 import os
 import sys
+from typing import Any
 
 from config import UserError, command, command_line, make_parser, require_packages, run_command
 
 
-def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
+def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     """Keyword arguments for `evaluate` or `predict` from the command line."""
     parser = make_parser("evaluate.py", __doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or "
@@ -306,9 +307,9 @@ def group_by_seed(runs: list[Run]) -> dict[str, list[int]]:
     return dict(zip(names, groups.values(), strict=True))
 
 
-def mean_of(results: list[dict]) -> dict[str, object]:
+def mean_of(results: list[dict]) -> dict[str, Any]:
     """Metrics of several seeds, each figure averaged; what is no figure as in the first."""
-    mean = {}
+    mean: dict[str, Any] = {}
     for key, value in results[0].items():
         if isinstance(value, dict):
             mean[key] = mean_of([r[key] for r in results if key in r])
@@ -394,8 +395,8 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
             if mask is not None and not source.boxes:  # a box holds much besides its lesion
                 pixels.append(map_.ravel())
                 in_lesion.append(mask.ravel())
-        for name, values in (trivial(images.numpy()) if trivial else {}).items():
-            baselines.setdefault(name, []).append(values)
+        for name, trivial_ones in (trivial(images.numpy()) if trivial else {}).items():
+            baselines.setdefault(name, []).append(trivial_ones)
         order += positions.tolist()
         bar.update(len(images))
     bar.close()
@@ -606,7 +607,9 @@ def evaluate(
         raise UserError(f"--scorer {scorer}: not one of {', '.join((*SCORERS, 'all'))}")
     if split not in ("test", "val"):
         raise UserError(f"--split: {split!r} is not one of test, val")
-    results, all_scored, sources = [], [], []
+    results: list[dict[str, Any]] = []
+    all_scored: list[Scored] = []
+    sources: list[Source] = []
     loaded = [load_run(path, device) for path in paths]
     if len({run.name for run in loaded}) < len(loaded):
         for run in loaded:
@@ -615,7 +618,8 @@ def evaluate(
     for name, positions in groups.items():
         for run in (loaded[i] for i in positions if len(positions) > 1):
             run.name = f"{name}, seed {run.config.seed}"
-    trivial, weights, compared = None, None, []
+    trivial, weights = None, None
+    compared: list[str] = []  # keys of the images
     opened: dict[tuple, Source] = {}
     for run in loaded:
         config = run.config if data is None else dataclasses.replace(
@@ -691,8 +695,8 @@ def evaluate(
     means = average(groups, all_scored, results, weights)
     table = results_table([run.name for run in loaded], results, means)
     print(table)
-    for key, reason in all_scored[0].bad.items():
-        print(f"skipped   {key}: {reason}")
+    for image, reason in all_scored[0].bad.items():
+        print(f"skipped   {image}: {reason}")
     if isinstance(source, KaggleSource):
         print(source.report())
     verdicts = all_verdicts(all_scored[0], means, weights)
@@ -927,7 +931,8 @@ def compare(runs: list[Run], sources: list[Source], scored: list[Scored], result
                              mean["auroc"], *(mean["auroc_ci"] or ("", "")),
                              mean.get("auroc_sd")])
     firsts = [mean["positions"][0] for mean in means.values()]  # of all seeds it would be too wide
-    draw_comparison(*([x[i] for i in firsts] for x in (runs, sources, scored, results)),
+    draw_comparison([runs[i] for i in firsts], [sources[i] for i in firsts],
+                    [scored[i] for i in firsts], [results[i] for i in firsts],
                     folder / "comparison.png")
     print(f"written   {folder}/: comparison.md, comparison.csv, comparison.png")
 
@@ -1042,7 +1047,7 @@ def show_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
 
 
 def show_map(axes: Axes, image: np.ndarray, map_: np.ndarray, top: float,
-             mask: np.ndarray | None = None) -> object:
+             mask: np.ndarray | None = None) -> Any:
     """The anomaly map over the image: opaque where it is high. Returns what a colour bar needs."""
     axes.imshow(image, cmap="gray", vmin=0, vmax=1)
     shown = axes.imshow(map_, cmap="inferno", vmin=0, vmax=top,
@@ -1070,7 +1075,9 @@ def pictures(run: Run, source: Source, samples: list[Sample],
     """(images, reconstructions, anomaly maps), each [n,H,W], of a few samples."""
     reading, _ = run.read(load_images(source, samples, run.config.image_size))
     maps = run.scorer.anomaly_map(scorer, reading)
-    return tuple(t[:, 0].cpu().numpy() for t in (reading.images, reading.reconstruction, maps))
+    image, back, map_ = (t[:, 0].cpu().numpy()
+                         for t in (reading.images, reading.reconstruction, maps))
+    return image, back, map_
 
 
 def map_top(maps: np.ndarray) -> float:
@@ -1623,7 +1630,7 @@ def write_page(runs: list[Run], sources: list[Source], scored: list[Scored], res
 
 
 def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
-            scorer: str | None = None, device: str = "auto") -> list[dict[str, object]]:
+            scorer: str | None = None, device: str = "auto") -> list[dict[str, Any]]:
     """Score an image file, or every image in a folder; one row of results an image.
 
     Writes NAME_heatmap.png (input, reconstruction, map), NAME_map.npy (the map, float32 [H,W])
@@ -1652,7 +1659,8 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     stems = [name.rpartition(".")[0].replace("/", "__") for name in names]
     if len(set(stems)) < len(stems):  # film.png and film.jpg: keep them apart
         stems = [name.replace("/", "__") for name in names]
-    rows, skipped = [], []
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
     bar = Progress(len(files), "scoring")
     for start in range(0, len(files), READ_AT_ONCE):
         images, places = [], []
@@ -1680,9 +1688,10 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
                    "verdict": "abnormal" if score > threshold else "normal"}
             rows.append(row)
             np.save(folder / f"{stems[i]}_map.npy", maps[k, 0].cpu().numpy().astype(np.float32))
-            draw_prediction(loaded, row, *(t[k, 0].cpu().numpy() for t in (
-                reading.images, reading.reconstruction, maps)), scorer,
-                folder / f"{stems[i]}_heatmap.png")
+            seen, back, map_ = (t[k, 0].cpu().numpy()
+                                for t in (reading.images, reading.reconstruction, maps))
+            draw_prediction(loaded, row, seen, back, map_, scorer,
+                            folder / f"{stems[i]}_heatmap.png")
             bar.update(1)
     bar.close()
     print("\n".join(skipped) or "", end="\n" if skipped else "")

@@ -25,7 +25,8 @@ class _KeepFactors(torch.autograd.Function):
     product is the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor,
+                factors: list[tuple[Tensor, Tensor]]) -> Tensor:
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
         ctx.save_for_backward(x, weight)
@@ -256,7 +257,8 @@ def create_model(name: str, config: Config | None = None) -> UNet | ReversedAuto
     return MODEL_CLASSES[name](config.image_size, config.latent_dim, config.width, config.dropout)
 
 
-MODEL_CLASSES = {"unet": UNet, "reversed_ae": ReversedAutoencoder}
+MODEL_CLASSES: dict[str, type[UNet | ReversedAutoencoder]] = {
+    "unet": UNet, "reversed_ae": ReversedAutoencoder}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -395,7 +397,7 @@ def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
     return (seen + coarse_noise(images, draws)).clamp(0, 1)
 
 
-def objective_loss(model: nn.Module, inputs: Tensor, images: Tensor) -> Tensor:
+def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error against the clean images, averaged over the model's reconstructions.
 
     inputs: what the model sees, [B,1,H,W]; images: the same, clean. The loss is computed in fp32
@@ -436,7 +438,7 @@ class Reading(NamedTuple):
         return self.views[:, :1]
 
 
-def read(model: nn.Module, images: Tensor) -> Reading:
+def read(model: Any, images: Tensor) -> Reading:
     """The Reading of images [B,1,H,W]; the encoder runs once."""
     maps = model.features(images)
     # The finest level knows edges alone, and the fifth, which only U-Net has, told least.
@@ -461,7 +463,7 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     bell = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
     bell = [g / sum(bell) for g in bell]
 
-    def blur(x: Tensor) -> Tensor:
+    def blur(x: Any) -> Any:
         # Sums, since a convolution rounds differently for batches of different sizes.
         x = F.pad(x, (5, 5, 5, 5), mode="reflect")
         x = sum(g * x[:, :, i : i + H] for i, g in enumerate(bell))

@@ -59,8 +59,9 @@ import threading
 import time
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 import torch
@@ -172,7 +173,7 @@ def place(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda" or precision == "bf16":
-        return model.to(device, memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
 
@@ -297,7 +298,7 @@ class Ranks:
                                     timeout=datetime.timedelta(hours=3))
         return device
 
-    def _reduce(self, value: float, how: dist.ReduceOp) -> float:
+    def _reduce(self, value: float, how: Any) -> float:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -530,7 +531,8 @@ def logged_to(file: Path, ranks: Ranks) -> Iterator[None]:
     handler = logging.FileHandler(file, encoding="utf-8") if ranks.rank == 0 else (
         logging.NullHandler())
     handler.setFormatter(Lines())
-    handler.handleError = lambda record: None  # a full disk is reported by what must be saved
+    # A full disk is reported by what must be saved.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     log.addHandler(handler)
     try:
         yield
@@ -709,7 +711,7 @@ class Run:
         return {f.name: value.state_dict() if hasattr(value, "state_dict") else value
                 for f in dataclasses.fields(self) for value in [getattr(self, f.name)]}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """All of it but micro_batch, which depends on the machine."""
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
@@ -810,7 +812,7 @@ def parts_that_fit(batch: int, need: Callable[[int], int], free: int) -> int:
     return batch
 
 
-def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, batch_size: int,
+def train_step(run: Run, objective: Any, images: Tensor, config: Config, batch_size: int,
                device: torch.device, precision: str, ranks: Ranks) -> tuple[float, int]:
     """One optimizer step on this process's slice of a batch; mean loss and number of images of
     the whole batch.
@@ -851,7 +853,7 @@ def train_step(run: Run, objective: nn.Module, images: Tensor, config: Config, b
         parts = math.ceil(len(images) / run.micro_batch)
         for norm in norms:  # moves the running statistics as far in a step, whatever the parts
             norm.momentum = 1 - (1 - BATCHNORM_MOMENTUM) ** (1 / parts)
-        losses = []
+        losses: list[Tensor] = []
         for x, y in zip(inputs.tensor_split(parts), images.tensor_split(parts), strict=True):
             last = len(losses) == parts - 1
             # Gradients travel between processes once a step.
@@ -927,7 +929,7 @@ class Stop:
     def __init__(self, ranks: Ranks, save: Callable[[], None], message: str) -> None:
         self.ranks, self.save, self.message = ranks, save, message
         self.number, self.waiting = 0, False
-        self._old: dict[int, object] = {}
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # only there they can be had
@@ -980,14 +982,15 @@ def timed(loader: DataLoader, run: Run, stop: Stop) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, loader: DataLoader, config: Config, device: torch.device,
-             precision: str, ranks: Ranks, micro_batch: int, stop: Stop | None = None) -> float:
+def validate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], config: Config,
+             device: torch.device, precision: str, ranks: Ranks, micro_batch: int,
+             stop: Stop | None = None) -> float:
     """The objective on validation normals, corrupted in the same way every time.
 
     A loss on clean input would reward copying it.
     """
     model.eval()
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for i, (images, _) in enumerate(loader):
         if stop:
             stop.check()
@@ -1288,7 +1291,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     """The loop, and what comes after it. common: what every checkpoint holds besides weights."""
     folder, last = run_folder(config), run_folder(config) / "last.pt"
     stream: ImageStream = loaders.train.dataset
-    objective: nn.Module = Objective(run.model)
+    objective: Any = Objective(run.model)
     if ranks.world > 1:
         # find_unused_parameters: there are none, but without it gradients are grouped anew after
         # the first step, of a resumed run too, and so added up in another order.
@@ -1484,7 +1487,7 @@ def start_wandb(config: Config, run: Run, folder: Path) -> object | None:
     return None
 
 
-def send(wandb_run: object, row: dict[str, float], picture: Path | None = None) -> bool:
+def send(wandb_run: Any, row: dict[str, float], picture: Path | None = None) -> bool:
     """Forward a row of log.csv to Weights & Biases; with a picture, as the last thing. Whether
     that went well."""
     try:
@@ -1587,11 +1590,11 @@ def check(config: Config) -> list[str]:
     if ranks.world > 1:
         raise UserError("--check: start it as one process, without torchrun")
     with on("versions"):
-        found = {p: importlib.import_module(m).__version__ for p, (m, _) in PACKAGES.items()}
+        there = {p: importlib.import_module(m).__version__ for p, (m, _) in PACKAGES.items()}
         old = [f"{p} must be {least} or newer: pip install -U {p}"
                for p, (_, least) in PACKAGES.items()
-               if [*map(int, re.findall(r"\d+", found[p]))] < [*map(int, least.split("."))]]
-        versions = {"Python": platform.python_version()} | found
+               if [*map(int, re.findall(r"\d+", there[p]))] < [*map(int, least.split("."))]]
+        versions = {"Python": platform.python_version()} | there
         tell("careful" if old else "ok", "versions", "\n".join(textwrap.wrap(", ".join(
             f"{p} {v}" for p, v in versions.items()), 78) + old))
     device, precision = choose_device("auto")[0], "fp32"  # to go on with where this fails
@@ -1732,7 +1735,7 @@ def try_steps(config: Config, images: Tensor, loaders: Loaders | None, kept: int
                             f"{size_of(need(run.micro_batch))} of memory, and "
                             f"{size_of(max(0, free))} are free; try a smaller --micro-batch, "
                             "--width or --image-size")
-    objective: nn.Module = Objective(run.model)
+    objective: Any = Objective(run.model)
     if config.compile:
         objective = torch.compile(objective)
     for run.step in range(3):

@@ -66,7 +66,7 @@ def test_settings_can_be_toml(tmp_path: Path) -> None:
     (["--data"], "--data: a value is missing after it"),
 ])
 def test_a_wrong_flag_is_one_line_that_says_what_is_legal(argv: list[str], says: str) -> None:
-    with pytest.raises(UserError, match="^[^\n]*$") as error:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
         parse_config(argv, environ={})
     assert says in str(error.value)
 

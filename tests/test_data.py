@@ -260,7 +260,7 @@ def test_missing_empty_and_odd_places_are_one_line_that_says_what_to_do(
         ("list.csv", "its columns, parted by commas, are: path;label"),
         ("my films/Normal", "give the folder above it, {}/my films, in which Normal is"),
     ):
-        with pytest.raises(UserError, match="^[^\n]*$") as told:
+        with pytest.raises(UserError, match=r"^[^\n]*$") as told:
             FolderSource(name)
         assert says.format(tmp_path) in str(told.value)
 

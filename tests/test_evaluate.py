@@ -693,7 +693,7 @@ def test_data_that_went_elsewhere_is_said_to_be_what_the_run_was_trained_on(
     shutil.copytree(xrays, tmp_path / "xrays")
     folder, = train(tiny(tmp_path, data=str(tmp_path / "xrays"), samples=None, epochs=1))
     (tmp_path / "xrays").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="was trained on it: if it lies elsewhere now, .* --data$"):
+    with pytest.raises(UserError, match=r"was trained on it: if it lies elsewhere now, .* --data$"):
         evaluate(folder)
     assert evaluate(folder, data=str(tmp_path / "moved"))[0]["external"] is False
 

@@ -883,8 +883,8 @@ def test_every_rank_and_worker_gets_its_share_once(world: int, workers: int) -> 
             batches = [p.tolist() for _, p in loader]
             assert len(batches) == len(stream) == (6 if seed is None else 5)
             ranks.append(batches)
-        together = [sum((ranks[r][i] for r in range(world)), []) for i in range(len(ranks[0]))]
-        flat = sum(together, [])
+        together = [[p for r in range(world) for p in ranks[r][i]] for i in range(len(ranks[0]))]
+        flat = [p for batch in together for p in batch]
         assert len(set(flat)) == len(flat) == (70 if seed is None else 60)
         shown[seed] = together
     plain = ImageStream(source, normals, 16, 12, seed=4)

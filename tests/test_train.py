@@ -230,7 +230,7 @@ def test_resume_refuses_changed_data(tmp_path: Path, xrays: Path) -> None:
     settings = {"data": str(copy), "samples": None, "epochs": 1}
     train(tiny(tmp_path, **settings))
     write_image(copy / "normal" / "new.png", 999)
-    with pytest.raises(UserError, match="the images in .* have changed"):
+    with pytest.raises(UserError, match=r"the images in .* have changed"):
         train(tiny(tmp_path, **(settings | {"resume": "auto", "epochs": 2})))
 
 
@@ -403,7 +403,7 @@ def test_a_loss_that_stays_not_finite_stops_with_epoch_step_and_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, lambda step: step >= 6)
-    with pytest.raises(UserError, match="the loss is nan at epoch 3, step 12.*--learning-rate"):
+    with pytest.raises(UserError, match=r"the loss is nan at epoch 3, step 12.*--learning-rate"):
         train(tiny(tmp_path, epochs=4))
     state = load_checkpoint(tmp_path / "unet/last.pt")
     assert all(v.isfinite().all() for v in state["model"].values())
