@@ -156,7 +156,7 @@ def test_nih_boxes_are_shares_of_the_side_and_masks_at_any_size() -> None:
         "00000009_000.png,Mass,1,1,9,9,,,\n"})
     assert found.boxes == {name: [(0.25, 0.5, 0.375, 0.75), (0, 0, 1 / 256, 1 / 256)]}
     source = Source()
-    source.boxes = found.boxes
+    source.masks, source.boxes = {}, found.boxes
     mask = source.mask(next(s for s in found.samples if s.key == name), 64)
     wanted = np.zeros((64, 64), bool)
     wanted[32:48, 16:24] = True
