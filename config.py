@@ -44,7 +44,7 @@ class OneLine:
 
     def _render_traceback_(self) -> list[str]:
         # The notebook keeps the last error, and with it the frames, and in these a whole model.
-        traceback.clear_frames(self.__traceback__)
+        traceback.clear_frames(self.__traceback__)  # type: ignore[attr-defined]
         return [str(self)]
 
 
