@@ -1503,13 +1503,13 @@ def page_pictures(runs: list[Run], sources: list[Source], scored: list[Scored],
                      "</div>"]
     for r, (run, s) in enumerate(zip(runs, scored, strict=True)):
         mistakes.append(f"<h3>{escape(run.name)}</h3>")
-        for what, n, found in zip(("abnormal images missed", "normal images flagged"),
+        for what, n, those in zip(("abnormal images missed", "normal images flagged"),
                                   (sum(s.labels == ABNORMAL), sum(s.labels == NORMAL)), wrong[r],
                                   strict=True):
-            mistakes += [f'<h4>{len(found)} of {n} {what}</h4><div class="row">', *(
+            mistakes += [f'<h4>{len(those)} of {n} {what}</h4><div class="row">', *(
                 html_figure(show(r, i)[::2], f"<b>{escape(s.samples[i].key)}</b>, "
                             f"{escape(describe_sample(s.samples[i]))}: {told(r, i)}")
-                for i in found[:3]), "</div>"]
+                for i in those[:3]), "</div>"]
     return "".join(examples), "".join(mistakes)
 
 
@@ -1550,7 +1550,7 @@ def page_training(runs: list[Run], results: list[dict], costs: list[dict],
     names = [run.name for run in runs]
     here = (f"python {platform.python_version()}, torch {torch.__version__}, numpy "
             f"{np.__version__}, scikit-learn {sklearn.__version__}")
-    rows = [("trained on", [kind_of_data(run.config.data) for run in runs]),
+    took = [("trained on", [kind_of_data(run.config.data) for run in runs]),
             ("normal training images", [f"{len(read_splits(run.folder / 'split.csv').train):,}"
                                         for run in runs]),
             ("parameters", [f"{cost['parameters']:,}" for cost in costs]),
@@ -1564,7 +1564,7 @@ def page_training(runs: list[Run], results: list[dict], costs: list[dict],
     settings = [[f.name, *(getattr(run.config, f.name) for run in runs)]
                 for f in dataclasses.fields(Config)]
     return "".join([*text, "</div>", html_table(
-        "What training took", ["What", *names], [[what, *cells] for what, cells in rows]),
+        "What training took", ["What", *names], [[what, *cells] for what, cells in took]),
         "<h3>Commands</h3><pre>" + escape("\n".join(commands)) + "</pre>",
         html_table("Settings", ["Setting", *names], settings)])
 

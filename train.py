@@ -1537,7 +1537,7 @@ def draw_curves(rows: list[dict], file: Path, title: str) -> None:
     figure.savefig(file, dpi=120)
 
 
-def plot_curves(axes: object, rows: list[dict], title: str, colour: str, colour_val: str) -> None:
+def plot_curves(axes: Any, rows: list[dict], title: str, colour: str, colour_val: str) -> None:
     """The losses of the rows of log.csv, on matplotlib's axes."""
     epochs = [row["epoch"] for row in rows]
     axes.plot(epochs, [row["train_loss"] for row in rows], "o-", color=colour, label="training",
