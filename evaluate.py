@@ -1297,6 +1297,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-
 th, td { text-align: left; vertical-align: top; padding: .3rem 1.2rem .3rem 0; max-width: 22rem;
   min-width: 4.2rem; border-bottom: 1px solid var(--line) }
 tbody th { font-weight: 400; min-width: 7rem }
+th:first-child { position: sticky; left: 0; background: var(--back) }
 @media screen and (min-width: 48rem) { tbody th { min-width: 16.5rem } }
 pre { background: var(--panel); padding: .7rem; white-space: pre-wrap; font-size: .85rem }
 img { display: block; width: 100%; height: auto }
