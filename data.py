@@ -1778,7 +1778,7 @@ class ImageStream(IterableDataset):
         self._kept: Tensor | None = None
         # Ahead of the batch being made: a few files or groups of neighbours a thread; and the
         # neighbours of what is wanted, which may lie a window of the shuffle further on.
-        together = len(set(self.blocks.tolist())) < len(self.blocks)
+        together = len(np.unique(self.blocks)) < len(self.blocks)
         self._reach = SHUFFLE_WINDOW if together else 1
         self._ahead = self._reach + max(
             batch_size, 4 * source.threads * (SHUFFLE_GROUP if together else 1))

@@ -6,6 +6,7 @@ A kind of work is a function of its settings, which gives the function that answ
 `sizes` are the fields of Config that make the networks as large as they are.
 """
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -164,27 +165,31 @@ def machine(sizes: dict, side: int) -> Answer:
 
 
 def memory_now() -> int:
-    """Bytes of memory that this process and its children hold, shared ones once; 0 if unknown."""
-    total = 0
-    for pid in ("self", *(child.pid for child in multiprocessing.active_children())):
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:  # not Linux, or it has just ended
-            continue
-        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-    return total
+    """Bytes of memory that this process holds, and its children on top; 0 if that is unknown."""
+    def kilobytes(pid: int | str, file: str, *keys: str) -> int:
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(keys))
+
+    try:
+        total = kilobytes("self", "status", "VmRSS:")
+    except OSError:  # not Linux
+        return 0
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(OSError):  # it has just ended
+            total += kilobytes(child.pid, "smaps_rollup", "Private_")
+    return total << 10
 
 
 def watched(passing: Callable[..., int]) -> Answer:
-    """Answers with images a second of what counts them. If asked for, with its memory, looked at
-    ten times a second: bytes above what is held now; None where that is not known."""
+    """Answers with images a second of what counts them. If asked for memory, which may cost speed,
+    it looks four times a second: the most bytes `held`, and how many came after this call."""
     before = memory_now()
 
     def answer(memory: bool = False, **request: object) -> dict:
         peak, over = [before], threading.Event()
 
         def look() -> None:
-            while not over.wait(0.1):
+            while not over.wait(0.25):
                 peak.append(memory_now())
 
         if memory:
@@ -196,7 +201,9 @@ def watched(passing: Callable[..., int]) -> Answer:
             peak.append(memory_now())
             over.set()
             thread.join()
-        return {"rate": rate, "memory": max(peak) - before if before else None}
+        known = memory and before  # else None
+        return {"rate": rate, "held": max(peak) if known else None,
+                "memory": max(peak) - before if known else None}
     return answer
 
 
@@ -240,7 +247,8 @@ def decoding(sizes: dict) -> Answer:
 
 
 def small_films(sizes: dict, count: int, cache: bool) -> Answer:
-    """Epochs of a virtual archive: any number of small films, of which 64 exist."""
+    """Epochs of a virtual archive: any number of small films, of which 64 exist. Answers also with
+    the bytes that the list of them takes."""
     size = Config(**sizes).image_size
     head = b"P5 %d %d 255\n" % (size, size)
     files = [head + film.numpy().tobytes() for film in phantom_batches(64, 1, size)]
@@ -251,17 +259,19 @@ def small_films(sizes: dict, count: int, cache: bool) -> Answer:
         def read_file(self, name: str) -> bytes:
             return files[int(name) % len(files)]
 
-    def passing() -> int:
-        nonlocal stream
-        if stream is None:
-            source = Films()
-            source.samples = [Sample(f"{i:08d}", f"{i:08d}", NORMAL) for i in range(count)]
-            stream = ImageStream(source, source.samples, size, 32, seed=0, cache=cache)
-        stream.set_epoch(stream.epoch + 1)
-        return sum(len(to_float(x, CPU)) for x, _ in stream)
+    def passing(epochs: int = 1) -> int:
+        seen = 0
+        for _ in range(epochs):
+            stream.set_epoch(stream.epoch + 1)
+            seen += sum(len(to_float(x, CPU)) for x, _ in stream)
+        return seen
 
-    stream = None
-    return watched(passing)
+    source, before = Films(), memory_now()
+    source.samples = [Sample(name, name, NORMAL) for name in map("{:08d}".format, range(count))]
+    names = memory_now() - before
+    stream = ImageStream(source, source.samples, size, 32, seed=0, cache=cache)
+    answer = watched(passing)
+    return lambda **request: answer(**request) | {"names": names}
 
 
 def archive(folder: str) -> Answer:

@@ -21,7 +21,7 @@ def test_every_row_can_be_computed_in_miniature(
     for row in rows:
         if "memory" not in row.name:  # which not every system tells
             assert math.isfinite(row.ours) and row.ours >= 0, row.name
-            assert row.target, row.name
+            assert row.target or row.name == "growth.list", row.name
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [row["name"] for row in written["rows"]] == [row.name for row in rows]
     assert written["quick"] and written["machine"]["torch"] and written["machine"]["cores"]
