@@ -10,7 +10,7 @@ ARGS   ?=
 EVAL_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare evaluate colab test drills coverage lint clean
+.PHONY: help setup train compare evaluate colab test drills bench coverage lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test: setup ## run the tests
 drills: setup ## run the long fault drills
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m drill tests $(ARGS)
+
+bench: setup ## measure speed and memory against plain loops, into bench.json
+	$(PY) tests/bench.py $(ARGS)
 
 coverage: setup ## run the tests and the drills, and say which lines they leave out
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES) 'coverage>=7.10'
