@@ -188,14 +188,15 @@ def loss(scale: Scale, known: dict) -> Iterator[Row]:
 
     for model, name in MODELS.items():
         curves = []
-        for kind, settings in (("our_training", {}), ("plain_training", {"dropout": 1}),
-                               ("plain_training", {"dropout": 2})):
+        for kind, settings in (("our_training", {"large": 1 << 12}),
+                               ("plain_training", {"weights": 0}),
+                               ("plain_training", {"weights": 1})):
             with Worker(scale, kind, PASSIVE, model=model, batch=8, sizes=scale.curve_sizes,
                         batches=8, **settings) as worker:
                 curves.append(worker.ask(steps=scale.curve_steps)["losses"])
         yield row(f"loss.{model}", f"{name}: loss curve, largest relative difference",
                   apart(curves[0], curves[1]), apart(curves[2], curves[1]),
-                  "plain loop, other dropout", at_most=0.05, curves=curves)
+                  "plain, other weights", at_most=0.05, curves=curves)
 
 
 def data(scale: Scale, known: dict) -> Iterator[Row]:
@@ -248,17 +249,16 @@ def wait(scale: Scale, known: dict) -> Iterator[Row]:
 def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
     """Scoring against the bare forward pass, and what comes after scoring."""
     for model, name in MODELS.items():
-        with Worker(scale, "evaluation", PASSIVE, model=model, sizes=scale.sizes, batch=16,
-                    images=scale.scored, scores=scale.scores) as worker:
+        with Worker(scale, "evaluation", PASSIVE, model=model, sizes=scale.sizes,
+                    images=scale.scored) as worker:
             worker.ask(part="forward")
             a, b = zip(*[(worker.ask(part="scoring"), worker.ask(part="forward"))
                          for _ in range(scale.rounds)], strict=True)
-            yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),
-                      "bare forward pass", ratio_from=0.9)
-            if model == "unet":
-                seconds = scale.scores / worker.ask(part="figures")["rate"]
-    yield row("evaluation.figures", f"intervals and figures of {scale.scores:,} scores: seconds",
-              seconds, at_most=10)
+        yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),
+                  "bare forward pass", ratio_from=0.9)
+    with Worker(scale, "figures", PASSIVE, scratch=str(SCRATCH), scores=scale.scores) as worker:
+        yield row("evaluation.figures", f"intervals, figures of {scale.scores:,} scores: seconds",
+                  worker.ask()["seconds"], at_most=10)
 
 
 def start(scale: Scale, known: dict) -> Iterator[Row]:

@@ -8,6 +8,7 @@ A kind of work is a function of its settings, which gives the function that answ
 
 import contextlib
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -63,12 +64,16 @@ def phantom_batches(count: int, batch: int, size: int) -> list[Tensor]:
 
 
 def our_training(model: str, batch: int, sizes: dict, device: str = "cpu", compile: bool = False,
-                 batches: int = 2) -> Answer:
-    """Training steps as train.py takes them. All that bench knows of its inside is here."""
+                 batches: int = 2, large: int | None = None) -> Answer:
+    """Training steps as train.py takes them. All that bench knows of its inside is here.
+
+    large: weights of so many numbers are treated as train.py treats its large ones.
+    """
     where, _ = train.choose_device(device)
     precision, _ = train.choose_precision("auto", where)
-    config = Config(model=model, batch_size=batch, epochs=1, **sizes)
-    run = train.start_run(config, where, precision)
+    config = Config(model=model, batch_size=batch, epochs=1, compile=compile, **sizes)
+    with mock.patch.object(train, "LARGE_MATRIX", large or train.LARGE_MATRIX):
+        run = train.start_run(config, where, precision)
     run.micro_batch = batch
     run.model.train()
     objective, ranks = train.Objective(run.model), train.Ranks()
@@ -84,22 +89,26 @@ def our_training(model: str, batch: int, sizes: dict, device: str = "cpu", compi
 
 
 def plain_training(model: str, batch: int, sizes: dict, device: str = "cpu", batches: int = 2,
-                   dropout: int | None = None) -> Answer:
+                   weights: int | None = None) -> Answer:
     """The loop of reference.py, with the same corruptions of the same images.
 
-    dropout: a seed for it; the weights are then those that `our_training` begins with.
+    weights: a seed for those that it begins with; those of `our_training` have 0.
     """
     where, _ = train.choose_device(device)
-    config = Config(**sizes)
-    network = reference.PLAIN_MODELS[model](config.image_size, config.latent_dim, config.width)
-    if dropout is not None:
-        torch.manual_seed(config.seed)
+    config = Config(model=model, **sizes)
+    network = plain_model(config)
+    if weights is not None:  # otherwise it is not worth making them twice
+        torch.manual_seed(weights)
         network.load_state_dict(create_model(model, config).state_dict())
-        torch.manual_seed(dropout)
     step = reference.plain_training(
         network, where,
         lambda number, count: Draws(train.seeded(config.seed, "step", number), count))
     return stepping(step, phantom_batches(batches, batch, config.image_size), where)
+
+
+def plain_model(config: Config) -> torch.nn.Module:
+    return reference.PLAIN_MODELS[config.model](config.image_size, config.latent_dim, config.width,
+                                                config.dropout)
 
 
 def stepping(step: Callable[[Tensor], float], batches: list[Tensor],
@@ -122,6 +131,17 @@ def stepping(step: Callable[[Tensor], float], batches: list[Tensor],
     return answer
 
 
+def training_flops(config: Config) -> float:
+    """Floating-point operations that training on one image takes, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        images = torch.empty(4, 1, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter:
+            reference.plain_loss(plain_model(config), images, images).backward()
+    return counter.get_total_flops() / len(images)
+
+
 def machine(sizes: dict, side: int) -> Answer:
     """What this machine is, how fast it multiplies, and how much there is to multiply."""
     def gflops(device: str, kind: torch.dtype, side: int) -> float:
@@ -141,7 +161,7 @@ def machine(sizes: dict, side: int) -> Answer:
         except OSError:  # not Linux
             text = ""
         lines = dict(x.split(":", 1) for x in text.replace("\t", "").splitlines() if ":" in x)
-        known, config = {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}, Config(**sizes)
+        known = {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}
         result = {
             "cpu": lines.get("model name", platform.processor()).strip(), "cores": os.cpu_count(),
             "flags": sorted(known & set(lines.get("flags", "").split())),
@@ -150,9 +170,8 @@ def machine(sizes: dict, side: int) -> Answer:
             "precision": train.choose_precision("auto", CPU)[0],
             "gflops_fp32": gflops("cpu", torch.float32, side),
             "gflops_bf16": gflops("cpu", torch.bfloat16, side),
-            "gflop_an_image": {name: reference.training_flops(
-                name, config.image_size, config.latent_dim, config.width) / 1e9
-                for name in reference.PLAIN_MODELS}}
+            "gflop_an_image": {name: training_flops(Config(model=name, **sizes)) / 1e9
+                               for name in reference.PLAIN_MODELS}}
         if torch.cuda.is_available():
             result["gpu"] = torch.cuda.get_device_name()
             result["gpu_gflops_bf16"] = gflops("cuda", torch.bfloat16, 8192)
@@ -307,16 +326,16 @@ def films(scratch: str, count: int, side: int) -> Answer:
 # Programs
 
 
-def evaluation(model: str, sizes: dict, batch: int, images: int, scores: int) -> Answer:
-    """evaluate.py's scoring of an untrained run on the phantom, the bare forward pass, and what
-    becomes of scores."""
+def evaluation(model: str, sizes: dict, images: int) -> Answer:
+    """evaluate.py's scoring of an untrained run on the phantom, and the bare forward pass."""
     import evaluate
 
+    batch = train.READ_AT_ONCE
     config = Config(model=model, samples=2 * batch, batch_size=batch, **sizes)
     precision, _ = train.choose_precision("auto", CPU)
     network = train.start_run(config, CPU, precision).model.eval()
     loaders = create_dataloaders(config)
-    scorer = train.calibrate(network, loaders, CPU, precision, batch)
+    scorer = train.calibrate(network, loaders, CPU, precision)
     run = evaluate.Run(Path(), model, config, network, scorer, CPU, precision, "")
     test = loaders.test.dataset.samples
     some = [*test[: images // 2], *test[-(images // 2):]]  # normal ones, and abnormal
@@ -325,34 +344,40 @@ def evaluation(model: str, sizes: dict, batch: int, images: int, scores: int) ->
 
     @torch.inference_mode()
     def forward() -> int:
-        for i in range(len(some) // batch):
-            with train.autocast(CPU, precision):
+        with train.autocast(CPU, precision):
+            for i in range(len(some) // batch):
                 network.reconstructions(batches[i % 2])
         return len(some) // batch * batch
 
     def scoring() -> int:
-        return len(evaluate.score_samples(run, loaders.source, some, "fused", trivial,
-                                          batch).samples)
+        with run.weights_kept():
+            return len(evaluate.score_samples(run, loaders.source, some, "fused", trivial).samples)
 
-    def figures() -> int:
-        """All that a run's evaluation makes of its scores, two images of a patient each."""
-        rng, samples = np.random.RandomState(0), (test * (scores // len(test) + 1))[:scores]
-        sick = np.array([s.label == ABNORMAL for s in samples])
-        scored = evaluate.Scored(samples, {name: rng.normal(size=scores) + sick
-                                           for name in SCORERS}, {}, {})
-        weights = evaluate.patient_weights([i // 2 for i in range(scores)])
-        metrics = evaluate.measure(run, scored, "fused", weights)
-        metrics |= {"scorer": "fused", "data": "films"}
-        with tempfile.TemporaryDirectory() as folder:
-            to = Path(folder)
-            evaluate.draw_roc([(model, scored, metrics)], "fused", to / "roc.png")
-            evaluate.draw_histogram(model, scored, metrics, to / "histogram.png")
-            evaluate.draw_examples(run, loaders.source, scored, metrics, to / "examples.png")
-            evaluate.write_scores(run, scored, to / "scores.csv")
-        return scores
-
-    parts = {"forward": forward, "scoring": scoring, "figures": figures}
+    parts = {"forward": forward, "scoring": scoring}
     return lambda part: watched(parts[part])()
+
+
+def figures(scratch: str, scores: int) -> Answer:
+    """What evaluate.py makes of so many scores, two images of a patient each: all but scoring, of
+    a run that is so small that reading and drawing it costs next to nothing."""
+    import evaluate
+
+    def answer() -> dict:
+        def scored(run: object, source: Source, samples: list[Sample], *_: object) -> object:
+            rng, many = np.random.RandomState(0), (samples * (scores // len(samples) + 1))[:scores]
+            many = [dataclasses.replace(s, patient=str(i // 2)) for i, s in enumerate(many)]
+            sick = np.array([s.label == ABNORMAL for s in many])
+            return evaluate.Scored(many, {name: rng.normal(size=scores) + sick
+                                          for name in SCORERS}, {}, {})
+
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            [run] = train.train(Config(width=2, latent_dim=8, samples=50, epochs=1, device="cpu",
+                                       output_dir=folder))
+            with mock.patch.object(evaluate, "score_samples", scored):
+                began = time.perf_counter()
+                evaluate.evaluate(run, device="cpu")
+                return {"seconds": time.perf_counter() - began}
+    return answer
 
 
 def first_step(model: str, sizes: dict) -> Answer:
@@ -395,8 +420,8 @@ def short_run(sizes: dict, scratch: str, samples: int, batch: int) -> Answer:
 
 KINDS: dict[str, Callable[..., Answer]] = {
     f.__name__: f for f in (our_training, plain_training, machine, our_folder, their_folder,
-                            decoding, small_films, archive, films, evaluation, first_step,
-                            short_run)}
+                            decoding, small_films, archive, films, evaluation, figures,
+                            first_step, short_run)}
 
 if __name__ == "__main__":
     replies = os.fdopen(os.dup(1), "w")

@@ -15,28 +15,29 @@ from data import augment
 from models import SKIP_FREE_SHARE, Draws, corrupt
 
 
-def double_conv(i: int, o: int) -> nn.Sequential:
+def double_conv(i: int, o: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True),
-        nn.Dropout2d(0.1),
+        nn.Dropout2d(dropout),
         nn.Conv2d(o, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
 
 
 class PlainUNet(nn.Module):
     """The U-Net; `forward` gives both reconstructions, the skip-free one of the first `share`."""
 
-    def __init__(self, size: int = 128, latent: int = 512, w: int = 64) -> None:
+    def __init__(self, size: int = 128, latent: int = 512, w: int = 64,
+                 dropout: float = 0.0) -> None:
         super().__init__()
         self.bottom = (8 * w, size // 16, size // 16)
         flat = 8 * w * (size // 16) ** 2
         self.down = nn.ModuleList(
-            double_conv(i, o) for i, o in pairwise((1, w, 2 * w, 4 * w, 8 * w, 8 * w)))
+            double_conv(i, o, dropout) for i, o in pairwise((1, w, 2 * w, 4 * w, 8 * w, 8 * w)))
         self.to_latent, self.from_latent = nn.Linear(flat, latent), nn.Linear(latent, flat)
         self.up = nn.ModuleList(
-            double_conv(i, o)
+            double_conv(i, o, dropout)
             for i, o in ((16 * w, 4 * w), (8 * w, 2 * w), (4 * w, w), (2 * w, w)))
         self.skip_free_up = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose2d(i, o, 2, stride=2), double_conv(o, o))
+            nn.Sequential(nn.ConvTranspose2d(i, o, 2, stride=2), double_conv(o, o, dropout))
             for i, o in pairwise((8 * w, 8 * w, 4 * w, 2 * w, w)))
         self.out = nn.Conv2d(w, 1, 1)
 
@@ -59,7 +60,8 @@ class PlainUNet(nn.Module):
 class PlainReversedAE(nn.Module):
     """The Reversed Autoencoder; `forward` gives its one reconstruction, in a list."""
 
-    def __init__(self, size: int = 128, latent: int = 512, w: int = 64) -> None:
+    def __init__(self, size: int = 128, latent: int = 512, w: int = 64,
+                 dropout: float = 0.0) -> None:
         super().__init__()
         self.bottom = (8 * w, size // 8, size // 8)
         flat, hidden = 8 * w * (size // 8) ** 2, 2 * latent
@@ -68,9 +70,9 @@ class PlainReversedAE(nn.Module):
                           nn.BatchNorm2d(o), nn.ReLU(inplace=True))
             for i, o in pairwise((1, w, 2 * w, 4 * w, 8 * w)))
         self.to_latent = nn.Sequential(nn.Linear(flat, hidden), nn.ReLU(inplace=True),
-                                       nn.Dropout(0.1), nn.Linear(hidden, latent))
+                                       nn.Dropout(dropout), nn.Linear(hidden, latent))
         self.from_latent = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(inplace=True),
-                                         nn.Dropout(0.1), nn.Linear(hidden, flat))
+                                         nn.Dropout(dropout), nn.Linear(hidden, flat))
         self.up = nn.ModuleList(
             nn.Sequential(nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1,
                                              bias=False),
@@ -120,15 +122,3 @@ def plain_training(model: nn.Module, device: torch.device,
         return loss.item()
 
     return step
-
-
-def training_flops(name: str, size: int, latent: int, width: int) -> float:
-    """Floating-point operations that training on one image takes, forward and backward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        model = PLAIN_MODELS[name](size, latent, width)
-        images = torch.empty(4, 1, size, size)
-        with FlopCounterMode(display=False) as counter:
-            plain_loss(model, images, images).backward()
-    return counter.get_total_flops() / len(images)

@@ -94,8 +94,11 @@ def test_phantom_masks_belong_to_the_images_that_are_read() -> None:
     source = PhantomSource(4, 64)
     sick = next(s for s in source.samples if s.finding == "opacity")
     image, mask = draw_phantom(int(sick.patient), 64, kind="opacity")
-    assert np.array_equal(decode_image(source.read(sick), 64), image)
-    assert np.array_equal(source.mask(sick, 64), mask)
+    for _ in range(2):  # drawn, and as remembered from reading
+        assert np.array_equal(source.mask(sick, 64), mask)
+        assert np.array_equal(decode_image(source.read(sick), 64), image)
+    assert source.mask(sick, 32).shape == (32, 32)
+    assert not source.mask(source.samples[0], 64).any()
 
 
 # ----------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import evaluate as evaluate_module
 from config import Config, UserError, parse_config
 from data import Sample, read_splits
 from evaluate import (
+    PixelCounts,
     Scored,
     by_view,
     command_to_train,
@@ -62,6 +63,22 @@ def test_auroc_and_average_precision_agree_with_scikit_learn(ties: bool) -> None
                          (weighted_average_precision, average_precision_score)):
         expected = [theirs(labels, scores, sample_weight=w) for w in weights]
         assert ours(scores, labels, weights) == pytest.approx(expected, abs=1e-9)
+
+
+def test_pixel_auroc_from_counts_agrees_with_scikit_learn() -> None:
+    rng = np.random.RandomState(0)
+    counts, maps, masks = PixelCounts(), [], []
+    for i in range(5):
+        mask = np.zeros((32, 32), dtype=bool)
+        mask[: 4 * i] = True
+        map_ = (np.abs(rng.randn(32, 32)) * 10.0 ** (i - 2) + mask).astype(np.float32)
+        map_[:, :3] = 0.0
+        assert counts.auroc() is None or masks[-1].any()
+        counts.add(map_, mask)
+        maps.append(map_.ravel())
+        masks.append(mask.ravel())
+    expected = roc_auc_score(np.concatenate(masks), np.concatenate(maps))
+    assert counts.auroc() == pytest.approx(expected, abs=1e-4)
 
 
 def test_auroc_without_one_label_is_not_a_number() -> None:
@@ -652,6 +669,12 @@ def test_scores_and_maps_of_an_image_are_bitwise_the_same_whatever_is_beside_it(
             assert torch.equal(their_scores[name], scores[name][group]), f"{name} of {group}"
             maps = (run.scorer.anomaly_map(name, reading) for reading in (other, whole))
             assert torch.equal(next(maps), next(maps)[group]), f"{name} map of {group}"
+    with run.weights_kept():
+        for part in (images[:8], images[3:21]):
+            one, kept = (run.read(part)[1] for _ in range(2))
+            assert all(torch.equal(one[name], kept[name]) for name in SCORERS)
+        kept = run.read(images)[1]
+    assert all(torch.equal(kept[name], scores[name]) for name in SCORERS)
 
 
 def test_a_film_gets_the_same_score_in_a_test_and_alone(
