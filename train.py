@@ -981,7 +981,7 @@ def timed(loader: DataLoader, run: Run, stop: Stop) -> Iterator[Tensor]:
         yield images
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode, whose images could not be kept for calibration
 def validate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], config: Config,
              device: torch.device, precision: str, ranks: Ranks, micro_batch: int,
              stop: Stop | None = None) -> float:
