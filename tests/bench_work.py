@@ -173,8 +173,10 @@ def machine(sizes: dict, side: int) -> Answer:
             "gflop_an_image": {name: training_flops(Config(model=name, **sizes)) / 1e9
                                for name in reference.PLAIN_MODELS}}
         if torch.cuda.is_available():
-            result["gpu"] = torch.cuda.get_device_name()
-            result["gpu_gflops_bf16"] = gflops("cuda", torch.bfloat16, 8192)
+            precision, _ = train.choose_precision("auto", torch.device("cuda"))
+            kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+            result |= {"gpu": torch.cuda.get_device_name(), "gpu_precision": precision,
+                       "gpu_gflops": gflops("cuda", kinds[precision], 8192)}
         return result
     return answer
 
@@ -336,13 +338,15 @@ def evaluation(model: str, sizes: dict, images: int) -> Answer:
     network = train.start_run(config, CPU, precision).model.eval()
     loaders = create_dataloaders(config)
     scorer = train.calibrate(network, loaders, CPU, precision)
-    run = evaluate.Run(Path(), model, config, network, scorer, CPU, precision, "")
+    known = {"folder": Path(), "name": model, "config": config, "model": network,
+             "scorer": scorer, "device": CPU, "precision": precision}  # the rest is of no moment
+    run = evaluate.Run(**{f.name: known.get(f.name, "") for f in dataclasses.fields(evaluate.Run)})
     test = loaders.test.dataset.samples
     some = [*test[: images // 2], *test[-(images // 2):]]  # normal ones, and abnormal
     trivial = evaluate.TrivialScores(np.concatenate([x for x, _ in loaders.train]))
     batches = [to_float(x, CPU) for x in phantom_batches(2, batch, config.image_size)]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode autocast would cast the weights each time
     def forward() -> int:
         with train.autocast(CPU, precision):
             for i in range(len(some) // batch):
