@@ -36,7 +36,7 @@ def test_the_fast_step_learns_what_the_plain_one_learns(rows: dict[str, bench.Ro
     """From the same weights, on the same images, with the same corruptions."""
     for model in bench.MODELS:
         row = rows[f"loss.{model}"]
-        assert row.ours < 0.02 < row.theirs, model
+        assert row.ours < 0.03 < row.theirs, model
 
 
 def test_a_process_that_cannot_go_on_says_why(tmp_path: Path) -> None:
