@@ -321,10 +321,10 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     kept = {n: (folder / n).read_bytes() for n in ("last.pt", "best.pt")}
     with open(folder / "run.log", "a") as lines:  # no room left in its last page
         lines.write("x" * (-lines.tell() % 4096))
-    with open(small_disk / "other", "wb") as other, pytest.raises(OSError, match="No space"):
+    with open(small_disk / "other", "wb", buffering=0) as other, \
+            pytest.raises(OSError, match="No space"):
         while True:
             other.write(bytes(10_000))
-            other.flush()
     program = start(config, "--resume")
     _, errors = program.communicate(timeout=100)
     assert program.returncode == 2 and len(errors.strip().splitlines()) == 1
