@@ -30,6 +30,7 @@ def found(tmp_path: Path, capsys: pytest.CaptureFixture) -> Found:
         for line in capsys.readouterr().out.splitlines():
             if m := re.match(r"(ok|careful|FAILS) +(\w+) +(.*)", line):
                 what = m[2]
+                assert what not in told, "said twice"
                 told[what] = f"{m[1]} {m[3]}"
             elif what:
                 told[what] += "\n" + line
