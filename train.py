@@ -97,7 +97,7 @@ from models import (
     read,
 )
 
-FORMAT = 2  # of the checkpoints
+FORMAT = 3  # of the checkpoints
 CALIBRATION_IMAGES = 256  # training normals that the scorer is calibrated on, at most
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always
 # Settings that a resumed run may change; any other change makes it another run.
