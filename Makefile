@@ -41,12 +41,12 @@ evaluate: setup ## test and compare what was trained last
 colab: ## write a notebook, and one cell to paste, for Google Colab to build/
 	$(PYTHON) tests/colab.py
 
-# What only tests need: DICOM files, and a real kernel of a notebook.
-TEST_PACKAGES := 'pydicom>=3.0' 'ipykernel>=6' 'nbformat>=5'
+# What only tests need: DICOM files, a real kernel of a notebook, two processes at a time.
+TEST_PACKAGES := 'pydicom>=3.0' 'ipykernel>=6' 'nbformat>=5' 'pytest-xdist>=3.5'
 
 test: setup ## run the tests
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
-	$(PY) -m pytest -q -m "not drill" tests $(ARGS)
+	$(PY) -m pytest -q -m "not drill" -n 2 --dist loadfile tests $(ARGS)
 
 drills: setup ## run the long fault drills
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)

@@ -19,7 +19,6 @@ if sys.version_info < (3, 10):  # noqa: UP036 (in a line, before what an older o
 import argparse
 import dataclasses
 import difflib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -305,7 +304,7 @@ def parse_config(argv: list[str] | None = None, description: str = "",
         default = "" if f.default is None else f"(default: {f.default})"
         about: dict[str, typing.Any] = {
             "dest": f.name, "default": argparse.SUPPRESS,
-                 "help": f"{f.metadata['help']} {default}".strip()}
+            "help": f"{f.metadata['help']} {default}".strip()}
         if kind is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **about)
         elif f.name == "resume":

@@ -441,11 +441,10 @@ class PixelCounts:
 
     def auroc(self) -> float | None:
         """Of the map as a test of each pixel; None where no lesion, or nothing else, was met."""
-        outside, inside = self.counts.astype(np.float64)
-        if not inside.any() or not outside.any():
+        if not self.counts.any(axis=1).all():
             return None
-        below = np.cumsum(outside) - outside
-        return float(inside @ (below + outside / 2) / (inside.sum() * outside.sum()))
+        truth, level = np.indices(self.counts.shape).reshape(2, -1)
+        return float(weighted_auroc(level, truth, self.counts.reshape(1, -1).astype(float))[0])
 
 
 def lesion_mask(source: Source, sample: Sample, size: int) -> np.ndarray | None:
@@ -738,10 +737,10 @@ def evaluate(
         print(f"\n{verdicts[0]}")
     asked = {"data": data, "split": None if split == "test" else split, "samples": samples,
              "scorer": "all" if whole_grid else None if scorer == DEFAULT_SCORER else scorer}
-    command = shlex.join(["python", "evaluate.py", *map(str, paths), *(
+    again = shlex.join(["python", "evaluate.py", *map(str, paths), *(
         word for k, v in asked.items() if v is not None for word in (flag(k), str(v)))])
     page = loaded[0].folder.resolve().parent / "comparison.html"
-    write_page(loaded, sources, all_scored, results, means, verdicts, costs, command, page)
+    write_page(loaded, sources, all_scored, results, means, verdicts, costs, again, page)
     print(f"written   {page}: the results in one file, to open in a browser or to send on")
     return results
 
@@ -1636,11 +1635,14 @@ def kind_of_data(spec: str, title: str = "") -> str:
 
 
 def write_page(runs: list[Run], sources: list[Source], scored: list[Scored], results: list[dict],
-               means: dict[str, dict], verdicts: list[str], costs: list[dict], command: str,
+               means: dict[str, dict], verdicts: list[str], costs: list[dict], again: str,
                file: Path) -> None:
-    """comparison.html: all that was found, in one file that fetches nothing."""
+    """comparison.html: all that was found, in one file that fetches nothing.
+
+    again: what to type to evaluate like this once more.
+    """
     tables = page_results([run.name for run in runs], results, means)
-    commands = [*(command_to_train(run.config) for run in runs), command]
+    commands = [*(command_to_train(run.config) for run in runs), again]
     warning, first = drift_warning(results), results[0]
     firsts = [mean["positions"][0] for mean in means.values()]  # seeds; of all it would be too much
     shown = runs, sources, scored, results = [

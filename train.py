@@ -592,10 +592,10 @@ def moment_bytes(parameter: Tensor, config: Config) -> int:
 def lean_adam(optimizer: torch.optim.Optimizer, layer: Linear, decay: float) -> None:
     """One step of Adam on a layer's large matrix, whose moments take a quarter of the room.
 
-    The first moment is kept in bf16; of the second one only the means over rows and columns, whose
-    product stands for it (Shazeer and Stern, ICML 2018, algorithm 2; so used by Zhai et al., CVPR
-    2022, section 3.4). The matrix is passed over once, in tiles that stay in the CPU's cache, and
-    its gradient, if only the factors are there, is never held in full.
+    The first moment is kept in bf16. Of the second one only the means over rows and columns are,
+    whose product stands for it (Shazeer and Stern, ICML 2018, algorithm 2; with a first moment in
+    bf16 also Zhai et al., CVPR 2022). The matrix is passed over once, in tiles that stay in the
+    CPU's cache, and its gradient, if only the factors are there, is never held in full.
     """
     weight = layer.weight
     group, state = optimizer.param_groups[0], optimizer.state[weight]
@@ -632,13 +632,11 @@ def lean_adam(optimizer: torch.optim.Optimizer, layer: Linear, decay: float) -> 
     for i in range(0, weight.shape[0], height):
         for j in range(0, weight.shape[1], width):
             a, b = slice(i, i + height), slice(j, j + width)
-            if g is not None:
-                tile = mean[a, b].float().lerp_(g[a, b], 1 - beta1)
-            elif y.dtype == mean.dtype:
+            if g is None and x.dtype == mean.dtype:  # all in bf16: no pass to and from fp32
                 tile = mean[a, b].addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1).float()
             else:
-                tile = mean[a, b].float().addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1)
-            if g is not None or y.dtype != mean.dtype:
+                tile = mean[a, b].float().mul_(beta1).add_(
+                    g[a, b] if g is not None else yt[a] @ x[:, b], alpha=1 - beta1)
                 mean[a, b] = tile
             if decay:
                 weight[a, b] *= 1 - group["lr"] * decay
@@ -1308,7 +1306,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     first_step = run.step
 
     def due(seconds: float) -> bool:
-        """Whether last.pt is so old. A large one (3 GB) is left alone for a minute."""
+        """Whether last.pt is so old. A large one (0.5 GB and more) is left alone for a minute."""
         large = last.exists() and last.stat().st_size > LARGE_FILE
         return time.monotonic() - saved_at >= max(seconds, 60 if large else 0)
 
@@ -1327,7 +1325,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                                                      "seconds": seconds},
                         last, folder / "previous.pt")
 
-    stopped = (f"ended as asked, and saved; go on with: {command_to_resume(asked)}")
+    stopped = f"ended as asked, and saved; go on with: {command_to_resume(asked)}"
     with contextlib.closing(bar), Stop(ranks, save_last, stopped) as stop:
         while run.epoch < config.epochs and run.bad_epochs < config.patience:
             began = time.monotonic()

@@ -1,13 +1,17 @@
 """Small things that several test files need. Nothing here touches the network or shared data."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from kaggle_stand_in import StandIn
 from PIL import Image
 
+import data
 from config import Config
 from train import train
 
@@ -45,3 +49,33 @@ def xrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Run folders of both models, trained a little on the phantom."""
     return train(tiny(tmp_path_factory.mktemp("runs"), model="both"))
+
+
+@pytest.fixture
+def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
+    """A stand-in that the official client is pointed at; waiting is noted instead of done."""
+    server = StandIn()
+    for name in [n for n in os.environ if n.startswith("KAGGLE_") or n.lower().endswith("proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    server.pauses = []
+    monkeypatch.setattr(data, "pause", lambda seconds, halt: server.pauses.append(seconds))
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny
 from kaggle_stand_in import KEY, USER, Archive, StandIn
-from test_kaggle import SPEC, images, kaggle  # noqa: F401 (kaggle is a fixture)
-from test_survival import FakeWandb, small_disk  # noqa: F401 (small_disk is a fixture)
+from test_kaggle import SPEC, images
+from test_survival import FakeWandb
 from test_train import run_script
 
 import train as train_module
@@ -85,7 +85,7 @@ def test_packages_that_are_too_old_are_named_with_what_is_wanted(
     ("wrong-key-98765", "FAILS --data kaggle:someone/xrays: Kaggle refuses the credentials (401)"),
     (None, "FAILS no Kaggle credentials found. On kaggle.com: Settings, API")])
 def test_kaggle_credentials_are_tried_and_never_shown(
-    found: Found, monkeypatch: pytest.MonkeyPatch, kaggle: StandIn,  # noqa: F811
+    found: Found, monkeypatch: pytest.MonkeyPatch, kaggle: StandIn,
     key: str | None, says: str
 ) -> None:
     kaggle.archives["someone/xrays"] = Archive.of(images(80))
@@ -118,7 +118,7 @@ def test_wandb_is_tried_only_if_asked_for_and_never_a_reason_to_fail(
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_said_with_both_figures(
-    found: Found, small_disk: Path  # noqa: F811
+    found: Found, small_disk: Path
 ) -> None:
     assert found(small_disk / "runs")[0] == []
     failed, told = found(small_disk / "runs", width=16)

@@ -15,7 +15,6 @@ import tracemalloc
 import types
 import zipfile
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -43,24 +42,6 @@ from train import main as train_main
 from train import train
 
 SPEC = "kaggle:someone/xrays"
-
-
-@pytest.fixture
-def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
-    """A stand-in that the official client is pointed at; waiting is noted instead of done."""
-    server = StandIn()
-    for name in [n for n in os.environ if n.startswith("KAGGLE_") or n.lower().endswith("proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    server.pauses = []
-    monkeypatch.setattr(data, "pause", lambda seconds, halt: server.pauses.append(seconds))
-    yield server
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture(scope="session")

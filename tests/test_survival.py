@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny, write_image
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
-from test_kaggle import SPEC, kaggle, png, server_environment  # noqa: F401 (kaggle is a fixture)
+from test_kaggle import SPEC, png, server_environment
 from test_train import interrupt_at, log_of, same_state, without_timings
 
 import train as train_module
@@ -106,7 +106,7 @@ def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
 
 
 def test_a_signal_while_waiting_for_data_does_not_wait_for_it(
-    kaggle: StandIn, tmp_path: Path  # noqa: F811
+    kaggle: StandIn, tmp_path: Path
 ) -> None:
     kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
     program: list[subprocess.Popen] = []
@@ -174,7 +174,7 @@ def kill_again_and_again(config: Config, rng: random.Random, kills: int, **envir
 @pytest.mark.parametrize("data", ["synthetic", SPEC])
 @pytest.mark.parametrize("model", ["unet", "reversed_ae"])
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
-    kaggle: StandIn, tmp_path: Path, model: str, data: str  # noqa: F811
+    kaggle: StandIn, tmp_path: Path, model: str, data: str
 ) -> None:
     films = {f"{'normal' if i < 260 else 'abnormal'}/{i:03d}.png": png(i) for i in range(300)}
     kaggle.archives["someone/xrays"] = Archive.of(films)
@@ -298,18 +298,6 @@ def test_a_file_that_may_not_grow_ends_the_run_and_keeps_the_last_checkpoint(
     assert "cannot be written" in errors and "make room and go on with --resume" in errors
     assert {n: (folder / n).read_bytes() for n in kept} == kept
     assert not list(folder.glob("*.tmp"))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
-    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a file system cannot be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.drill
