@@ -141,15 +141,21 @@ class Run:
     made_with: str  # versions, device and precision of its training
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> tuple[Reading, dict[str, Tensor]]:
-        """What the model makes of uint8 images [n,1,H,W], and their scores [n] by every scorer.
-        An image's do not depend on the images beside it."""
-        readings, scores = [], []
+    def read(self, images: Tensor, scorer: str = DEFAULT_SCORER,
+             ) -> tuple[Reading, dict[str, Tensor], Tensor]:
+        """What the model makes of uint8 images [n,1,H,W], their scores [n] by every scorer, and
+        their anomaly maps [n,1,H,W] by `scorer`. An image's do not depend on the images beside
+        it."""
+        readings, scores, maps = [], [], []
         for reading, count in read_evenly(self.model, images, self.device, self.precision):
+            zscore = self.scorer.anomaly_map("zscore", reading)
+            found = self.scorer.scores(reading, zscore)
+            map_ = self.scorer.anomaly_map(scorer, reading) if scorer in OWN_MAP else zscore
             readings.append([part[:count] for part in reading])
-            scores.append({k: v[:count] for k, v in self.scorer.scores(reading).items()})
+            scores.append({k: v[:count] for k, v in found.items()})
+            maps.append(map_[:count])
         return (Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True))),
-                {k: torch.cat([s[k] for s in scores]) for k in scores[0]})
+                {k: torch.cat([s[k] for s in scores]) for k in scores[0]}, torch.cat(maps))
 
     @contextlib.contextmanager
     def weights_kept(self) -> Iterator[None]:
@@ -396,18 +402,16 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
     order, located, pixels = [], [], PixelCounts()
     bar = Progress(len(samples), f"scoring with {run.name}")
     for images, positions in stream:
-        reading, found = run.read(images)
+        _, found, maps = run.read(images, scorer)
         for name, values in found.items():
             scores[name].append(values.numpy())
         masks = [lesion_mask(source, samples[i], run.config.image_size) for i in positions.tolist()]
-        if any(mask is not None for mask in masks):  # maps take nearly as long as the scores
-            maps = run.scorer.anomaly_map(scorer, reading)[:, 0].cpu().numpy()
-            for map_, mask in zip(maps, masks, strict=True):
-                if mask is not None and mask.any():
-                    energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
-                    located.append((peak_in_lesion(map_, mask), energy, float(mask.mean())))
-                if mask is not None and not source.boxes:  # a box holds much besides its lesion
-                    pixels.add(map_, mask)
+        for map_, mask in zip(maps[:, 0].cpu().numpy(), masks, strict=True):
+            if mask is not None and mask.any():
+                energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
+                located.append((peak_in_lesion(map_, mask), energy, float(mask.mean())))
+            if mask is not None and not source.boxes:  # a box holds much besides its lesion
+                pixels.add(map_, mask)
         for name, trivial_ones in (trivial(images.numpy()) if trivial else {}).items():
             baselines.setdefault(name, []).append(trivial_ones)
         order += positions.tolist()
@@ -1128,8 +1132,7 @@ def load_images(source: Source, samples: list[Sample], size: int) -> Tensor:
 def pictures(run: Run, source: Source, samples: list[Sample],
              scorer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(images, reconstructions, anomaly maps), each [n,H,W], of a few samples."""
-    reading, _ = run.read(load_images(source, samples, run.config.image_size))
-    maps = run.scorer.anomaly_map(scorer, reading)
+    reading, _, maps = run.read(load_images(source, samples, run.config.image_size), scorer)
     image, back, map_ = (t[:, 0].cpu().numpy()
                          for t in (reading.images, reading.reconstruction, maps))
     return image, back, map_
@@ -1244,16 +1247,15 @@ def draw_healing(run: Run, source: Source, scored: Scored, metrics: dict, file: 
         clean, seen = torch.cat([clean, image]), torch.cat([seen, image])
         lesion = lesion_mask(source, sample, size)
         titles.append(describe_sample(sample))
-    reading, _ = run.read(seen)
-    maps = run.scorer.anomaly_map(scorer, reading).cpu().numpy()
+    reading, _, maps = run.read(seen, scorer)
     shown = reading.images.cpu()
     tiles = torch.cat([clean / 255, shown, reading.views.cpu(), shown], dim=1).numpy()
     heat, masks = np.zeros_like(tiles), np.zeros_like(tiles)
-    heat[:, -1:] = maps
+    heat[:, -1:] = maps.cpu().numpy()
     if lesion is not None:
         masks[-1, -1] = lesion
     # The colours end where the least of the maps does: corruptions are stronger than findings.
-    top = min(map_top(m) for m in maps)
+    top = min(map_top(m) for m in heat[:, -1])
     views = ["healed", "healed, without skips"][: tiles.shape[1] - 3]
     figure = Figure(figsize=(2 * tiles.shape[1] + 1, 2 * len(tiles) + 0.7), layout="constrained")
     axes = figure.subplots()
@@ -1739,8 +1741,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             places.append(i)
         if not images:
             continue
-        reading, scores = loaded.read(torch.stack(images))
-        maps = loaded.scorer.anomaly_map(scorer, reading)
+        reading, scores, maps = loaded.read(torch.stack(images), scorer)
         percentiles = loaded.scorer.percentile(scorer, scores[scorer])
         for k, i in enumerate(places):
             score = float(scores[scorer][k])

@@ -448,9 +448,15 @@ def read(model: Any, images: Tensor) -> Reading:
 
 def box_filter(maps: Tensor, side: int) -> Tensor:
     """Mean over a side x side window (side odd); at the border over what lies inside."""
-    half = side // 2
-    maps = F.avg_pool2d(maps, (side, 1), 1, (half, 0), count_include_pad=False)
-    return F.avg_pool2d(maps, (1, side), 1, (0, half), count_include_pad=False)
+
+    def along(length: int) -> Tensor:
+        place = torch.arange(length, device=maps.device)
+        inside = ((place[:, None] - place).abs() <= side // 2).to(maps.dtype)
+        return inside / inside.sum(1, keepdim=True)
+
+    # As products with matrices: on a CPU two to six times as fast as pooling with large windows.
+    with torch.autocast(maps.device.type, enabled=False):
+        return along(maps.shape[2]) @ (maps @ along(maps.shape[3]).T)
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
@@ -527,9 +533,13 @@ class AnomalyScorer:
         z = (low_passed(reading) - self.mean.to(x.device)) / self.std.to(x.device)
         return z.abs().mean(1, keepdim=True)
 
-    def scores(self, reading: Reading) -> dict[str, Tensor]:
-        """Anomaly scores by every scorer, float64 [B] on the CPU; fused only after refer_to."""
-        z = self.anomaly_map("zscore", reading).flatten(1)
+    def scores(self, reading: Reading, zscore_map: Tensor | None = None) -> dict[str, Tensor]:
+        """Anomaly scores by every scorer, float64 [B] on the CPU; fused only after refer_to.
+
+        zscore_map: the anomaly map of that name, [B,1,H,W], where it is there already.
+        """
+        z = self.anomaly_map("zscore", reading) if zscore_map is None else zscore_map
+        z = z.flatten(1)
         scores = {
             "zscore": z.mean(1),
             "peak": z.topk(max(1, round(0.003 * z.shape[1])), dim=1).values.mean(1),

@@ -133,7 +133,8 @@ folders = train(Config(model="both", data=DATA, image_size=IMAGE_SIZE, samples=S
     Step("Compare them", """\
 On the test images, which no model has seen. *AUROC* is the chance that an abnormal image scores
 higher than a normal one; 0.5 is guessing. The *trivial scores* need no model: what does not beat
-them is of no use.""", "", """\
+them is of no use. More is in `comparison.html` in the folder `OUT`: download it from Files, on the
+left, and open it in a browser.""", "", """\
 evaluate(folders)
 display(Image(str(OUT / "comparison.png"), width=1000))
 """),
