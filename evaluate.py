@@ -90,6 +90,7 @@ from data import (
     decode_image,
     open_source,
     read_splits,
+    standardise,
 )
 from models import (
     DEFAULT_SCORER,
@@ -1175,7 +1176,7 @@ def draw_examples(run: Run, source: Source, scored: Scored, metrics: dict, file:
         shown = show_map(axes[2][column], images[column], maps[column], top, mask)
     for row, text in enumerate(("input", "reconstruction", "anomaly map")):
         axes[row][0].set_ylabel(text)
-    figure.colorbar(shown, ax=axes[2], label=map_name(metrics["scorer"]), shrink=0.9)
+    figure.colorbar(shown, ax=axes[2], label=map_label(metrics["scorer"]), shrink=0.9)
     figure.suptitle(f"{run.name}, threshold {metrics['threshold']:.3g}\n{tested_on(metrics)}",
                     fontsize=9)
     figure.savefig(file, dpi=120)
@@ -1221,7 +1222,7 @@ def draw_worst(run: Run, source: Source, scored: Scored, metrics: dict, file: Pa
                          f"{key if len(key) < 17 else '…' + key[-15:]}")
         axes = part.subplots()
         shown = show_tiles(axes, tiles, heat, map_top(maps), masks, above)
-        part.colorbar(shown, ax=axes, label=map_name(metrics["scorer"]), shrink=0.5, aspect=15)
+        part.colorbar(shown, ax=axes, label=map_label(metrics["scorer"]), shrink=0.5, aspect=15)
     figure.savefig(file, dpi=95)
 
 
@@ -1237,19 +1238,21 @@ def draw_healing(run: Run, source: Source, scored: Scored, metrics: dict, file: 
     if clean is None:
         return False
     draws = Draws(seeded(run.config.seed, "picture", 0), len(clean))
-    seen = corrupt(clean.float() / 255, run.config.objective, draws)
+    clean = standardise(clean.float() / 255)
+    seen = corrupt(clean, run.config.objective, draws)
     clean, seen = clean[:3], (255 * seen[:3]).round().byte()
     titles, lesion = ["normal"] * len(clean), None
     if sick := np.flatnonzero(scored.labels == ABNORMAL).tolist():
         middle = sorted(sick, key=lambda i: scored.scores[scorer][i])[len(sick) // 2]
         sample = scored.samples[middle]
         image = load_images(source, [sample], size)
-        clean, seen = torch.cat([clean, image]), torch.cat([seen, image])
+        clean = torch.cat([clean, standardise(image.float() / 255)])
+        seen = torch.cat([seen, image])
         lesion = lesion_mask(source, sample, size)
         titles.append(describe_sample(sample))
     reading, _, maps = run.read(seen, scorer)
     shown = reading.images.cpu()
-    tiles = torch.cat([clean / 255, shown, reading.views.cpu(), shown], dim=1).numpy()
+    tiles = torch.cat([clean, shown, reading.views.cpu(), shown], dim=1).numpy()
     heat, masks = np.zeros_like(tiles), np.zeros_like(tiles)
     heat[:, -1:] = maps.cpu().numpy()
     if lesion is not None:
@@ -1791,7 +1794,7 @@ def draw_prediction(run: Run, row: dict, image: np.ndarray, back: np.ndarray, ma
     usual = run.scorer.threshold("peak" if map_name(scorer) == "zscore" else scorer, 0.95)
     shown = show_map(axes[2], image, map_, max(float(map_.max()), 2 * usual))
     axes[2].set_title("anomaly map", fontsize=9)
-    figure.colorbar(shown, ax=axes[2], label=map_name(scorer))
+    figure.colorbar(shown, ax=axes[2], label=map_label(scorer))
     figure.suptitle(f"{row['image']}: score {row['score']:.4g}, percentile "
                     f"{row['percentile_among_normals']:.0f} among normals, {row['verdict']} at "
                     f"threshold {row['threshold']:.4g} ({run.name})", fontsize=10)

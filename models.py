@@ -414,7 +414,7 @@ SCORERS = {
     "fused": "zscore, peak and features together, each in standard deviations of normal images",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
     "peak": "the largest 0.3 % of the zscore map",
-    "features": "Mahalanobis distance of averaged encoder maps from those of training normals",
+    "features": "Mahalanobis distance of encoder maps' means and deviations from training normals",
     "mse": "squared residual",
     "mae": "absolute residual",
     "ssim": "1 - structural similarity",
@@ -430,7 +430,7 @@ class Reading(NamedTuple):
 
     images: Tensor  # [B,1,H,W] in [0,1]
     views: Tensor  # [B,V,H,W] in [0,1]: every reconstruction the model gives
-    features: Tensor  # [B,F], the encoder's maps of three levels, averaged over their positions
+    features: Tensor  # [B,F], mean and deviation of the encoder's maps of two levels
 
     @property
     def reconstruction(self) -> Tensor:
@@ -441,8 +441,10 @@ class Reading(NamedTuple):
 def read(model: Any, images: Tensor) -> Reading:
     """The Reading of images [B,1,H,W]; the encoder runs once."""
     maps = model.features(images)
-    # The finest level knows edges alone, and the fifth, which only U-Net has, told least.
-    pooled = torch.cat([m.float().mean((2, 3)) for m in maps[1:4]], dim=1)
+    # The finest level knows edges alone; the deeper ones heed where things lie more than what
+    # they are, and so how a film is framed.
+    two = [m.float().flatten(2) for m in maps[1:3]]
+    pooled = torch.cat([each for m in two for each in (m.mean(2), m.std(2))], dim=1)
     return Reading(images, torch.cat(model.from_features(maps), dim=1).float(), pooled)
 
 

@@ -43,7 +43,7 @@ class Scale:
     films: int = 60  # different ones; each lies there five times
     side: int = 1024
     small_films: tuple[int, ...] = (1_000, 10_000, 100_000)
-    trained: int = 64  # images, in two epochs
+    trained: int = 32  # images, in two epochs
     scored: int = 128
     scores: int = 10_000
 
@@ -167,7 +167,7 @@ def step(scale: Scale, known: dict) -> Iterator[Row]:
             with Worker(scale, "our_training", PASSIVE, **settings) as ours, \
                     Worker(scale, "plain_training", **settings) as theirs:
                 in_turn([ours, theirs], 1, steps=1)  # to warm up
-                a, b = in_turn([ours, theirs], scale.rounds, steps=1 if large else 3)
+                a, b = in_turn([ours, theirs], scale.rounds, steps=1 if large else 2)
             known[model, batch] = rate(a)
             yield row(f"step.{model}.{batch}", f"{name}, batch {batch}: images/s trained", rate(a),
                       rate(b), "plain fp32 loop", ratio_from=wanted if large else 1)
@@ -293,7 +293,8 @@ def growth(scale: Scale, known: dict) -> Iterator[Row]:
             epochs = max(1, scale.small_films[1] // count)
             watched = worker.ask(epochs=epochs, memory=True)
             memory.append(watched["held"] and mega(watched["held"] - watched["names"]))
-            rates.append(rate([worker.ask(epochs=epochs) for _ in range(scale.rounds)]))
+            rounds = scale.rounds if count < scale.small_films[-1] else 1  # long enough as it is
+            rates.append(rate([worker.ask(epochs=epochs) for _ in range(rounds)]))
     once = f"{scale.small_films[0]:,} images"
     for i in (1, 2):
         yield row(f"growth.{i}", f"{scale.small_films[i]:,} small films: images/s, none kept",
