@@ -148,10 +148,12 @@ class Config:
 
     @property
     def memory_bytes(self) -> int:
+        """memory_limit_gb in bytes."""
         return int(self.memory_limit_gb * 2**30)
 
 
 def flag(name: str) -> str:
+    """The flag of a setting: --batch-size of batch_size."""
     return "--" + name.replace("_", "-")
 
 
@@ -273,6 +275,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose errors are UserErrors; the description is shown as it is laid out."""
     return _Parser(prog=prog, description=description, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
 

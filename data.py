@@ -1072,6 +1072,7 @@ class ZipIndex:
         return len(self.start)
 
     def name(self, row: int) -> bytes:
+        """A member's name, as bytes."""
         return self._names[self._name_ends[row] : self._name_ends[row + 1]]
 
     def row(self, name: str) -> int:
@@ -1084,6 +1085,7 @@ class ZipIndex:
 
     @property
     def nbytes(self) -> int:
+        """What the index takes of memory."""
         arrays = (self.start, self.length, self.packed, self.full, self.crc, self.method)
         return len(self._names) + self._name_ends.nbytes + sum(a.nbytes for a in arrays)
 
@@ -1325,6 +1327,7 @@ class Splits(NamedTuple):
     notes: list[str]  # what a user should know about how this came about
 
     def normals(self, split: str) -> list[Sample]:
+        """The normal samples of `train`, `val` or `test`."""
         return [s for s in getattr(self, split) if s.label == NORMAL]
 
 

@@ -390,6 +390,7 @@ class Scored:
 
     @property
     def labels(self) -> np.ndarray:
+        """NORMAL or ABNORMAL of every image, [n]."""
         return np.array([s.label for s in self.samples])
 
 
@@ -860,6 +861,7 @@ def drift_warning(results: list[dict]) -> list[str]:
 
 
 def trained_on(results: list[dict]) -> str:
+    """The data of all runs, each named once."""
     return " and ".join(dict.fromkeys(r["trained_on"] for r in results))
 
 
@@ -885,6 +887,7 @@ def spread(mean: dict) -> str:
 
 
 def share(value: float | None) -> str:
+    """'12.3 %' of 0.123; '-' where there is no figure."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
@@ -1003,10 +1006,12 @@ def short(name: str) -> str:
 
 
 def plain_axes(axes: Axes) -> None:
+    """Take away the frame's upper and right side."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_roc(axes: Axes, entries: list[tuple[str, Scored, dict]], scorer: str) -> None:
+    """The ROC curves of (name, scored, metrics), on matplotlib's axes."""
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
     for (name, scored, metrics), colour in zip(entries, COLOURS * 3, strict=False):
         if metrics["auroc"] is None:
@@ -1048,6 +1053,7 @@ def plot_histogram(axes: Axes, name: str, scored: Scored, metrics: dict,
 
 
 def draw_roc(entries: list[tuple[str, Scored, dict]], scorer: str, file: Path) -> None:
+    """A picture of the ROC curves of (name, scored, metrics)."""
     figure = Figure(figsize=(5, 5), layout="constrained")
     plot_roc(figure.subplots(), entries, scorer)
     figure.suptitle(tested_on(entries[0][2]), fontsize=8)
@@ -1055,6 +1061,7 @@ def draw_roc(entries: list[tuple[str, Scored, dict]], scorer: str, file: Path) -
 
 
 def draw_histogram(name: str, scored: Scored, metrics: dict, file: Path) -> None:
+    """A picture of one run's scores, of normal and of abnormal images."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     plot_histogram(figure.subplots(), name, scored, metrics,
                    score_frame([scored], metrics["scorer"]))
@@ -1076,6 +1083,7 @@ def example_positions(scored: Scored, metrics: dict, each: int) -> list[tuple[st
 
 
 def show_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
+    """A grey image [H,W] in [0,1], without ticks."""
     axes.imshow(image, cmap="gray", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=9)
@@ -1156,6 +1164,7 @@ def map_label(scorer: str) -> str:
 
 
 def describe_sample(sample: Sample) -> str:
+    """What is written over an image: its finding, shortened."""
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
 
 
@@ -1392,6 +1401,7 @@ SIDE = 256  # of the pictures, in pixels
 
 
 def embedded(kind: str, content: bytes) -> str:
+    """A picture as an address that holds it, for a page in one file."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -1438,6 +1448,7 @@ def embedded_drawing(alt: str, draw: Callable[..., object], of: tuple = (),
 
 
 def html_figure(images: Sequence[str], caption: str) -> str:
+    """Images beside each other over their caption, in HTML."""
     return (f'<figure style="--n:{len(images)}"><div>{"".join(images)}</div>'
             f"<figcaption>{caption}</figcaption></figure>")
 
@@ -1802,6 +1813,7 @@ def draw_prediction(run: Run, row: dict, image: np.ndarray, back: np.ndarray, ma
 
 
 def main() -> None:
+    """Do what the command line asks for."""
     arguments = parse_arguments()
     image, out = arguments.pop("image"), arguments.pop("out")
     if image is None:

@@ -239,6 +239,7 @@ class ReversedAutoencoder(nn.Module):
 
 
 def check_image_size(model: str, image_size: int, multiple: int) -> None:
+    """UserError unless the model can halve the side as often as it must."""
     if image_size % multiple or image_size < 2 * multiple:
         raise UserError(
             f"--image-size {image_size}: {model} needs a multiple of {multiple}, "

@@ -307,9 +307,11 @@ class Ranks:
         return tensor.item()
 
     def sum(self, value: float) -> float:
+        """The sum over all processes."""
         return self._reduce(value, dist.ReduceOp.SUM)
 
     def least(self, value: float) -> float:
+        """The least among all processes."""
         return self._reduce(value, dist.ReduceOp.MIN)
 
     def wait(self) -> None:
@@ -333,6 +335,7 @@ class Progress:
                         dynamic_ncols=True) if show and sys.stderr.isatty() else None
 
     def update(self, images: int, label: str = "", **values: float) -> None:
+        """So many more images are done; label and values are what is shown beside them."""
         self.done += images
         self.label = label or self.label
         text = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
@@ -348,11 +351,13 @@ class Progress:
                      f"{rate:.1f} images/s  {left // 60}:{left % 60:02d} left")
 
     def write(self, line: str) -> None:
+        """A line that stays, above the bar."""
         if self.bar is not None:
             self.bar.clear()
         log.info(line)
 
     def close(self) -> None:
+        """Take the bar away."""
         if self.bar is not None:
             self.bar.close()
 
@@ -388,11 +393,14 @@ def save_checkpoint(state: dict, path: Path, previous: Path | None = None) -> No
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def cannot_write(file: Path, error: Exception) -> UserError:
     """What to say of a file that a run must write and cannot."""
+    if not file.parent.is_dir():
+        return UserError(f"{file}: cannot be written, its folder is gone; was it moved or deleted?")
     room = shutil.disk_usage(file.parent).free
     full = f"; {room / 2**20:,.0f} MB are free on that disk" if room < 1 << 30 else ""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
@@ -580,6 +588,7 @@ def make_optimizer(config: Config, model: nn.Module, device: torch.device,
 
 
 def is_large(parameter: Tensor) -> bool:
+    """Whether Adam keeps less of the parameter's past, see `lean_adam`."""
     return parameter.ndim == 2 and parameter.numel() >= LARGE_MATRIX
 
 
@@ -722,6 +731,7 @@ class Run:
         self.log = list(self.log)
 
     def begin_epoch(self, epoch: int) -> None:
+        """Set what is counted within an epoch to nothing."""
         self.epoch, self.batch = epoch, 0
         self.loss_sum, self.images, self.skipped, self.seconds, self.waited = 0.0, 0, 0, 0.0, 0.0
 
@@ -1579,6 +1589,7 @@ class Findings:
         self.failed: list[str] = []
 
     def tell(self, level: str, what: str, text: str) -> None:
+        """One finding; further lines of its text are indented."""
         if level == "FAILS":
             self.failed.append(what)
         log.info(f"{level:<9}{what:<13}" + text.replace("\n", "\n" + " " * 22))
@@ -1774,6 +1785,7 @@ def size_of(count: float) -> str:
 
 
 def main() -> None:
+    """Do what the command line asks for."""
     config = parse_config(description=__doc__)
     if "--check" in command_line():
         if failed := check(config):

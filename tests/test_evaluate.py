@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import evaluate as evaluate_module
 from config import Config, UserError, parse_config
-from data import Sample, read_splits
+from data import Sample, draw_phantom, read_splits
 from evaluate import (
     PixelCounts,
     Scored,
@@ -676,6 +676,22 @@ def test_scores_and_maps_of_an_image_are_bitwise_the_same_whatever_is_beside_it(
             assert all(torch.equal(one[name], kept[name]) for name in SCORERS)
         kept = run.read(images)[1]
     assert all(torch.equal(kept[name], scores[name]) for name in SCORERS)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_scores_and_maps_in_bf16_are_close_to_those_in_fp32(runs: list[Path], which: int) -> None:
+    run = load_run(runs[which])
+    films = torch.from_numpy(np.stack([draw_phantom(i, 32)[0] for i in range(24)]))[:, None]
+    found = []
+    for precision in ("fp32", "bf16"):
+        run.precision = precision
+        found.append(run.read(films))
+    (_, exact, exact_map), (_, rough, rough_map) = found
+    assert not torch.equal(exact_map, rough_map)
+    for name in ("zscore", "peak", "mae"):  # features of networks as small as these are rough
+        spread = run.scorer.normal_scores[name].std()
+        assert (rough[name] - exact[name]).abs().max() < 0.2 * spread, name
+    assert (rough_map - exact_map).abs().max() < 0.2  # standard deviations of training normals
 
 
 def test_a_film_gets_the_same_score_in_a_test_and_alone(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import OBJECTIVES, Config, UserError
@@ -194,6 +195,15 @@ def test_box_filter_is_the_mean_of_what_lies_inside() -> None:
     y = box_filter(x, 3)
     assert torch.allclose(y[0, 0, 4, 4], x[0, 0, 3:6, 3:6].mean())
     assert torch.allclose(y[0, 0, 0, 0], x[0, 0, :2, :2].mean())
+
+
+@pytest.mark.parametrize("side", [1, 5, 17])
+def test_box_filter_is_average_pooling_in_full_precision(side: int) -> None:
+    maps, half = torch.rand(3, 2, 40, 24, generator=gen()), side // 2
+    expected = F.avg_pool2d(maps, (side, 1), 1, (half, 0), count_include_pad=False)
+    expected = F.avg_pool2d(expected, (1, side), 1, (0, half), count_include_pad=False)
+    with torch.autocast("cpu", torch.bfloat16):  # which would multiply in bf16
+        assert torch.allclose(box_filter(maps, side), expected, atol=1e-6)
 
 
 def test_ssim_against_the_formula_written_out() -> None:

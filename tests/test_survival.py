@@ -578,7 +578,7 @@ def test_two_processes_train_validate_and_resume_together(tmp_path: Path) -> Non
     assert [r["step"] for r in a] == [r["step"] for r in b]
     # BatchNorm's statistics are of each process's slice: nearly the same, not the same.
     assert float(b[-1]["val_loss"]) == pytest.approx(float(a[-1]["val_loss"]), rel=0.1)
-    assert load_checkpoint(two / "best.pt")["scorer"]["count"] == 64  # of all, not of a slice
+    assert load_checkpoint(two / "best.pt")["scorer"]["count"] == 2 * 64  # of all, not of a slice
     part = tiny(tmp_path / "part", epochs=3)
     program = start(part, launcher=TWO)
     read_until(program, "epoch 1/3")

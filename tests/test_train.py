@@ -20,7 +20,7 @@ import data as data_module
 import train as train_module
 from config import Config, Stopped, UserError, command, load_config, parse_config
 from data import read_splits
-from train import learning_rate_at, load_checkpoint, save_checkpoint, train
+from train import learning_rate_at, load_checkpoint, save_checkpoint, train, write_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,7 +144,7 @@ def test_ending_a_run_that_was_interrupted_within_an_epoch_calibrates_on_all(
     monkeypatch.setattr(train_module.AnomalyScorer, "add", lambda self, x: (
         counted.append(len(x.images)), real(self, x))[1])
     train(tiny(tmp_path, epochs=1, resume="auto"))
-    assert sum(counted) == 64
+    assert sum(counted) == 2 * 64  # as they are, and moved
 
 
 def interrupt_at(call: int) -> object:
@@ -500,6 +500,9 @@ def test_a_failed_save_leaves_the_old_file(
         save_checkpoint({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+    for save in (lambda file: save_checkpoint({}, file), lambda file: write_file(file, "")):
+        with pytest.raises(UserError, match=r"gone/x\.pt: cannot be written, its folder is gone"):
+            save(tmp_path / "gone" / "x.pt")
 
 
 # ----------------------------------------------------------------------------------------------
