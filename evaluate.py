@@ -1231,7 +1231,8 @@ def draw_worst(run: Run, source: Source, scored: Scored, metrics: dict, file: Pa
                          f"{key if len(key) < 17 else '…' + key[-15:]}")
         axes = part.subplots()
         shown = show_tiles(axes, tiles, heat, map_top(maps), masks, above)
-        part.colorbar(shown, ax=axes, label=map_label(metrics["scorer"]), shrink=0.5, aspect=15)
+        bar = part.colorbar(shown, ax=axes, shrink=0.5, aspect=15)
+        bar.set_label(map_label(metrics["scorer"]), fontsize=7)
     figure.savefig(file, dpi=95)
 
 
