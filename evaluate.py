@@ -90,7 +90,6 @@ from data import (
     decode_image,
     open_source,
     read_splits,
-    standardise,
 )
 from models import (
     DEFAULT_SCORER,
@@ -1248,21 +1247,19 @@ def draw_healing(run: Run, source: Source, scored: Scored, metrics: dict, file: 
     if clean is None:
         return False
     draws = Draws(seeded(run.config.seed, "picture", 0), len(clean))
-    clean = standardise(clean.float() / 255)
-    seen = corrupt(clean, run.config.objective, draws)
+    seen = corrupt(clean.float() / 255, run.config.objective, draws)
     clean, seen = clean[:3], (255 * seen[:3]).round().byte()
     titles, lesion = ["normal"] * len(clean), None
     if sick := np.flatnonzero(scored.labels == ABNORMAL).tolist():
         middle = sorted(sick, key=lambda i: scored.scores[scorer][i])[len(sick) // 2]
         sample = scored.samples[middle]
         image = load_images(source, [sample], size)
-        clean = torch.cat([clean, standardise(image.float() / 255)])
-        seen = torch.cat([seen, image])
+        clean, seen = torch.cat([clean, image]), torch.cat([seen, image])
         lesion = lesion_mask(source, sample, size)
         titles.append(describe_sample(sample))
     reading, _, maps = run.read(seen, scorer)
     shown = reading.images.cpu()
-    tiles = torch.cat([clean, shown, reading.views.cpu(), shown], dim=1).numpy()
+    tiles = torch.cat([clean / 255, shown, reading.views.cpu(), shown], dim=1).numpy()
     heat, masks = np.zeros_like(tiles), np.zeros_like(tiles)
     heat[:, -1:] = maps.cpu().numpy()
     if lesion is not None:

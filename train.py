@@ -83,7 +83,6 @@ from data import (
     describe,
     describe_memory,
     open_source,
-    standardise,
     to_float,
     write_splits,
 )
@@ -844,7 +843,6 @@ def train_step(run: Run, objective: Any, images: Tensor, config: Config, batch_s
                   max(batch_size, start + len(images)))
     if config.augment:
         images = augment(images, draws)
-    images = standardise(images)
     inputs = corrupt(images, config.objective, draws)
     norms = [m for m in run.model.modules() if isinstance(m, nn.BatchNorm2d)]
     buffers = list(run.model.buffers())  # their running statistics
@@ -1006,7 +1004,7 @@ def validate(model: nn.Module, loader: Iterable[tuple[Tensor, Any]], config: Con
             stop.check()
         if not len(images):  # fewer than there are processes
             continue
-        images = standardise(to_float(images, device))
+        images = to_float(images, device)
         draws = Draws(seeded(config.seed, f"validate {ranks.rank}", i), len(images))
         inputs = corrupt(images, config.objective, draws)
         for x, y in zip(inputs.split(micro_batch), images.split(micro_batch), strict=True):
@@ -1035,7 +1033,7 @@ def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
         for part in images.split(READ_AT_ONCE):
             full = part.new_zeros((READ_AT_ONCE, *part.shape[1:]))
             full[: len(part)] = part
-            result.append((read(model, standardise(to_float(full, device))), len(part)))
+            result.append((read(model, to_float(full, device)), len(part)))
     return result
 
 
@@ -1054,13 +1052,9 @@ def regrouped(stream: ImageStream) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, loaders: Loaders, config: Config, device: torch.device,
+def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
               precision: str) -> AnomalyScorer:
-    """A scorer calibrated on training normals, with the scores of the validation normals.
-
-    Where training augments, each training normal is read once as it is and once augmented: how
-    images are framed differs from place to place, and is no finding either.
-    """
+    """A scorer calibrated on training normals, with the scores of the validation normals."""
     model.eval()
     scorer = AnomalyScorer()
     stream: ImageStream = loaders.train.dataset
@@ -1068,19 +1062,10 @@ def calibrate(model: nn.Module, loaders: Loaders, config: Config, device: torch.
     normals = loaders.val.dataset.every(1)  # all, also where this process has but a slice
 
     bar = Progress(len(some.positions) + len(normals.positions), "calibrating")
-    number = 0
     for images in regrouped(some):
-        for part in images.split(READ_AT_ONCE):  # so that draws do not depend on the batch size
-            ways = [part]
-            if config.augment:
-                draws = Draws(seeded(config.seed, "calibrate", number), len(part), 0, READ_AT_ONCE)
-                moved = augment(to_float(part, torch.device("cpu")), draws)
-                ways.append((255 * moved).round().byte())
-            for way in ways:
-                for reading, count in read_evenly(model, way, device, precision):
-                    scorer.add(Reading(*(each[:count] for each in reading)))
-            number += 1
-            bar.update(len(part))
+        for reading, count in read_evenly(model, images, device, precision):
+            scorer.add(Reading(*(part[:count] for part in reading)))
+        bar.update(len(images))
     if not bar.done:
         raise UserError("none of the training images that the scores are calibrated on can be read")
     scorer.finish()
@@ -1430,7 +1415,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     best = load_checkpoint(folder / "best.pt", config.model)
     run.model.load_state_dict(best["model"])
     if run.step > first_step or not best["scorer"]:
-        scorer = calibrate(run.model, loaders, config, device, precision)
+        scorer = calibrate(run.model, loaders, device, precision)
         save_checkpoint(dict(best) | {"config": common["config"], "scorer": scorer.state_dict()},
                         folder / "best.pt")
     write_log(run.log, folder / "log.csv")  # also where nothing was left to train
@@ -1695,7 +1680,7 @@ def check(config: Config) -> list[str]:
                 again = epochs * (n + n_val - kept)
                 seconds += reading * (again if seconds else again + kept) + (
                     epochs * (n * training + n_val * validation)
-                    + (min(n, CALIBRATION_IMAGES) * (1 + each.augment) + n_val) * validation)
+                    + (min(n, CALIBRATION_IMAGES) + n_val) * validation)
     if seconds and not findings.failed:
         minutes = math.ceil(seconds / 60)
         hours = f"{minutes // 60} h " if minutes >= 60 else ""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import augment, standardise
+from data import augment
 from models import SKIP_FREE_SHARE, Draws, corrupt
 
 
@@ -112,7 +112,7 @@ def plain_training(model: nn.Module, device: torch.device,
     def step(images: Tensor) -> float:
         nonlocal done
         random = draws(done, len(images))
-        images = standardise(augment(images.to(device).float() / 255, random))
+        images = augment(images.to(device).float() / 255, random)
         inputs = corrupt(images, "heal", random)
         optimizer.zero_grad()
         loss = plain_loss(model, inputs, images)

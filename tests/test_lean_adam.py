@@ -35,7 +35,7 @@ def stepped(factors: bool, steps: int = 3, micro: int = 8, precision: str = "fp3
     if not factors:
         for layer in large:
             layer.factors = None
-    grids = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    grids = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     images = F.interpolate(grids, size=32).mul(255).byte()
     losses = []
     for _ in range(steps):
@@ -100,12 +100,11 @@ def test_a_step_is_adams_with_a_second_moment_of_rank_one(optimizer: str, decay:
 
 
 def test_it_learns_as_well_as_adam(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"steps": 200, "objective": "plain", "augment": False}
+    settings = {"steps": 150, "objective": "plain", "augment": False}
     _, lean = stepped(factors=True, **settings)
     monkeypatch.setattr(train_module, "LARGE_MATRIX", 1 << 40)
     _, plain = stepped(factors=False, **settings)
-    # Over all steps: the curves fall steeply, and cross.
-    assert sum(lean) < 1.05 * sum(plain) and lean[-1] < 0.75 * lean[0]
+    assert lean[-1] < 1.05 * plain[-1] and lean[-1] < 0.75 * lean[0]
 
 
 def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(

@@ -476,14 +476,10 @@ def test_calibration_depends_on_neither_batch_nor_parts(tmp_path: Path) -> None:
     config, device = tiny(tmp_path, samples=61, precision="fp32"), torch.device("cpu")
     model = train_module.start_run(config, device, "fp32").model
     states = []
-    for batch_size, augmented in ((16, True), (3, True), (3, False)):
-        config = dataclasses.replace(config, batch_size=batch_size, augment=augmented)
-        loaders = create_dataloaders(config)
-        states.append(train_module.calibrate(model, loaders, config, device, "fp32").state_dict())
-    # Each normal as it is, and where training augments once more, moved.
-    assert states[0]["count"] == 122 and same_state(*states[:2])
-    assert states[2]["count"] == 61
-    assert states[0]["std"].mean() > 1.01 * states[2]["std"].mean()
+    for batch_size in (16, 3):
+        loaders = create_dataloaders(dataclasses.replace(config, batch_size=batch_size))
+        states.append(train_module.calibrate(model, loaders, device, "fp32").state_dict())
+    assert states[0]["count"] == 61 and same_state(*states)
 
 
 def test_the_probe_measures_what_grows_with_the_batch_and_changes_nothing(tmp_path: Path) -> None:
@@ -578,7 +574,7 @@ def test_two_processes_train_validate_and_resume_together(tmp_path: Path) -> Non
     assert [r["step"] for r in a] == [r["step"] for r in b]
     # BatchNorm's statistics are of each process's slice: nearly the same, not the same.
     assert float(b[-1]["val_loss"]) == pytest.approx(float(a[-1]["val_loss"]), rel=0.1)
-    assert load_checkpoint(two / "best.pt")["scorer"]["count"] == 2 * 64  # of all, not of a slice
+    assert load_checkpoint(two / "best.pt")["scorer"]["count"] == 64  # of all, not of a slice
     part = tiny(tmp_path / "part", epochs=3)
     program = start(part, launcher=TWO)
     read_until(program, "epoch 1/3")
