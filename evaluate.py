@@ -1184,7 +1184,7 @@ def draw_examples(run: Run, source: Source, scored: Scored, metrics: dict, file:
         shown = show_map(axes[2][column], images[column], maps[column], top, mask)
     for row, text in enumerate(("input", "reconstruction", "anomaly map")):
         axes[row][0].set_ylabel(text)
-    figure.colorbar(shown, ax=axes[2], label=map_label(metrics["scorer"]), shrink=0.9)
+    figure.colorbar(shown, ax=axes, label=map_label(metrics["scorer"]), shrink=0.7)
     figure.suptitle(f"{run.name}, threshold {metrics['threshold']:.3g}\n{tested_on(metrics)}",
                     fontsize=9)
     figure.savefig(file, dpi=120)

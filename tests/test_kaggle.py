@@ -790,6 +790,7 @@ print(count, kib("VmHWM") - before, stream.memory.whole.peak >> 10)
 """
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_times_as_many_images_take_no_more_memory(kaggle: StandIn) -> None:
     kaggle.archives["someone/xrays"] = VirtualNIH(3000, 375_000, 600)
