@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     with Worker(scale, "films", scratch=str(SCRATCH), count=scale.films, side=scale.side) as worker:
         known |= {suffix: worker.ask(suffix=suffix)["folder"] for suffix in ("jpg", "png")}
     for key, value in known["machine"].items():
-        print(f"{key:<16}{value}")
+        print(f"{key:<16}{value}", flush=True)
     print("\n" + HEADER)
     rows = []
     for name in arguments.only:

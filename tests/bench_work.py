@@ -162,16 +162,17 @@ def machine(sizes: dict, side: int) -> Answer:
             text = ""
         lines = dict(x.split(":", 1) for x in text.replace("\t", "").splitlines() if ":" in x)
         known = {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}
-        result = {
+        result: dict[str, object] = {
             "cpu": lines.get("model name", platform.processor()).strip(), "cores": os.cpu_count(),
             "flags": sorted(known & set(lines.get("flags", "").split())),
             "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "python": platform.python_version(),
             "precision": train.choose_precision("auto", CPU)[0],
             "gflops_fp32": gflops("cpu", torch.float32, side),
-            "gflops_bf16": gflops("cpu", torch.bfloat16, side),
             "gflop_an_image": {name: training_flops(Config(model=name, **sizes)) / 1e9
                                for name in reference.PLAIN_MODELS}}
+        if result["precision"] == "bf16":  # elsewhere it is imitated, and takes minutes
+            result["gflops_bf16"] = gflops("cpu", torch.bfloat16, side)
         if torch.cuda.is_available():
             precision, _ = train.choose_precision("auto", torch.device("cuda"))
             kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
