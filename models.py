@@ -599,10 +599,23 @@ CALIBRATED = ("count", "mean", "std", "feature_mean", "whitening", "normal_score
 
 
 def low_passed(reading: Reading) -> Tensor:
-    """The residuals of all views through windows of each of SCALES, [B,views x scales,H,W]."""
-    residual = reading.images - reading.views
+    """The residuals of all views, each exposed like the image, through windows of each of SCALES:
+    [B,views x scales,H,W]."""
+    residual = reading.images - exposed_like(reading.images, reading.views)
     sides = (2 * round(scale * residual.shape[-1] / 2) + 1 for scale in SCALES)
     return torch.cat([box_filter(residual, side) for side in sides], dim=1)
+
+
+def exposed_like(images: Tensor, views: Tensor) -> Tensor:
+    """Views [B,V,H,W] in the brightness and contrast that bring each closest to its image [B,1,H,W].
+
+    How a film was exposed is no disease. Least squares, the contrast changed by a factor of 0.5 to
+    2: were there no bound, blank or inverted images would be explained away.
+    """
+    image, view = (x - x.mean((2, 3), keepdim=True) for x in (images, views))
+    contrast = (image * view).mean((2, 3), keepdim=True) / view.square().mean(
+        (2, 3), keepdim=True).clamp(min=1e-6)
+    return images.mean((2, 3), keepdim=True) + contrast.clamp(0.5, 2) * view
 
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,9 @@ from models import (
     coarse_noise,
     corrupt,
     create_model,
+    exposed_like,
     gaussian,
+    low_passed,
     objective_loss,
     read,
     soft_shapes,
@@ -222,9 +224,18 @@ def test_ssim_against_the_formula_written_out() -> None:
 
 
 def reading(residual: Tensor, seed: int = 0) -> Reading:
-    """A Reading of two views, the second a little off the first, and random features."""
+    """A Reading of two views, one blank and one of fixed texture, and random features."""
     features = torch.randn(len(residual), 6, generator=gen(seed))
-    return Reading(residual, torch.cat([0 * residual, 0 * residual + 0.01], 1), features)
+    texture = 0.1 * torch.rand(1, 1, *residual.shape[2:], generator=gen(8)).expand_as(residual)
+    return Reading(residual, torch.cat([0 * residual, texture], 1), features)
+
+
+def matched(image: Tensor, view: Tensor) -> Tensor:
+    """The view [H,W] in the brightness and contrast of the image [H,W], by numpy's line."""
+    x, y = view.double().numpy().ravel(), image.double().numpy().ravel()
+    slope = np.polyfit(x, y, 1)[0] if x.std() else 1.0
+    fitted = y.mean() + np.clip(slope, 0.5, 2) * (x - x.mean())
+    return torch.from_numpy(fitted.reshape(view.shape)).float()
 
 
 def normal_residual(count: int, size: int, seed: int) -> Tensor:
@@ -276,9 +287,11 @@ def test_calibration_is_mean_and_deviation_of_the_low_passed_residual() -> None:
     scorer = calibrated()
     residual = normal_residual(50, 16, 3)
     assert scorer.count == 50 and scorer.mean.shape == (2 * len(SCALES), 16, 16)
+    views = reading(residual).views
     for i in range(2 * len(SCALES)):
-        scale, view = SCALES[i // 2], i % 2
-        seen = box_filter(residual - 0.01 * view, 2 * round(scale * 8) + 1)
+        scale, view = SCALES[i // 2], views[:, i % 2]
+        rest = torch.stack([x - matched(x, v) for x, v in zip(residual[:, 0], view, strict=True)])
+        seen = box_filter(rest[:, None], 2 * round(scale * 8) + 1)
         assert torch.allclose(scorer.mean[i], seen.mean(0)[0], atol=1e-6)
         expected = seen.std(0).mean().item()
         assert scorer.std[i].mean().item() == pytest.approx(expected, rel=0.1)
@@ -292,8 +305,10 @@ def test_maps_and_scores_by_definition() -> None:
     assert torch.allclose(scorer.anomaly_map("mae", both), (x - y).abs())
     assert torch.allclose(scorer.anomaly_map("ssim", both), 1 - ssim_map(x, y))
     z = scorer.anomaly_map("zscore", both)
-    seen = [box_filter(x - view, 2 * round(scale * 8) + 1)[:, 0]
-            for scale in SCALES for view in (y, y.flip(2))]
+    rests = [torch.stack([a - matched(a, b) for a, b in zip(x[:, 0], view[:, 0], strict=True)])
+             for view in (y, y.flip(2))]
+    seen = [box_filter(rest[:, None], 2 * round(scale * 8) + 1)[:, 0]
+            for scale in SCALES for rest in rests]
     expected = sum(((r - m) / s).abs() for r, m, s in zip(seen, scorer.mean, scorer.std,
                                                          strict=True)) / len(seen)
     assert torch.allclose(z[:, 0], expected, atol=1e-5)
@@ -319,11 +334,27 @@ def test_any_part_raises_the_fused_score() -> None:
     before = scorer.scores(usual)["fused"]
     odd = usual._replace(features=usual.features + 4)
     assert scorer.scores(odd)["fused"] > before + 1
-    sick = usual._replace(images=usual.images + 0.1)
+    sick = usual._replace(images=usual.images.clone())
+    sick.images[..., :8] += 0.1
     assert scorer.scores(sick)["fused"] > before + 1
     # A part that finds the image more normal than normal takes nothing away from the others.
     duller = odd._replace(images=torch.full_like(odd.images, 0.1))
     assert scorer.scores(duller)["fused"] > before + 1
+
+
+def test_exposure_is_no_anomaly_but_a_blank_or_inverted_image_is_one() -> None:
+    x = torch.rand(4, 1, 16, 16, generator=gen(1))
+    views = torch.cat([x + 0.05 * torch.randn(4, 1, 16, 16, generator=gen(2)), x.flip(2)], 1)
+    usual = low_passed(Reading(x, views, x))
+    for contrast, brightness in ((1, 0.1), (0.7, 0), (1.3, -0.1)):
+        # What a network makes of another exposure, if it keeps it in one view and not in the other.
+        other = contrast * x + brightness
+        seen = Reading(other, torch.cat([contrast * views[:, :1] + brightness, views[:, 1:]], 1), x)
+        assert torch.allclose(low_passed(seen)[:, ::2], contrast * usual[:, ::2], atol=1e-6)
+    assert torch.allclose(exposed_like(0.6 * x + 0.3, x), 0.6 * x + 0.3, atol=1e-6)
+    for odd in (torch.zeros_like(x), torch.ones_like(x), 1 - x):
+        assert (odd - exposed_like(odd, x)).std() > 0.4 * x.std()
+    assert torch.isfinite(exposed_like(x, torch.zeros_like(x))).all()
 
 
 def test_a_lesion_raises_the_score_and_the_map_points_at_it() -> None:
