@@ -101,7 +101,7 @@ class Config:
                      "kaggle:owner/name[/versions/N]")
     samples: int | None = knob(None, "normal training images; default: all, 400 on the phantom",
                                low=1)
-    augment: bool = knob(True, "small random shifts, turns, flips, brightness and contrast")
+    augment: bool = knob(True, "small random shifts, turns, scales, brightness and contrast")
     memory_limit_gb: float = knob(4.0, "most memory for images: in flight, being decoded, waiting, "
                            "and kept for later epochs; what does not fit is read again", low=0)
 

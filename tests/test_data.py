@@ -597,12 +597,11 @@ def test_augmentation_is_seeded_small_and_keeps_the_range() -> None:
     assert torch.equal(out, augment(images, draws(0)))
     assert not torch.equal(out, augment(images, draws(1)))
     assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
-    # A bright spot in the middle ends up within what shift, turn and scale allow, and turned
-    # images stay upright: about half are mirrored, none is upside down.
+    # A bright spot ends up within what shift, turn and scale allow: no image is mirrored or upside
+    # down.
     spot = torch.zeros(200, 1, 64, 64)
     spot[:, :, 30:34, 30:34] = 0.5
     spot[:, :, 4:8, 56:60] = 1.0  # top right
     moved = augment(spot, draws(2, 200))[:, 0]
     y, x = np.unravel_index(moved.flatten(1).argmax(1).numpy(), (64, 64))
-    assert y.max() < 16 and 60 < (x > 32).sum() < 140
-    assert (np.minimum(x, 63 - x) < 16).all()
+    assert y.max() < 16 and x.min() > 63 - 16 and y.std() > 1 < x.std()

