@@ -607,7 +607,8 @@ def low_passed(reading: Reading) -> Tensor:
 
 
 def exposed_like(images: Tensor, views: Tensor) -> Tensor:
-    """Views [B,V,H,W] in the brightness and contrast that bring each closest to its image [B,1,H,W].
+    """Views [B,V,H,W] in the brightness and contrast that bring each closest to its image
+    [B,1,H,W].
 
     How a film was exposed is no disease. Least squares, the contrast changed by a factor of 0.5 to
     2: were there no bound, blank or inverted images would be explained away.
