@@ -1,6 +1,6 @@
 """Measure the product against the loops that one would otherwise write, here and now, in turn.
 
-    make bench                               all of it, about eleven minutes on two cores
+    make bench                               all of it; 20 minutes on two cores without bf16 units
     python tests/bench.py --only step data   a part of it
     python tests/bench.py --quick            in miniature: its figures mean nothing
 
@@ -44,7 +44,7 @@ class Scale:
     side: int = 1024
     small_films: tuple[int, ...] = (1_000, 10_000, 100_000)
     trained: int = 32  # images, in two epochs
-    scored: int = 128
+    scored: int = 64
     scores: int = 10_000
 
 

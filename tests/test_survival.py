@@ -561,6 +561,7 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
                 assert torch.allclose(a, b, rtol=1e-4, atol=1e-7), f"{model} {kind}"
 
 
+@pytest.mark.drill
 def test_two_processes_train_validate_and_resume_together(tmp_path: Path) -> None:
     alone, = train(tiny(tmp_path / "alone", epochs=3))
     config = tiny(tmp_path / "two", epochs=3)

@@ -18,7 +18,7 @@ from conftest import tiny, write_image
 
 import data as data_module
 import train as train_module
-from config import Config, Stopped, UserError, command, load_config, parse_config
+from config import Config, Stopped, UserError, command, load_config, parse_config, run_command
 from data import read_splits
 from train import learning_rate_at, load_checkpoint, save_checkpoint, train, write_file
 
@@ -515,12 +515,17 @@ def test_a_failed_save_leaves_the_old_file(
     (["--output-dir", "Makefile/x"], "Makefile/x/unet cannot be written"),
     (["--resume", "no/such.pt"], "no/such.pt: there is no checkpoint there"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], says: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     tiny_flags = ["--width", "4", "--latent-dim", "8", "--samples", "64"]
     size = [] if "--image-size" in arguments else ["--image-size", "32"]
-    done = run_script("train.py", *tiny_flags, *size, *arguments)
-    assert done.returncode == 2
-    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny_flags, *size, *arguments])
+    assert run_command(train_module.main, "train.py") == 2
+    said = capsys.readouterr().err
+    assert says in said and len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
