@@ -23,6 +23,7 @@ from config import (
     flag,
     in_notebook,
     kaggle_credentials,
+    load_config,
     log,
     parse_config,
     require_packages,
@@ -1148,13 +1149,15 @@ def train_all(config: Config, ranks: Ranks) -> list[Path]:
 
 def note_trained(configs: list[Config], file: Path) -> None:
     """Write down which run folders belong together, for evaluate.py; of other models what is there
-    stays."""
-    known: dict[str, list[str]] = {}
-    with contextlib.suppress(OSError, ValueError):
+    stays if it was trained on the same data."""
+    noted: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, UserError):
         known = json.loads(file.read_text(encoding="utf-8"))
+        noted = {model: names for model, names in known.items()
+                 if all(load_config(file.parent / n).data == configs[0].data for n in names)}
     for model in {each.model for each in configs}:
-        known[model] = [run_folder(each).name for each in configs if each.model == model]
-    write_file(file, json.dumps({m: known[m] for m in MODELS if m in known}, indent=2) + "\n")
+        noted[model] = [run_folder(each).name for each in configs if each.model == model]
+    write_file(file, json.dumps({m: noted[m] for m in MODELS if m in noted}, indent=2) + "\n")
 
 
 def automatic_batch(configs: list[Config], source: Source, device: torch.device,

@@ -286,6 +286,8 @@ def test_several_seeds_are_runs_of_their_own_on_one_split_and_one_reading_of_the
     train(tiny(tmp_path, seed=0, **settings))  # of that model alone there is something newer
     assert json.loads((tmp_path / "trained.json").read_text()) == {
         "unet": ["unet"], "reversed_ae": ["reversed_ae-seed3", "reversed_ae-seed4"]}
+    train(tiny(tmp_path, seed=5))  # on other data: not to be compared with what was there
+    assert json.loads((tmp_path / "trained.json").read_text()) == {"unet": ["unet-seed5"]}
 
 
 def test_several_seeds_go_on_in_the_run_that_was_ended(
