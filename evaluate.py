@@ -1201,7 +1201,7 @@ def worst(scored: Scored, metrics: dict) -> tuple[list[int], list[int]]:
 def draw_worst(run: Run, source: Source, scored: Scored, metrics: dict, file: Path) -> None:
     """Input and map of the ten worst misses, above, and the ten worst false alarms, below."""
     wrong = worst(scored, metrics)
-    heights = [3.6 if found else 0.4 for found in wrong]
+    heights = [3.8 if found else 0.4 for found in wrong]
     figure = Figure(figsize=(15, 0.5 + sum(heights)), layout="constrained")
     figure.suptitle(f"{run.name}, {tested_on(metrics)}", fontsize=10)
     for part, of, count, found in zip(
@@ -1211,7 +1211,7 @@ def draw_worst(run: Run, source: Source, scored: Scored, metrics: dict, file: Pa
         first = found[:10]
         part.suptitle(f"{len(found)} of {count} {of}" + (
             f": the worst {len(first)}, by the score's percentile among validation normals"
-            if first else ""), fontsize=10)
+            if first else "") + "\n", fontsize=10)  # a blank line, clear of the images' titles
         if not first:
             continue
         samples = [scored.samples[i] for i in first]
