@@ -1201,7 +1201,12 @@ def automatic_batch(configs: list[Config], source: Source, device: torch.device,
 def start_run(config: Config, device: torch.device, precision: str) -> Run:
     """An untrained model and its optimizer, on the device."""
     torch.manual_seed(config.seed)
+    # The first optimizer imports PyTorch's compiler, which takes two seconds. Drawing 272 million
+    # weights takes longer, and leaves Python alone meanwhile.
+    compiler = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
+    compiler.start()
     model = place(create_model(config.model, config), device, precision)
+    compiler.join()
     return Run(model, make_optimizer(config, model, device, precision),
                torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
                micro_batch=config.batch_size or 2, schedule_epochs=config.epochs)
