@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = ROOT / "build" / "bench"
 MODELS = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
+ENOUGH = 20  # seconds of turns, after which no further one begins
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # what train.py and evaluate.py set as they start
 TINY = {"width": 2, "image_size": 32, "latent_dim": 8}
 
@@ -43,7 +44,7 @@ class Scale:
     films: int = 60  # different ones; each lies there five times
     side: int = 1024
     small_films: tuple[int, ...] = (1_000, 10_000, 100_000)
-    trained: int = 32  # images, in two epochs
+    trained: int = 16  # images, in two epochs
     scored: int = 64
     scores: int = 10_000
 
@@ -138,9 +139,16 @@ class Worker:
             self.said.close()
 
 
-def in_turn(workers: list[Worker], rounds: int, **request: object) -> list[list[dict]]:
-    """Each worker's answers to the request; they are asked in turn."""
-    answers = [[worker.ask(**request) for worker in workers] for _ in range(rounds)]
+def in_turn(workers: list[Worker], rounds: int, requests: list[dict] | None = None,
+            **request: object) -> list[list[dict]]:
+    """Each worker's answers to the request, or to one of its own; they are asked in turn.
+
+    What takes long is asked less often: noise is short beside it.
+    """
+    began, answers = time.monotonic(), []
+    while len(answers) < rounds and (not answers or time.monotonic() - began < ENOUGH):
+        answers.append([worker.ask(**request, **own) for worker, own in
+                        zip(workers, requests or [{}] * len(workers), strict=True)])
     return [list(a) for a in zip(*answers, strict=True)]
 
 
@@ -167,7 +175,7 @@ def step(scale: Scale, known: dict) -> Iterator[Row]:
             with Worker(scale, "our_training", PASSIVE, **settings) as ours, \
                     Worker(scale, "plain_training", **settings) as theirs:
                 in_turn([ours, theirs], 1, steps=1)  # to warm up
-                a, b = in_turn([ours, theirs], scale.rounds, steps=1 if large else 2)
+                a, b = in_turn([ours, theirs], 2 * scale.rounds, steps=1)
             known[model, batch] = rate(a)
             yield row(f"step.{model}.{batch}", f"{name}, batch {batch}: images/s trained", rate(a),
                       rate(b), "plain fp32 loop", ratio_from=wanted if large else 1)
@@ -252,8 +260,8 @@ def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
         with Worker(scale, "evaluation", PASSIVE, model=model, sizes=scale.sizes,
                     images=scale.scored) as worker:
             worker.ask(part="forward")
-            a, b = zip(*[(worker.ask(part="scoring"), worker.ask(part="forward"))
-                         for _ in range(scale.rounds)], strict=True)
+            a, b = in_turn([worker, worker], 2 * scale.rounds,
+                           [{"part": "scoring"}, {"part": "forward"}])
         yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),
                   "bare forward pass", ratio_from=0.9)
     with Worker(scale, "figures", PASSIVE, scratch=str(SCRATCH), scores=scale.scores) as worker:
@@ -291,10 +299,9 @@ def growth(scale: Scale, known: dict) -> Iterator[Row]:
         with Worker(scale, "small_films", PASSIVE, count=count, cache=False,
                     sizes=scale.sizes) as worker:
             epochs = max(1, scale.small_films[1] // count)
-            watched = worker.ask(epochs=epochs, memory=True)
-            memory.append(watched["held"] and mega(watched["held"] - watched["names"]))
-            rounds = scale.rounds if count < scale.small_films[-1] else 1  # long enough as it is
-            rates.append(rate([worker.ask(epochs=epochs) for _ in range(rounds)]))
+            [watched] = in_turn([worker], scale.rounds, epochs=epochs, memory=True)
+            memory.append(watched[-1]["held"] and mega(watched[-1]["held"] - watched[-1]["names"]))
+            rates.append(rate(watched))
     once = f"{scale.small_films[0]:,} images"
     for i in (1, 2):
         yield row(f"growth.{i}", f"{scale.small_films[i]:,} small films: images/s, none kept",
@@ -302,7 +309,7 @@ def growth(scale: Scale, known: dict) -> Iterator[Row]:
         yield row(f"growth.{i}.memory", "  memory in MB, the list of images aside", memory[i],
                   memory[0], once, ratio_to=1.05)
     yield row("growth.list", "bytes that an image takes in that list",
-              watched["names"] / scale.small_films[-1])
+              watched[-1]["names"] / scale.small_films[-1])
 
 
 def gpu(scale: Scale, known: dict) -> Iterator[Row]:
