@@ -111,6 +111,8 @@ LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "skip
 BAD_STEPS = 3
 BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
 LARGE_MATRIX = 1 << 25  # numbers; Adam keeps less of the past of such a weight, see lean_adam
+CPU_STEP = 2.4e9  # bytes; on a CPU larger steps are taken in parts, of CPU_PART images at least
+CPU_PART = 8
 LARGE_FILE = 500 << 20  # bytes; a larger last.pt is written at most once a minute
 TRAINED = "trained.json"  # in the parent of the run folders: {model: names of those trained last}
 
@@ -788,19 +790,20 @@ def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: 
 
 def fit_into_memory(run: Run, config: Config, loaders: Loaders, device: torch.device,
                     precision: str, ranks: Ranks) -> None:
-    """Take fewer images at a time, if the whole batch would not fit into the free memory."""
+    """Take fewer images at a time, if the whole batch would take too much memory."""
     free = memory_for_steps(device, loaders)
     batch = math.ceil(loaders.train.dataset.batch_size / ranks.world)
     run.micro_batch = min(batch, config.micro_batch or batch)
-    if free is None or config.micro_batch:
+    if (free is None and device.type != "cpu") or config.micro_batch:
         return
     need = memory_of_a_step(run, config, device, precision)
-    run.micro_batch = int(ranks.least(parts_that_fit(run.micro_batch, need, free)))
+    run.micro_batch = int(ranks.least(parts_that_fit(run.micro_batch, need, free, device)))
     if run.micro_batch < batch:
-        log.info(f"memory    a step with all {batch} images takes about {need(batch) / 2**30:.1f} "
-                 f"GB, {free / 2**30:.1f} are free: {run.micro_batch} are taken at a time, their "
-                 "gradients added up")
-    if need(run.micro_batch) > free:
+        there = f", {free / 2**30:.1f} are free" if free is not None else ""
+        log.info(f"memory    {run.micro_batch} images are taken at a time, their gradients added "
+                 f"up: {need(run.micro_batch) / 2**30:.1f} GB instead of {need(batch) / 2**30:.1f}"
+                 f"{there}")
+    if free is not None and need(run.micro_batch) > free:
         log.warning(f"careful: even that takes about {need(run.micro_batch) / 2**30:.1f} GB; a "
                     "smaller --width or --image-size would take less")
 
@@ -814,9 +817,15 @@ def memory_for_steps(device: torch.device, loaders: Loaders | None) -> int | Non
     return free
 
 
-def parts_that_fit(batch: int, need: Callable[[int], int], free: int) -> int:
-    """How many images of a batch to take at a time, so that a step fits into the free memory."""
-    while batch > 1 and need(batch) > 0.9 * free:
+def parts_that_fit(batch: int, need: Callable[[int], int], free: int | None,
+                   device: torch.device) -> int:
+    """How many images of a batch to take at a time, so that a step fits into the free memory.
+
+    On a CPU larger parts are little faster, and their memory is everyone's.
+    """
+    while device.type == "cpu" and batch > CPU_PART and need(batch) > CPU_STEP:
+        batch = max(CPU_PART, math.ceil(batch / 2))
+    while free is not None and batch > 1 and need(batch) > 0.9 * free:
         batch = math.ceil(batch / 2)
     return batch
 
@@ -1744,14 +1753,13 @@ def try_steps(config: Config, images: Tensor, loaders: Loaders | None, kept: int
     need, free = memory_of_a_step(run, config, device, precision), memory_for_steps(device, loaders)
     batch = len(images)
     run.micro_batch = min(batch, config.micro_batch or batch)
-    if free is not None:
-        if not config.micro_batch:
-            run.micro_batch = parts_that_fit(batch, need, free)
-        if need(run.micro_batch) > free:
-            raise UserError(f"with {run.micro_batch} images at a time a step takes "
-                            f"{size_of(need(run.micro_batch))} of memory, and "
-                            f"{size_of(max(0, free))} are free; try a smaller --micro-batch, "
-                            "--width or --image-size")
+    if not config.micro_batch:
+        run.micro_batch = parts_that_fit(batch, need, free, device)
+    if free is not None and need(run.micro_batch) > free:
+        raise UserError(f"with {run.micro_batch} images at a time a step takes "
+                        f"{size_of(need(run.micro_batch))} of memory, and "
+                        f"{size_of(max(0, free))} are free; try a smaller --micro-batch, "
+                        "--width or --image-size")
     objective: Any = Objective(run.model)
     if config.compile:
         objective = torch.compile(objective)
@@ -1765,7 +1773,8 @@ def try_steps(config: Config, images: Tensor, loaders: Loaders | None, kept: int
     validation = (time.monotonic() - began) / batch
     parts = f", {run.micro_batch} at a time," if run.micro_batch < batch else ""
     there = f"; {size_of(free)} are free" if free is not None else ""
-    tell("careful" if parts and not config.micro_batch else "ok", config.model,
+    short = free is not None and need(batch) > 0.9 * free
+    tell("careful" if short and not config.micro_batch else "ok", config.model,
          f"{sum(p.numel() for p in run.model.parameters()):,} parameters\n"
          f"a step of {batch} images{parts} takes {training * batch:.2f} s ({1 / training:,.1f} "
          f"images/s), {size_of(need(run.micro_batch))} of memory{there}")

@@ -74,7 +74,8 @@ def our_training(model: str, batch: int, sizes: dict, device: str = "cpu", compi
     config = Config(model=model, batch_size=batch, epochs=1, compile=compile, **sizes)
     with mock.patch.object(train, "LARGE_MATRIX", large or train.LARGE_MATRIX):
         run = train.start_run(config, where, precision)
-    run.micro_batch = batch
+    need = train.memory_of_a_step(run, config, where, precision)
+    run.micro_batch = train.parts_that_fit(batch, need, train.free_memory(where), where)
     run.model.train()
     objective, ranks = train.Objective(run.model), train.Ranks()
     if compile:

@@ -396,12 +396,25 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts_from_the_start(
     monkeypatch.setattr(train_module, "validate", interrupt_at(2))
     with pytest.raises(KeyboardInterrupt):
         train(tiny(tmp_path))
-    assert "4 are taken at a time, their gradients added up" in capsys.readouterr().out
+    assert "4 images are taken at a time, their gradients added up" in capsys.readouterr().out
     monkeypatch.undo()
     probes = scarce(monkeypatch, 100)
     folder, = train(tiny(tmp_path, resume="auto"))
     assert load_checkpoint(folder / "last.pt")["micro_batch"] == 4 and not probes
     assert [r["step"] for r in log_of(folder)] == ["4", "8"]
+
+
+def test_on_a_cpu_a_large_step_is_taken_in_parts_of_eight_images_at_least() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    parts, huge = train_module.parts_that_fit, int(1e15)
+    for image, batch, expected in ((1e7, 32, 32), (1e8, 32, 16), (1e8, 24, 24), (1e8, 25, 13),
+                                   (1e9, 32, 8), (1e9, 9, 8), (1e9, 6, 6)):
+        def need(count: int, image: float = image) -> int:
+            return int(image * count)
+
+        assert parts(batch, need, huge, cpu) == parts(batch, need, None, cpu) == expected
+        assert parts(batch, need, huge, gpu) == batch
+    assert parts(32, lambda count: count * 10**9, 3 * 10**9, cpu) == 2  # when memory is short
 
 
 def test_an_automatic_batch_is_the_largest_power_of_two_that_fits_and_is_kept(
