@@ -111,8 +111,8 @@ class Config:
     batch_size: int | None = knob(8, "images in a training step, over all processes; auto: the "
                                   "largest power of two whose step fits in memory", low=2)
     micro_batch: int | None = knob(None, "images that a process takes at a time, their gradients "
-                                   "added up; default: as many as fit in memory, and on a "
-                                   "CPU in a step of 2.4 GB, though no fewer than 8", low=1)
+                                   "added up; default: as many as fit in memory, on a CPU "
+                                   "in a step of 2.4 GB, but 8 at least", low=1)
     learning_rate: float = knob(1e-3, "peak learning rate", low=1e-12)
     schedule: str = knob("cosine", "learning rate after warm-up: falling to 2 %% by the last of "
                          "the epochs asked for at the first start, or constant",

@@ -111,8 +111,8 @@ LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "skip
 BAD_STEPS = 3
 BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
 LARGE_MATRIX = 1 << 25  # numbers; Adam keeps less of the past of such a weight, see lean_adam
-CPU_STEP = 2.4e9  # bytes; on a CPU larger steps are taken in parts, of CPU_PART images at least
-CPU_PART = 8
+# Bytes; on a CPU larger steps are taken in parts, none of fewer images than CPU_PART.
+CPU_STEP, CPU_PART = 2.4e9, 8
 LARGE_FILE = 500 << 20  # bytes; a larger last.pt is written at most once a minute
 TRAINED = "trained.json"  # in the parent of the run folders: {model: names of those trained last}
 
@@ -799,12 +799,12 @@ def fit_into_memory(run: Run, config: Config, loaders: Loaders, device: torch.de
     need = memory_of_a_step(run, config, device, precision)
     run.micro_batch = int(ranks.least(parts_that_fit(run.micro_batch, need, free, device)))
     if run.micro_batch < batch:
-        there = f", {free / 2**30:.1f} are free" if free is not None else ""
-        log.info(f"memory    {run.micro_batch} images are taken at a time, their gradients added "
-                 f"up: {need(run.micro_batch) / 2**30:.1f} GB instead of {need(batch) / 2**30:.1f}"
-                 f"{there}")
+        there = f"; {size_of(max(0, free))} are free" if free is not None else ""
+        log.info(f"memory    of {batch} images {run.micro_batch} are taken at a time, their "
+                 f"gradients added up: about {size_of(need(run.micro_batch))} instead of "
+                 f"{size_of(need(batch))}{there}")
     if free is not None and need(run.micro_batch) > free:
-        log.warning(f"careful: even that takes about {need(run.micro_batch) / 2**30:.1f} GB; a "
+        log.warning(f"careful: even that takes about {size_of(need(run.micro_batch))}; a "
                     "smaller --width or --image-size would take less")
 
 
@@ -821,10 +821,11 @@ def parts_that_fit(batch: int, need: Callable[[int], int], free: int | None,
                    device: torch.device) -> int:
     """How many images of a batch to take at a time, so that a step fits into the free memory.
 
-    On a CPU larger parts are little faster, and their memory is everyone's.
+    On a CPU also into CPU_STEP: whole batches gain little or no speed there, for much memory.
     """
-    while device.type == "cpu" and batch > CPU_PART and need(batch) > CPU_STEP:
-        batch = max(CPU_PART, math.ceil(batch / 2))
+    if device.type == "cpu":
+        counts = [math.ceil(batch / parts) for parts in range(1, max(1, batch // CPU_PART) + 1)]
+        batch = next((count for count in counts if need(count) <= CPU_STEP), counts[-1])
     while free is not None and batch > 1 and need(batch) > 0.9 * free:
         batch = math.ceil(batch / 2)
     return batch

@@ -396,7 +396,7 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts_from_the_start(
     monkeypatch.setattr(train_module, "validate", interrupt_at(2))
     with pytest.raises(KeyboardInterrupt):
         train(tiny(tmp_path))
-    assert "4 images are taken at a time, their gradients added up" in capsys.readouterr().out
+    assert "of 16 images 4 are taken at a time, their gradients added up" in capsys.readouterr().out
     monkeypatch.undo()
     probes = scarce(monkeypatch, 100)
     folder, = train(tiny(tmp_path, resume="auto"))
@@ -408,7 +408,7 @@ def test_on_a_cpu_a_large_step_is_taken_in_parts_of_eight_images_at_least() -> N
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     parts, huge = train_module.parts_that_fit, int(1e15)
     for image, batch, expected in ((1e7, 32, 32), (1e8, 32, 16), (1e8, 24, 24), (1e8, 25, 13),
-                                   (1e9, 32, 8), (1e9, 9, 8), (1e9, 6, 6)):
+                                   (1e9, 32, 8), (1e9, 6, 6), (1e9, 15, 15), (1e9, 23, 12)):
         def need(count: int, image: float = image) -> int:
             return int(image * count)
 
