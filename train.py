@@ -763,7 +763,7 @@ def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: 
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # as it is, an output would keep its own graph alive for ever
 
         images = torch.rand(count, 1, config.image_size, config.image_size, device=device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), \
@@ -859,17 +859,25 @@ def train_step(run: Run, objective: Any, images: Tensor, config: Config, batch_s
     buffers = list(run.model.buffers())  # their running statistics
     before = [b.clone() for b in buffers]
 
-    def clear_gradients() -> None:
-        run.optimizer.zero_grad(set_to_none=True)
+    def clear_gradients(keep_room: bool = False) -> None:
+        run.optimizer.zero_grad(set_to_none=not keep_room)
+        factored = set()
         for layer in run.model.modules():
-            if isinstance(layer, Linear) and layer.factors:
+            if isinstance(layer, Linear) and layer.factors is not None:
                 layer.factors.clear()
+                factored.add(layer.weight)
+        if keep_room:
+            for p in run.model.parameters():
+                if p.grad is None and p not in factored:
+                    p.grad = torch.zeros_like(p)
 
     def accumulate() -> Tensor:
         """Gradients of the weighted loss, micro_batch images at a time; the loss."""
         torch.manual_seed(seeded(config.seed, f"dropout {ranks.rank}", run.step).initial_seed())
-        clear_gradients()
         parts = math.ceil(len(images) / run.micro_batch)
+        # Made anew in a step of several parts, gradients would come to lie among the activations
+        # of the first one, and the other parts would find only gaps.
+        clear_gradients(keep_room=parts > 1)
         for norm in norms:  # moves the running statistics as far in a step, whatever the parts
             norm.momentum = 1 - (1 - BATCHNORM_MOMENTUM) ** (1 / parts)
         losses: list[Tensor] = []

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -509,6 +510,31 @@ def test_the_probe_measures_what_grows_with_the_batch_and_changes_nothing(tmp_pa
     run = train_module.start_run(larger, device, "fp32")
     other = train_module.memory_of_a_step(run, larger, device, "fp32")
     assert other(11) - other(10) == pytest.approx(4 * image, rel=0.1)
+
+
+def test_nothing_of_the_probe_stays_in_memory(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    config = tiny(tmp_path)
+    run = train_module.start_run(config, device, "fp32")
+    made: list[weakref.ref] = []
+    for layer in run.model.modules():
+        layer.register_forward_hook(lambda _, __, result: made.append(weakref.ref(result)))
+    train_module.memory_of_a_step(run, config, device, "fp32")
+    assert len(made) > 100 and not [r for r in made if r() is not None]
+
+
+def test_gradients_of_a_step_in_parts_stay_where_they_are(tmp_path: Path) -> None:
+    device, ranks = torch.device("cpu"), train_module.Ranks()
+    config = tiny(tmp_path)
+    run = train_module.start_run(config, device, "fp32")
+    run.micro_batch = 8
+    places = []
+    for _ in range(3):
+        images = torch.randint(256, (16, 1, 32, 32), dtype=torch.uint8)
+        train_module.train_step(run, train_module.Objective(run.model), images, config, 16, device,
+                                "fp32", ranks)
+        places.append([p.grad.data_ptr() for p in run.model.parameters() if p.grad is not None])
+    assert len(places[0]) > 20 and places[0] == places[1] == places[2]
 
 
 def test_short_memory_is_said_once(
