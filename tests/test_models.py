@@ -13,6 +13,7 @@ from models import (
     SCORERS,
     AnomalyScorer,
     Draws,
+    Linear,
     Reading,
     add_foreign_patch,
     add_opacities,
@@ -83,6 +84,23 @@ def test_decode_sees_the_latent_alone_and_is_the_skip_free_view(name: str) -> No
     x = torch.rand(2, 1, 32, 32, generator=gen())
     assert torch.allclose(model.decode(model.encode(x)), model.reconstructions(x)[-1], atol=1e-6)
     assert torch.equal(model(x), model.reconstructions(x)[0])
+
+
+@pytest.mark.parametrize("factors", [None, []])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.03)])
+def test_our_linear_is_torchs(factors: list | None, grad: bool, precision: str,
+                              tolerance: float) -> None:
+    layer, theirs = Linear(300, 70), torch.nn.Linear(300, 70)
+    theirs.load_state_dict(layer.state_dict())
+    layer.factors = factors
+    for rows in (1, 3, 8, 70):
+        x = torch.randn(rows, 300, generator=gen(rows))
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=precision == "bf16"):
+            ours, expected = layer(x), theirs(x)
+        assert ours.shape == expected.shape and ours.is_contiguous()
+        assert ours.dtype == (torch.float32 if factors is not None and grad else expected.dtype)
+        assert (ours.float() - expected.float()).abs().max() < tolerance
 
 
 def test_unet_trains_its_skip_free_decoder_on_a_share_of_the_batch() -> None:
