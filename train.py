@@ -594,6 +594,12 @@ def is_large(parameter: Tensor) -> bool:
     return parameter.ndim == 2 and parameter.numel() >= LARGE_MATRIX
 
 
+def factored_weights(model: nn.Module) -> dict[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The weights whose gradients are left in factors, and where these are put."""
+    return {m.weight: m.factors for m in model.modules()
+            if isinstance(m, Linear) and m.factors is not None}
+
+
 def moment_bytes(parameter: Tensor, config: Config) -> int:
     """What the optimizer keeps of the past of a parameter, nearly."""
     lean = 2 if is_large(parameter) else 8
@@ -777,8 +783,7 @@ def memory_of_a_step(run: Run, config: Config, device: torch.device, precision: 
     image = saved(3) - two
     for buffer, value in zip(run.model.buffers(), state, strict=True):
         buffer.copy_(value)
-    factored = {m.weight for m in run.model.modules() if isinstance(m, Linear) and
-                m.factors is not None}
+    factored = factored_weights(run.model)
     fixed = max(0, two - 2 * image)
     for p in run.model.parameters():
         moments = 0 if run.optimizer.state else moment_bytes(p, config)
@@ -861,11 +866,9 @@ def train_step(run: Run, objective: Any, images: Tensor, config: Config, batch_s
 
     def clear_gradients(keep_room: bool = False) -> None:
         run.optimizer.zero_grad(set_to_none=not keep_room)
-        factored = set()
-        for layer in run.model.modules():
-            if isinstance(layer, Linear) and layer.factors is not None:
-                layer.factors.clear()
-                factored.add(layer.weight)
+        factored = factored_weights(run.model)
+        for factors in factored.values():
+            factors.clear()
         if keep_room:
             for p in run.model.parameters():
                 if p.grad is None and p not in factored:
