@@ -31,23 +31,33 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _KeepFactors(torch.autograd.Function):
-    """x @ weight.T; the backward pass appends (gradient of the result, x) to `factors`, whose
-    product is the weight's gradient."""
+    """x @ weight.T; the backward pass appends (gradient of the result, x) to `factors`, in the
+    dtype `kept`. Their product is the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor,
-                factors: list[tuple[Tensor, Tensor]]) -> Tensor:
-        kind = x.device.type
-        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factors: list[tuple[Tensor, Tensor]],
+                kept: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x.to(kept), weight)
         ctx.factors = factors
-        return few_rows(x, weight.to(x.dtype))
+        return few_rows(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.factors.append((gradient, x))
-        return gradient @ weight.to(gradient.dtype), None, None
+        ctx.factors.append((gradient.to(x.dtype), x))
+        return gradient @ weight, None, None, None
+
+
+class DenseGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous (channels last)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous(memory_format=torch.channels_last)
 
 
 class Linear(nn.Linear):
@@ -60,13 +70,19 @@ class Linear(nn.Linear):
     factors: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            if self.factors is None:
-                return super().forward(x)
-            return _KeepFactors.apply(x, self.weight, self.factors) + self.bias
-        if torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        if kind != "cpu" and self.factors is None:
             return super().forward(x)
-        return few_rows(x, self.weight) + self.bias
+        autocast = torch.is_autocast_enabled(kind)
+        kept = torch.get_autocast_dtype(kind) if autocast else self.weight.dtype
+        # On a CPU to cast the matrix would take longer than to multiply a few images by it.
+        with torch.autocast(kind, enabled=False):
+            x = x.to(self.weight.dtype)
+            if self.factors is not None and torch.is_grad_enabled():
+                return _KeepFactors.apply(x, self.weight, self.factors, kept) + self.bias
+            if torch.is_grad_enabled():
+                return super().forward(x)
+            return few_rows(x, self.weight) + self.bias
 
 
 def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequential:
@@ -156,7 +172,9 @@ class UNet(nn.Module):
             with torch.autocast(y.device.type, enabled=False):
                 y = F.interpolate(y.to(skip.dtype), scale_factor=2, mode="bilinear",
                                   align_corners=False)
-                y = torch.cat([skip, y], dim=1)
+                # The gradient of a part of the joined map has gaps, with which that of enlarging
+                # would take ten times as long.
+                y = torch.cat([skip, DenseGradient.apply(y)], dim=1)
             y = block(y)
         result = [torch.sigmoid(self.out(y))]
         if skip_free_share > 0:
