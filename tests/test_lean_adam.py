@@ -45,11 +45,6 @@ def stepped(factors: bool, steps: int = 3, micro: int = 8, precision: str = "fp3
     return run, losses
 
 
-def far_apart(a: Run, b: Run) -> float:
-    return max(float((x - y).detach().abs().max())
-               for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
-
-
 @pytest.mark.parametrize("seed", [0, 1, 3])  # 0: single numbers take steps of 8e-3
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_factors_give_the_same_step_as_the_gradient_itself(optimizer: str, seed: int) -> None:
