@@ -25,8 +25,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
                         help="val: choose settings there, never on test (default: test)")
     parser.add_argument("--samples", type=int, metavar="N",
                         help="at most N images, drawn evenly from both labels (default: all)")
-    parser.add_argument("--scorer", metavar="NAME", help="fused, zscore, peak, features, mse, "
-                        "mae, ssim, or all for a table of every one (default: fused)")
+    parser.add_argument("--scorer", metavar="NAME", help="fused, zscore, peak, texture, features, "
+                        "mse, mae, ssim, or all for a table of every one (default: fused)")
     parser.add_argument("--image", metavar="PATH", help="score this image, or every image in "
                         "this folder, instead of testing")
     parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
@@ -95,6 +95,7 @@ from models import (
     DEFAULT_SCORER,
     OWN_MAP,
     SCORERS,
+    Z_MAPS,
     AnomalyScorer,
     Draws,
     Reading,
@@ -1159,7 +1160,7 @@ def map_name(scorer: str) -> str:
 def map_label(scorer: str) -> str:
     """The map's name and unit, for a colour bar."""
     name = map_name(scorer)
-    return f"{name} (standard deviations of training normals)" if name == "zscore" else name
+    return f"{name} (standard deviations of training normals)" if name in Z_MAPS else name
 
 
 def describe_sample(sample: Sample) -> str:

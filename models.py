@@ -444,20 +444,22 @@ def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
 # Scorers: from input and reconstruction to an anomaly map and an anomaly score
 
 SCORERS = {
-    "fused": "zscore, peak and, at half weight, features, in standard deviations of normal images",
+    "fused": "peak and texture, each in standard deviations of normal images",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
     "peak": "the largest 0.3 % of the zscore map",
+    "texture": "local contrast of image and reconstruction, their log ratio as such a z-score",
     "features": "Mahalanobis distance of encoder maps' means and deviations from training normals",
     "mse": "squared residual",
     "mae": "absolute residual",
     "ssim": "1 - structural similarity",
 }
 DEFAULT_SCORER = "fused"
-# What `fused` adds up, with fixed weights. `features` is heard half as much: of all parts it gives
+# What `fused` adds up: what is focal, and what is diffuse. `features` is no part of it, as it gives
 # way most to what is no disease, such as another exposure.
-FUSED = {"zscore": 1.0, "peak": 1.0, "features": 0.5}
-OWN_MAP = ("mse", "mae", "ssim")  # the other scorers show the zscore map
-SCALES = (1 / 32, 1 / 16, 1 / 8)  # sides of the low-pass windows, as shares of the image side
+FUSED = ("peak", "texture")
+OWN_MAP = ("texture", "mse", "mae", "ssim")  # the other scorers show the zscore map
+# Sides of windows, as shares of the image side: of the low-passed residual, of local contrast.
+SCALES, TEXTURE_SCALES = (1 / 32, 1 / 16, 1 / 8), (1 / 16, 1 / 8)
 
 
 class Reading(NamedTuple):
@@ -534,37 +536,40 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
 class AnomalyScorer:
     """Reads what a model makes of images: anomaly maps, scores, and what is normal for both.
 
-    Calibrated on normal images alone. Training normals give the residual's mean and standard
-    deviation at every pixel and the features' Gaussian (`add` for each batch, then `finish`);
+    Calibrated on normal images alone. Training normals give mean and standard deviation of residual
+    and texture at every pixel and the features' Gaussian (`add` for each batch, then `finish`);
     validation normals give what scores are standardised by and what thresholds and percentiles
     refer to (`refer_to`).
     """
 
     def __init__(self) -> None:
-        self._sum, self._squares = torch.zeros(()), torch.zeros(())  # will be float64 [C,H,W]
+        self._sums: dict[str, Tensor] = {}  # of each of Z_MAPS, and of squares: float64 [2,C,H,W]
         self._features: list[Tensor] = []
         self.normal_scores: dict[str, Tensor] = {}  # scorer -> sorted float64 [n]
 
     def add(self, reading: Reading) -> None:
         """Take in what the model makes of a batch of training normals."""
-        residual = low_passed(reading).cpu().double()  # MPS has no float64
-        self._sum = self._sum + residual.sum(0)
-        self._squares = self._squares + residual.square().sum(0)
+        for name, (measure, _) in Z_MAPS.items():
+            maps = measure(reading).cpu().double()  # MPS has no float64
+            sums = torch.stack([maps.sum(0), maps.square().sum(0)])
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         self._features.append(reading.features.cpu().double())
 
     def finish(self) -> None:
         """Turn what was added into means, deviations and the features' Gaussian."""
         features = torch.cat(self._features)
         self.count = len(features)
-        mean = self._sum / self.count
-        variance = (self._squares / self.count - mean**2).clamp(min=0)
-        # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
-        # The floor (1 of 255 grey levels) keeps pixels that never vary from ruling the score.
-        side = 2 * round(mean.shape[-1] / 64) + 1
-        self.mean = mean.float()  # [C,H,W], C = views x scales
-        self.std = box_filter(variance[None], side)[0].sqrt().clamp(min=1 / 255).float()
+        self.mean, self.std = {}, {}  # of each of Z_MAPS: [C,H,W], C = views x scales
+        for name, (_, floor) in Z_MAPS.items():
+            mean, squares = self._sums[name] / self.count
+            variance = (squares - mean**2).clamp(min=0)
+            # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
+            # The floor keeps pixels that never vary from ruling the score.
+            side = 2 * round(mean.shape[-1] / 64) + 1
+            self.mean[name] = mean.float()
+            self.std[name] = box_filter(variance[None], side)[0].sqrt().clamp(min=floor).float()
         self.feature_mean, self.whitening = gaussian(features)
-        self._features = []
+        self._sums, self._features = {}, []
 
     def anomaly_map(self, scorer: str, reading: Reading) -> Tensor:
         """How abnormal each pixel looks, [B,1,H,W], at least 0."""
@@ -577,7 +582,9 @@ class AnomalyScorer:
             return (x - y).abs()
         if scorer == "ssim":
             return 1 - ssim_map(x, y)
-        z = (low_passed(reading) - self.mean.to(x.device)) / self.std.to(x.device)
+        name = "texture" if scorer == "texture" else "zscore"
+        measure, _ = Z_MAPS[name]
+        z = (measure(reading) - self.mean[name].to(x.device)) / self.std[name].to(x.device)
         return z.abs().mean(1, keepdim=True)
 
     def scores(self, reading: Reading, zscore_map: Tensor | None = None) -> dict[str, Tensor]:
@@ -603,15 +610,15 @@ class AnomalyScorer:
     def _fuse(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scores with the fused one added, in the order of SCORERS."""
         fused = torch.zeros((), dtype=torch.float64)
-        for name, weight in FUSED.items():
+        for name in FUSED:
             normal = self.normal_scores[name]
             deviation = normal.std(correction=0).clamp(min=1e-9)
             away = (scores[name] - normal.mean()) / deviation
             # Softened at zero (softplus): what is unusual to one part is not made up for by
             # another. One by one: the last few of a tensor may be rounded differently.
             soft = [max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in away.tolist()]
-            fused = fused + weight * torch.tensor(soft, dtype=torch.float64)
-        scores = scores | {"fused": fused / sum(FUSED.values())}
+            fused = fused + torch.tensor(soft, dtype=torch.float64)
+        scores = scores | {"fused": fused / len(FUSED)}
         return {name: scores[name] for name in SCORERS}
 
     def refer_to(self, normals: list[dict[str, Tensor]]) -> None:
@@ -648,6 +655,30 @@ def low_passed(reading: Reading) -> Tensor:
     residual = reading.images - exposed_like(reading.images, reading.views)
     sides = (2 * round(scale * residual.shape[-1] / 2) + 1 for scale in SCALES)
     return torch.cat([box_filter(residual, side) for side in sides], dim=1)
+
+
+def texture(reading: Reading) -> Tensor:
+    """Log ratio of local contrast, the standard deviation in windows of each of TEXTURE_SCALES,
+    between the images and each view: [B,views x scales,H,W].
+
+    What is hazy or blurred loses contrast where a reconstruction, which has learnt what belongs
+    there, keeps it; residuals, which mean grey values, hardly see it. Where a film lies in the
+    frame and how it was exposed cancels out.
+    """
+    both = torch.cat([reading.images, reading.views], dim=1)
+    both = both - both.mean((2, 3), keepdim=True)  # of squares of small numbers less is lost
+    ratios = []
+    for scale in TEXTURE_SCALES:
+        side = 2 * round(scale * both.shape[-1] / 2) + 1
+        variance = box_filter(both.square(), side) - box_filter(both, side).square()
+        log = (variance.clamp(min=0).sqrt() + 1 / 255).log()  # flat areas: one grey level
+        ratios.append(log[:, :1] - log[:, 1:])
+    return torch.cat(ratios, dim=1)
+
+
+# What is held against training normals pixel by pixel: {scorer: (its maps, least deviation)}. The
+# least deviations are a grey level of 255, and 5 % of local contrast.
+Z_MAPS = {"zscore": (low_passed, 1 / 255), "texture": (texture, 0.05)}
 
 
 def exposed_like(images: Tensor, views: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from models import (
     MODEL_CLASSES,
     SCALES,
     SCORERS,
+    TEXTURE_SCALES,
     AnomalyScorer,
     DenseGradient,
     Draws,
@@ -31,6 +32,7 @@ from models import (
     read,
     soft_shapes,
     ssim_map,
+    texture,
 )
 
 SIZES = {"unet": 54_986_305, "reversed_ae": 272_717_697}
@@ -346,18 +348,62 @@ def test_the_gaussian_is_that_of_the_features_and_bears_fewer_images_than_featur
     assert distance.mean() + 0.1 < heard.mean() < distance.mean() + 1000
 
 
+def local_deviation(x: np.ndarray, side: int) -> np.ndarray:
+    """Of [H,W], over the window around each pixel as far as it lies in the image."""
+    half = side // 2
+    return np.array([[x[max(0, i - half) : i + half + 1, max(0, j - half) : j + half + 1].std()
+                      for j in range(x.shape[1])] for i in range(x.shape[0])])
+
+
+def test_texture_is_the_log_ratio_of_local_contrast() -> None:
+    x, y, z = torch.rand(3, 2, 1, 32, 32, generator=gen(3))
+    got = texture(Reading(x, torch.cat([y, 0.5 * z], 1), x))
+    assert got.shape == (2, 2 * len(TEXTURE_SCALES), 32, 32)
+    for i, side in enumerate((3, 5)):  # 1/16 and 1/8 of 32 pixels, and odd
+        for j, view in enumerate((y, 0.5 * z)):
+            a, b = (np.log(local_deviation(t[1, 0].double().numpy(), side) + 1 / 255)
+                    for t in (x, view))
+            assert np.allclose(got[1, 2 * i + j].numpy(), a - b, atol=1e-4)
+    # Brightness is no texture, and a flat image has little of it, not infinitely little.
+    assert torch.allclose(texture(Reading(x + 0.3, y - 0.2, x)), texture(Reading(x, y, x)),
+                          atol=1e-3)
+    flat = texture(Reading(torch.full_like(x, 0.4), y, x))
+    assert torch.isfinite(flat).all() and (flat < -2).all()
+
+
+def test_haze_raises_texture_where_residuals_hardly_see_it() -> None:
+    """Fine structure that is half as strong: no grey value changes by more than noise does."""
+    def read_film(noise: float, seed: int) -> Reading:
+        fine = 0.05 * torch.randn(1, 1, 64, 64, generator=gen(seed))
+        view = 0.5 + 0.05 * torch.randn(1, 1, 64, 64, generator=gen(seed + 1000))
+        return Reading(0.5 + noise * fine, view, torch.randn(1, 4, generator=gen(seed)))
+
+    scorer = AnomalyScorer()
+    for i in range(40):
+        scorer.add(read_film(1, i))
+    scorer.finish()
+    scorer.refer_to([scorer.scores(read_film(1, 100 + i)) for i in range(40)])
+    hazy = scorer.scores(read_film(0.5, 200))
+    percent = {name: float(scorer.percentile(name, hazy[name])) for name in SCORERS}
+    assert percent["texture"] == percent["fused"] == 100 and percent["zscore"] < 50
+    map_ = scorer.anomaly_map("texture", read_film(0.5, 200))
+    assert map_.shape == (1, 1, 64, 64) and hazy["texture"] == pytest.approx(float(map_.mean()))
+
+
 def test_calibration_is_mean_and_deviation_of_the_low_passed_residual() -> None:
     scorer = calibrated()
     residual = normal_residual(50, 16, 3)
-    assert scorer.count == 50 and scorer.mean.shape == (2 * len(SCALES), 16, 16)
+    assert scorer.count == 50
+    assert scorer.mean["zscore"].shape == (2 * len(SCALES), 16, 16)
+    assert scorer.mean["texture"].shape == (2 * len(TEXTURE_SCALES), 16, 16)
     views = reading(residual).views
     for i in range(2 * len(SCALES)):
         scale, view = SCALES[i // 2], views[:, i % 2]
         rest = torch.stack([x - matched(x, v) for x, v in zip(residual[:, 0], view, strict=True)])
         seen = box_filter(rest[:, None], 2 * round(scale * 8) + 1)
-        assert torch.allclose(scorer.mean[i], seen.mean(0)[0], atol=1e-6)
+        assert torch.allclose(scorer.mean["zscore"][i], seen.mean(0)[0], atol=1e-6)
         expected = seen.std(0).mean().item()
-        assert scorer.std[i].mean().item() == pytest.approx(expected, rel=0.1)
+        assert scorer.std["zscore"][i].mean().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_maps_and_scores_by_definition() -> None:
@@ -372,8 +418,8 @@ def test_maps_and_scores_by_definition() -> None:
              for view in (y, y.flip(2))]
     seen = [box_filter(rest[:, None], 2 * round(scale * 8) + 1)[:, 0]
             for scale in SCALES for rest in rests]
-    expected = sum(((r - m) / s).abs() for r, m, s in zip(seen, scorer.mean, scorer.std,
-                                                         strict=True)) / len(seen)
+    expected = sum(((r - m) / s).abs() for r, m, s in zip(
+        seen, scorer.mean["zscore"], scorer.std["zscore"], strict=True)) / len(seen)
     assert torch.allclose(z[:, 0], expected, atol=1e-5)
     scores = scorer.scores(both)
     assert tuple(scores) == tuple(SCORERS)
@@ -382,10 +428,10 @@ def test_maps_and_scores_by_definition() -> None:
     top = z.flatten(1).max(1).values  # 0.3 % of 256 pixels is one
     assert torch.allclose(scores["peak"], top.double())
     fused = 0
-    for name, weight in {"zscore": 1, "peak": 1, "features": 0.5}.items():
+    for name in ("peak", "texture"):
         normal = scorer.normal_scores[name]
         deviations = (scores[name] - normal.mean()) / normal.std(correction=0)
-        fused += weight * torch.log1p(torch.exp(deviations)) / 2.5
+        fused += torch.log1p(torch.exp(deviations)) / 2
     assert torch.allclose(scores["fused"], fused)
     with pytest.raises(UserError, match="--scorer nonsense"):
         scorer.anomaly_map("nonsense", both)
@@ -395,14 +441,13 @@ def test_any_part_raises_the_fused_score() -> None:
     scorer = calibrated()
     usual = reading(normal_residual(1, 16, 7), 7)
     before = scorer.scores(usual)["fused"]
-    odd = usual._replace(features=usual.features + 4)
-    assert scorer.scores(odd)["fused"] > before + 1
-    sick = usual._replace(images=usual.images.clone())
-    sick.images[..., :8] += 0.1
-    assert scorer.scores(sick)["fused"] > before + 1
-    # A part that finds the image more normal than normal takes nothing away from the others.
-    duller = odd._replace(images=torch.full_like(odd.images, 0.1))
-    assert scorer.scores(duller)["fused"] > before + 1
+    focal = usual._replace(images=usual.images.clone())
+    focal.images[..., 4:7, 4:7] += 0.2
+    assert scorer.scores(focal)["fused"] > before + 1
+    # A part that finds the image more normal than normal takes nothing away from the other.
+    hazy = usual._replace(images=0.1 + 0.2 * (usual.images - 0.1))
+    assert scorer.scores(hazy)["peak"] < scorer.normal_scores["peak"].min()
+    assert scorer.scores(hazy)["fused"] > before + 1
 
 
 def test_exposure_is_no_anomaly_but_a_blank_or_inverted_image_is_one() -> None:
