@@ -549,7 +549,7 @@ class AnomalyScorer:
 
     def add(self, reading: Reading) -> None:
         """Take in what the model makes of a batch of training normals."""
-        for name, (measure, _) in Z_MAPS.items():
+        for name, (measure, *_) in Z_MAPS.items():
             maps = measure(reading).cpu().double()  # MPS has no float64
             sums = torch.stack([maps.sum(0), maps.square().sum(0)])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
@@ -560,14 +560,15 @@ class AnomalyScorer:
         features = torch.cat(self._features)
         self.count = len(features)
         self.mean, self.std = {}, {}  # of each of Z_MAPS: [C,H,W], C = views x scales
-        for name, (_, floor) in Z_MAPS.items():
-            mean, squares = self._sums[name] / self.count
+        for name, (_, floor, around) in Z_MAPS.items():
+            size = self._sums[name].shape[-1]
+            mean, squares = box_filter(self._sums[name] / self.count, 2 * round(size * around) + 1)
             variance = (squares - mean**2).clamp(min=0)
             # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
             # The floor keeps pixels that never vary from ruling the score.
-            side = 2 * round(mean.shape[-1] / 64) + 1
             self.mean[name] = mean.float()
-            self.std[name] = box_filter(variance[None], side)[0].sqrt().clamp(min=floor).float()
+            self.std[name] = box_filter(variance[None], 2 * round(size / 64) + 1)[0].sqrt().clamp(
+                min=floor).float()
         self.feature_mean, self.whitening = gaussian(features)
         self._sums, self._features = {}, []
 
@@ -583,7 +584,7 @@ class AnomalyScorer:
         if scorer == "ssim":
             return 1 - ssim_map(x, y)
         name = "texture" if scorer == "texture" else "zscore"
-        measure, _ = Z_MAPS[name]
+        measure, *_ = Z_MAPS[name]
         z = (measure(reading) - self.mean[name].to(x.device)) / self.std[name].to(x.device)
         return z.abs().mean(1, keepdim=True)
 
@@ -676,9 +677,11 @@ def texture(reading: Reading) -> Tensor:
     return torch.cat(ratios, dim=1)
 
 
-# What is held against training normals pixel by pixel: {scorer: (its maps, least deviation)}. The
-# least deviations are a grey level of 255, and 5 % of local contrast.
-Z_MAPS = {"zscore": (low_passed, 1 / 255), "texture": (texture, 0.05)}
+# What is held against training normals: {scorer: (its maps, least standard deviation, how far
+# around a pixel normals are looked at, as a share of the side)}. The least deviations are a grey
+# level of 255, and 5 % of local contrast. Where in the frame a patient lies varies: of texture,
+# what is usual nearby counts.
+Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 8)}
 
 
 def exposed_like(images: Tensor, views: Tensor) -> Tensor:

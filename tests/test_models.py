@@ -396,6 +396,13 @@ def test_calibration_is_mean_and_deviation_of_the_low_passed_residual() -> None:
     assert scorer.count == 50
     assert scorer.mean["zscore"].shape == (2 * len(SCALES), 16, 16)
     assert scorer.mean["texture"].shape == (2 * len(TEXTURE_SCALES), 16, 16)
+    # Texture is held against what is usual within an eighth of the side: 2 pixels each way.
+    maps = texture(reading(residual)).double()
+    mean = box_filter(maps.mean(0)[None], 5)[0]
+    assert torch.allclose(scorer.mean["texture"].double(), mean, atol=1e-5)
+    variance = box_filter(maps.square().mean(0)[None], 5)[0] - mean.square()
+    assert torch.allclose(scorer.std["texture"].double(),
+                          variance.sqrt().clamp(min=0.05), atol=1e-3)
     views = reading(residual).views
     for i in range(2 * len(SCALES)):
         scale, view = SCALES[i // 2], views[:, i % 2]
