@@ -910,6 +910,7 @@ def test_training_from_kaggle_gives_the_weights_of_the_folder_and_keeps_the_key_
     assert not [p for p in artefacts if KEY.encode() in p.read_bytes()]
 
 
+@pytest.mark.drill
 def test_killed_while_streaming_and_resumed_it_ends_with_the_same_weights(
     kaggle: StandIn, tmp_path: Path
 ) -> None:

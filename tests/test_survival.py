@@ -87,7 +87,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny(tmp_path_factory.mktemp("straight"), epochs=12))[0]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [
+    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.drill), (signal.SIGINT, 130)])
 def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     tmp_path: Path, straight: Path, number: int, code: int
 ) -> None:
