@@ -61,7 +61,8 @@ class DenseGradient(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, faster on a CPU, whose weight's gradient may be left in two factors.
+    """nn.Linear, on a CPU faster and always in fp32; its weight's gradient may be left in two
+    factors there.
 
     factors: unless None, where the backward pass puts these, [B,out] and [B,in], instead of
     making the gradient: 134 million numbers, from a few images.
@@ -71,7 +72,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
-        if kind != "cpu" and self.factors is None:
+        if kind != "cpu":
             return super().forward(x)
         autocast = torch.is_autocast_enabled(kind)
         kept = torch.get_autocast_dtype(kind) if autocast else self.weight.dtype
@@ -663,8 +664,8 @@ def texture(reading: Reading) -> Tensor:
     between the images and each view: [B,views x scales,H,W].
 
     What is hazy or blurred loses contrast where a reconstruction, which has learnt what belongs
-    there, keeps it; residuals, which mean grey values, hardly see it. Where a film lies in the
-    frame and how it was exposed cancels out.
+    there, keeps it; residuals, which mean grey values, hardly see it. As the reconstruction
+    follows its image, much of where a film lies in the frame and how it was exposed cancels out.
     """
     both = torch.cat([reading.images, reading.views], dim=1)
     both = both - both.mean((2, 3), keepdim=True)  # of squares of small numbers less is lost
