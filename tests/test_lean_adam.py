@@ -59,7 +59,9 @@ def test_factors_give_the_same_step_as_the_gradient_itself(optimizer: str, seed:
             way = ((b - a).abs() + (c - b).abs() + (d - c).abs()).detach()
             # bf16 moments may round differently: in each of the 3 steps by 1 of 256 of a step,
             # of its own (the second moment is that of row and column) and of an ordinary one.
-            assert ((x - d).detach().abs() <= (3 / 256 * (way + 1e-3)).clamp(min=2e-5)).all()
+            apart = (x - d).detach().abs()
+            assert (apart <= (3 / 256 * (way + 1e-3)).clamp(min=2e-5)).all()
+            assert apart.mean() < 1e-7 and (apart > 2e-6).float().mean() < 0.002
         assert all(m.weight.grad is None for m in other.model.modules() if isinstance(m, Linear))
 
 
