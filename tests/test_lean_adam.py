@@ -45,7 +45,7 @@ def stepped(factors: bool, steps: int = 3, micro: int = 8, precision: str = "fp3
     return run, losses
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])  # 0: single numbers take steps of 8e-3
+@pytest.mark.parametrize("seed", [0, 1, 2])  # 0: single numbers take steps of 8e-3
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_factors_give_the_same_step_as_the_gradient_itself(optimizer: str, seed: int) -> None:
     settings = {"optimizer": optimizer, "seed": seed}
