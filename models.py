@@ -496,6 +496,11 @@ def mean_and_deviation(maps: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance.sqrt()
 
 
+def window(share: float, size: int) -> int:
+    """About that share of an image's side, as an odd number of pixels."""
+    return 2 * round(share * size / 2) + 1
+
+
 def box_filter(maps: Tensor, side: int) -> Tensor:
     """Mean over a side x side window (side odd); at the border over what lies inside."""
 
@@ -563,13 +568,13 @@ class AnomalyScorer:
         self.mean, self.std = {}, {}  # of each of Z_MAPS: [C,H,W], C = views x scales
         for name, (_, floor, around) in Z_MAPS.items():
             size = self._sums[name].shape[-1]
-            mean, squares = box_filter(self._sums[name] / self.count, 2 * round(size * around) + 1)
+            mean, squares = box_filter(self._sums[name] / self.count, window(around, size))
             variance = (squares - mean**2).clamp(min=0)
             # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
             # The floor keeps pixels that never vary from ruling the score.
             self.mean[name] = mean.float()
-            self.std[name] = box_filter(variance[None], 2 * round(size / 64) + 1)[0].sqrt().clamp(
-                min=floor).float()
+            smooth = box_filter(variance[None], window(1 / 32, size))[0]
+            self.std[name] = smooth.sqrt().clamp(min=floor).float()
         self.feature_mean, self.whitening = gaussian(features)
         self._sums, self._features = {}, []
 
@@ -584,7 +589,7 @@ class AnomalyScorer:
             return (x - y).abs()
         if scorer == "ssim":
             return 1 - ssim_map(x, y)
-        name = "texture" if scorer == "texture" else "zscore"
+        name = scorer if scorer in Z_MAPS else "zscore"
         measure, *_ = Z_MAPS[name]
         z = (measure(reading) - self.mean[name].to(x.device)) / self.std[name].to(x.device)
         return z.abs().mean(1, keepdim=True)
@@ -655,7 +660,7 @@ def low_passed(reading: Reading) -> Tensor:
     """The residuals of all views, each exposed like the image, through windows of each of SCALES:
     [B,views x scales,H,W]."""
     residual = reading.images - exposed_like(reading.images, reading.views)
-    sides = (2 * round(scale * residual.shape[-1] / 2) + 1 for scale in SCALES)
+    sides = (window(scale, residual.shape[-1]) for scale in SCALES)
     return torch.cat([box_filter(residual, side) for side in sides], dim=1)
 
 
@@ -671,18 +676,18 @@ def texture(reading: Reading) -> Tensor:
     both = both - both.mean((2, 3), keepdim=True)  # of squares of small numbers less is lost
     ratios = []
     for scale in TEXTURE_SCALES:
-        side = 2 * round(scale * both.shape[-1] / 2) + 1
+        side = window(scale, both.shape[-1])
         variance = box_filter(both.square(), side) - box_filter(both, side).square()
         log = (variance.clamp(min=0).sqrt() + 1 / 255).log()  # flat areas: one grey level
         ratios.append(log[:, :1] - log[:, 1:])
     return torch.cat(ratios, dim=1)
 
 
-# What is held against training normals: {scorer: (its maps, least standard deviation, how far
-# around a pixel normals are looked at, as a share of the side)}. The least deviations are a grey
-# level of 255, and 5 % of local contrast. Where in the frame a patient lies varies: of texture,
-# what is usual nearby counts.
-Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 8)}
+# What is held against training normals: {scorer: (its maps, least standard deviation, window in
+# which normals are looked at, as a share of the side)}. The least deviations are a grey level of
+# 255, and 5 % of local contrast. Where in the frame a patient lies varies: of texture, what is
+# usual nearby counts.
+Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 4)}
 
 
 def exposed_like(images: Tensor, views: Tensor) -> Tensor:
