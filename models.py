@@ -520,22 +520,27 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     Wang et al. 2004: 11x11 Gaussian window of standard deviation 1.5, K1 = 0.01, K2 = 0.03;
     borders are mirrored so that the map has the image's size.
     """
-    H, W = a.shape[2:]
-    bell = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
-    bell = [g / sum(bell) for g in bell]
 
-    def blur(x: Any) -> Any:
-        # Sums, since a convolution rounds differently for batches of different sizes.
-        x = F.pad(x, (5, 5, 5, 5), mode="reflect")
-        x = sum(g * x[:, :, i : i + H] for i, g in enumerate(bell))
-        return sum(g * x[..., i : i + W] for i, g in enumerate(bell))
+    def bell(length: int) -> Tensor:
+        place = torch.arange(-5, 6, device=a.device, dtype=a.dtype)
+        weights = torch.exp(-place.square() / (2 * 1.5**2))
+        every = torch.eye(length, device=a.device, dtype=a.dtype)
+        mirrored = F.pad(every[:, None], (5, 5), mode="reflect")[:, 0]
+        return (mirrored.unfold(1, length, 1) * (weights / weights.sum())[:, None]).sum(1).T
 
-    mu_a, mu_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2
-    cov = blur(a * b) - mu_a * mu_b
+    # Less the mean: where an image is smooth, a variance as the difference of two squares is
+    # little but rounding. Products with matrices as in box_filter.
+    mean_a, mean_b = (x.mean((2, 3), keepdim=True) for x in (a, b))
+    a, b = a - mean_a, b - mean_b
+    with torch.autocast(a.device.type, enabled=False):
+        blurred = bell(a.shape[2]) @ (torch.cat([a, b, a * a + b * b, a * b], 1) @ bell(
+            a.shape[3]).T)
+    mu_a, mu_b, squares, product = blurred.split(1, dim=1)
+    variances, cov = squares - mu_a**2 - mu_b**2, product - mu_a * mu_b
+    mu_a, mu_b = mu_a + mean_a, mu_b + mean_b
     c1, c2 = 0.01**2, 0.03**2
     return ((2 * mu_a * mu_b + c1) * (2 * cov + c2)) / (
-        (mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2)
+        (mu_a**2 + mu_b**2 + c1) * (variances + c2)
     )
 
 

@@ -286,6 +286,10 @@ def test_ssim_against_the_formula_written_out() -> None:
     expected = (2 * mp * mq + c1) * (2 * c + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
     assert ssim_map(a, b)[0, 0, 10, 12].item() == pytest.approx(expected, rel=1e-9)
     assert torch.allclose(ssim_map(a, a), torch.ones_like(a))
+    ramp = torch.linspace(0, 0.1, 48)
+    a = (0.9 + ramp[:, None] * ramp)[None, None]  # bright and smooth: fp32 loses most here
+    assert torch.allclose(ssim_map(a, 0.98 * a).double(), ssim_map(a.double(), 0.98 * a.double()),
+                          atol=5e-5)
 
 
 def reading(residual: Tensor, seed: int = 0) -> Reading:
