@@ -445,20 +445,22 @@ def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
 # Scorers: from input and reconstruction to an anomaly map and an anomaly score
 
 SCORERS = {
-    "fused": "peak and texture, each in standard deviations of normal images",
+    "fused": "peak, texture and haze, each in standard deviations of normal images",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
     "peak": "the largest 0.3 % of the zscore map",
     "texture": "local contrast of image and reconstruction, their log ratio as such a z-score",
+    "haze": "local contrast that the image lacks, the mean of texture's z-score with its sign",
     "features": "Mahalanobis distance of encoder maps' means and deviations from training normals",
     "mse": "squared residual",
     "mae": "absolute residual",
     "ssim": "1 - structural similarity",
 }
 DEFAULT_SCORER = "fused"
-# What `fused` adds up: what is focal, and what is diffuse. `features` is no part of it, as it gives
-# way most to what is no disease, such as another exposure.
-FUSED = ("peak", "texture")
-OWN_MAP = ("texture", "mse", "mae", "ssim")  # the other scorers show the zscore map
+# What `fused` adds up: what is focal, what is diffuse, and of this again what hides detail: disease
+# does that more often than it adds any. `features` is no part of it, as it gives way most to what
+# is no disease, such as another exposure.
+FUSED = ("peak", "texture", "haze")
+OWN_MAP = ("texture", "haze", "mse", "mae", "ssim")  # the other scorers show the zscore map
 # Sides of windows, as shares of the image side: of the low-passed residual, of local contrast.
 SCALES, TEXTURE_SCALES = (1 / 32, 1 / 16, 1 / 8), (1 / 16, 1 / 8)
 
@@ -594,10 +596,15 @@ class AnomalyScorer:
             return (x - y).abs()
         if scorer == "ssim":
             return 1 - ssim_map(x, y)
-        name = scorer if scorer in Z_MAPS else "zscore"
+        if scorer == "haze":
+            return self.z("texture", reading).neg().clamp(min=0).mean(1, keepdim=True)
+        return self.z(scorer if scorer in Z_MAPS else "zscore", reading).abs().mean(1, keepdim=True)
+
+    def z(self, name: str, reading: Reading) -> Tensor:
+        """One of Z_MAPS in standard deviations of training normals, [B,views x scales,H,W]."""
         measure, *_ = Z_MAPS[name]
-        z = (measure(reading) - self.mean[name].to(x.device)) / self.std[name].to(x.device)
-        return z.abs().mean(1, keepdim=True)
+        x = reading.images
+        return (measure(reading) - self.mean[name].to(x.device)) / self.std[name].to(x.device)
 
     def scores(self, reading: Reading, zscore_map: Tensor | None = None) -> dict[str, Tensor]:
         """Anomaly scores by every scorer, float64 [B] on the CPU; fused only after refer_to.
@@ -605,12 +612,14 @@ class AnomalyScorer:
         zscore_map: the anomaly map of that name, [B,1,H,W], where it is there already.
         """
         z = self.anomaly_map("zscore", reading) if zscore_map is None else zscore_map
-        z = z.flatten(1)
+        z, contrast = z.flatten(1), self.z("texture", reading)
         scores = {
             "zscore": z.mean(1),
             "peak": z.topk(max(1, round(0.003 * z.shape[1])), dim=1).values.mean(1),
+            "texture": contrast.abs().mean((1, 2, 3)),
+            "haze": -contrast.mean((1, 2, 3)),
         }
-        for name in OWN_MAP:
+        for name in ("mse", "mae", "ssim"):
             scores[name] = self.anomaly_map(name, reading).mean((1, 2, 3))
         scores = {name: value.cpu().double() for name, value in scores.items()}
         away = reading.features.cpu().double() - self.feature_mean

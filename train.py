@@ -98,7 +98,7 @@ from models import (
     read,
 )
 
-FORMAT = 7  # of the checkpoints
+FORMAT = 8  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always
 # Settings that a resumed run may change; any other change makes it another run.

@@ -375,7 +375,7 @@ def test_texture_is_the_log_ratio_of_local_contrast() -> None:
     assert torch.isfinite(flat).all() and (flat < -2).all()
 
 
-def test_haze_raises_texture_where_residuals_hardly_see_it() -> None:
+def test_lost_contrast_is_seen_where_residuals_hardly_change() -> None:
     """Fine structure that is half as strong: no grey value changes by more than noise does."""
     def read_film(noise: float, seed: int) -> Reading:
         fine = 0.05 * torch.randn(1, 1, 64, 64, generator=gen(seed))
@@ -389,7 +389,11 @@ def test_haze_raises_texture_where_residuals_hardly_see_it() -> None:
     scorer.refer_to([scorer.scores(read_film(1, 100 + i)) for i in range(40)])
     hazy = scorer.scores(read_film(0.5, 200))
     percent = {name: float(scorer.percentile(name, hazy[name])) for name in SCORERS}
-    assert percent["texture"] == percent["fused"] == 100 and percent["zscore"] < 50
+    assert percent["texture"] == percent["haze"] == percent["fused"] == 100
+    assert percent["zscore"] < 50
+    grainy = scorer.scores(read_film(2, 200))  # as unusual, but the other way
+    assert scorer.percentile("texture", grainy["texture"]) == 100
+    assert scorer.percentile("haze", grainy["haze"]) == 0
     map_ = scorer.anomaly_map("texture", read_film(0.5, 200))
     assert map_.shape == (1, 1, 64, 64) and hazy["texture"] == pytest.approx(float(map_.mean()))
 
@@ -439,10 +443,14 @@ def test_maps_and_scores_by_definition() -> None:
     top = z.flatten(1).max(1).values  # 0.3 % of 256 pixels is one
     assert torch.allclose(scores["peak"], top.double())
     fused = 0
-    for name in ("peak", "texture"):
+    contrast = (texture(both) - scorer.mean["texture"]) / scorer.std["texture"]
+    assert torch.allclose(scores["texture"], contrast.abs().mean((1, 2, 3)).double())
+    assert torch.allclose(scores["haze"], -contrast.mean((1, 2, 3)).double())
+    assert torch.allclose(scorer.anomaly_map("haze", both)[:, 0], (-contrast).clamp(min=0).mean(1))
+    for name in ("peak", "texture", "haze"):
         normal = scorer.normal_scores[name]
         deviations = (scores[name] - normal.mean()) / normal.std(correction=0)
-        fused += torch.log1p(torch.exp(deviations)) / 2
+        fused += torch.log1p(torch.exp(deviations)) / 3
     assert torch.allclose(scores["fused"], fused)
     with pytest.raises(UserError, match="--scorer nonsense"):
         scorer.anomaly_map("nonsense", both)
