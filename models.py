@@ -382,7 +382,11 @@ def smooth_noise(images: Tensor, draws: Draws, count: int, cells: int) -> Tensor
 
 
 def add_opacities(images: Tensor, draws: Draws) -> Tensor:
-    """One to three bright or dark opacities on 70 % of the images, smooth or grainy."""
+    """One to three bright or dark opacities on 70 % of the images, smooth or grainy.
+
+    Each hides some of the detail beneath, up to all, as fluid hides vessels: else a network that
+    copies detail well would copy a hazy lung as it is.
+    """
     count = 3
     shapes = soft_shapes(images, draws, count)
     there = draws.rand(count, 1, 1) < 0.5
@@ -392,6 +396,9 @@ def add_opacities(images: Tensor, draws: Draws) -> Tensor:
     strength = strength * torch.where(draws.rand(count, 1, 1) < 0.65, 1, -1)  # bright more often
     texture = smooth_noise(images, draws, count, max(4, images.shape[-1] // 4))
     texture = 1 + draws.rand(count, 1, 1).to(images.device) * texture
+    veils = (draws.rand(count, 1, 1) * there).to(images.device) * shapes
+    hidden = 1 - (1 - veils).prod(1, keepdim=True)
+    images = images + hidden * (box_filter(images, window(1 / 8, images.shape[-1])) - images)
     return images + (strength.to(images.device) * shapes * texture).sum(1, keepdim=True)
 
 

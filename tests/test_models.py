@@ -202,6 +202,19 @@ def test_opacities_are_on_most_images_bright_and_dark_and_local() -> None:
     assert 0.55 < (change > 0).float().mean() < 0.85
 
 
+def test_opacities_hide_detail_where_they_are_and_nowhere_else() -> None:
+    flat = torch.full((200, 1, 64, 64), 0.5)
+    stripes = 0.05 * torch.tensor([1.0, -1.0]).repeat(32)
+    detail = add_opacities(flat + stripes, draws(200)) - add_opacities(flat, draws(200))
+    left = (detail / stripes)[:, 0, :, 8:-8]  # the share of the stripes that can still be seen
+    there = changed(flat, add_opacities(flat, draws(200))) > 0
+    assert (left[~there] - 1).abs().max() < 1e-5
+    assert 0.6 < (left[there] > 0.95).float().mean() < 0.95  # of the pixels: it is local
+    faintest = left.amin((1, 2))
+    assert faintest.min() < 0.2 and 0.1 < (faintest < 0.5).float().mean() < 0.6
+    assert left.min() > -0.1 and left.max() < 1.01
+
+
 def test_a_foreign_patch_is_on_half_of_the_images_and_comes_from_another_one() -> None:
     levels = torch.linspace(0, 1, 200)
     images = levels[:, None, None, None].expand(200, 1, 64, 64).contiguous()
