@@ -384,8 +384,7 @@ def smooth_noise(images: Tensor, draws: Draws, count: int, cells: int) -> Tensor
 def add_opacities(images: Tensor, draws: Draws) -> Tensor:
     """One to three bright or dark opacities on 70 % of the images, smooth or grainy.
 
-    Each hides some of the detail beneath, up to all, as fluid hides vessels: else a network that
-    copies detail well would copy a hazy lung as it is.
+    Each hides some of the detail beneath, up to all, as fluid in a lung hides its vessels.
     """
     count = 3
     shapes = soft_shapes(images, draws, count)
