@@ -530,6 +530,7 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     """
 
     def bell(length: int) -> Tensor:
+        """[length,length]: a product with it blurs a line of pixels."""
         place = torch.arange(-5, 6, device=a.device, dtype=a.dtype)
         weights = torch.exp(-place.square() / (2 * 1.5**2))
         every = torch.eye(length, device=a.device, dtype=a.dtype)
