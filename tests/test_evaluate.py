@@ -51,6 +51,17 @@ from models import OWN_MAP, SCORERS
 from train import load_checkpoint, place, save_checkpoint, train
 
 
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of numbers and texts over several runs: drawing would take most of their time."""
+    def blank(*arguments: object) -> bool:
+        Image.new("L", (1, 1)).save(arguments[-1])
+        return True
+
+    for name in ("draw_examples", "draw_worst", "draw_healing", "draw_comparison"):
+        monkeypatch.setattr(evaluate_module, name, blank)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_auroc_and_average_precision_agree_with_scikit_learn(ties: bool) -> None:
     rng = np.random.RandomState(0)
@@ -467,6 +478,7 @@ def test_a_comparison_says_whether_seeds_tell_the_models_apart(
     assert overlap("A", one, "B", two) == ([says] if says else [])
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_seeds_of_a_model_are_averaged_and_compared_as_one(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -511,6 +523,7 @@ def test_seeds_of_a_model_are_averaged_and_compared_as_one(
     assert list(group_by_seed([one, copy, wider, two]).values()) == [[0, 3], [1], [2]]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_rerun_gives_the_same_figures(runs: list[Path]) -> None:
     assert evaluate(runs[0], samples=40)[0] == evaluate(runs[0], samples=40)[0]
 
@@ -521,6 +534,7 @@ def test_validation_may_be_looked_at_without_touching_test(runs: list[Path]) -> 
     assert (runs[0] / "eval" / "synthetic-val" / "metrics.json").exists()
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_an_external_test_says_so_and_overwrites_nothing(
     runs: list[Path], xrays: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -610,6 +624,7 @@ def test_an_external_test_works_without_the_training_data_and_keeps_results_apar
     assert len(list((folder / "eval").iterdir())) == 2
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_runs_of_one_model_and_of_different_sizes_can_be_compared(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
