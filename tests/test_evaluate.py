@@ -528,6 +528,7 @@ def test_a_rerun_gives_the_same_figures(runs: list[Path]) -> None:
     assert evaluate(runs[0], samples=40)[0] == evaluate(runs[0], samples=40)[0]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_validation_may_be_looked_at_without_touching_test(runs: list[Path]) -> None:
     (metrics,) = evaluate(runs[0], split="val")
     assert metrics["split"] == "val" and metrics["specificity_at_threshold"] >= 0.95
@@ -577,6 +578,7 @@ def test_normals_alone_give_no_auroc_but_a_specificity(
     assert "0 of 0 abnormal images missed" in page.text
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_own_data_is_tested_on_the_test_split_of_split_csv_alone(
     tmp_path: Path, xrays: Path
 ) -> None:
@@ -607,6 +609,7 @@ def test_training_images_are_never_tested_on_under_another_path(
     assert "images left out: the run was trained or validated" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_an_external_test_works_without_the_training_data_and_keeps_results_apart(
     tmp_path: Path, xrays: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -744,6 +747,7 @@ def test_bad_input_is_one_clear_line(
     assert says in str(error.value)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_data_that_went_elsewhere_is_said_to_be_what_the_run_was_trained_on(
     xrays: Path, tmp_path: Path
 ) -> None:
