@@ -102,6 +102,7 @@ from models import (
     Reading,
     corrupt,
     create_model,
+    folded,
 )
 from train import (
     CHANGEABLE,
@@ -205,7 +206,7 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
               f"{precision} here: scores differ a little")
     made_with = (", ".join(f"{k} {v}" for k, v in state["versions"].items())
                  + f", {state['device']}, {state['precision']}")
-    return Run(folder, name, config, place(model, where, precision).eval(), scorer, where,
+    return Run(folder, name, config, place(folded(model), where, precision), scorer, where,
                precision, state["data_fingerprint"], made_with)
 
 

@@ -7,6 +7,8 @@
 Every image tensor here is float [B,1,H,W] with values in [0,1]; H = W = the model's image size.
 """
 
+import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import Config, UserError
 
@@ -290,6 +293,23 @@ def create_model(name: str, config: Config | None = None) -> UNet | ReversedAuto
     if name not in MODEL_CLASSES:
         raise UserError(f"model {name!r}: not one of {', '.join(MODEL_CLASSES)}")
     return MODEL_CLASSES[name](config.image_size, config.latent_dim, config.width, config.dropout)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy of a trained model, to be read only: each BatchNorm is folded into the convolution
+    before it, which saves a pass over its maps. Linear layers are shared with `model`.
+
+    What it gives differs by rounding alone.
+    """
+    shared = {id(m): m for m in model.modules() if isinstance(m, Linear)}
+    model = copy.deepcopy(model, shared).eval()
+    for layers in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+        for i, (conv, norm) in enumerate(itertools.pairwise(list(layers))):
+            if isinstance(norm, nn.BatchNorm2d):
+                assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
+                transposed = isinstance(conv, nn.ConvTranspose2d)
+                layers[i], layers[i + 1] = fuse_conv_bn_eval(conv, norm, transposed), nn.Identity()
+    return model.eval()
 
 
 MODEL_CLASSES: dict[str, type[UNet | ReversedAutoencoder]] = {

@@ -94,6 +94,7 @@ from models import (
     Reading,
     corrupt,
     create_model,
+    folded,
     objective_loss,
     read,
 )
@@ -1077,7 +1078,7 @@ def regrouped(stream: ImageStream) -> Iterator[Tensor]:
 def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
               precision: str) -> AnomalyScorer:
     """A scorer calibrated on training normals, with the scores of the validation normals."""
-    model.eval()
+    model = folded(model)
     scorer = AnomalyScorer()
     stream: ImageStream = loaders.train.dataset
     some = stream.every(math.ceil(len(stream.samples) / CALIBRATION_IMAGES))

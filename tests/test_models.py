@@ -26,6 +26,7 @@ from models import (
     corrupt,
     create_model,
     exposed_like,
+    folded,
     gaussian,
     low_passed,
     objective_loss,
@@ -149,6 +150,28 @@ def test_enlarging_gets_a_gradient_without_gaps(bf16: bool,
     theirs = gradients()
     assert not any(dense)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_a_folded_model_is_the_model_without_its_batchnorms(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, Config(width=4, image_size=32, latent_dim=16))
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        for numbers in (norm.running_mean, norm.bias):
+            torch.nn.init.normal_(numbers)
+        for numbers in (norm.running_var, norm.weight):
+            torch.nn.init.uniform_(numbers, 0.5, 2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    small, images = folded(model), torch.rand(3, 1, 32, 32)
+    with torch.no_grad():
+        ours, theirs = read(small, images), read(model.eval(), images)
+    torch.testing.assert_close(tuple(ours), tuple(theirs), atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in small.modules())
+    assert not any(m.training for m in small.modules())
+    # The model stays what it was, and its large matrices are not held twice.
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert {id(m) for m in small.modules() if isinstance(m, Linear)} == {
+        id(m) for m in model.modules() if isinstance(m, Linear)}
 
 
 def test_unet_trains_its_skip_free_decoder_on_a_share_of_the_batch() -> None:
