@@ -451,11 +451,13 @@ def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
     """
     if objective == "plain":
         return images
-    seen = images
-    if objective == "heal":
-        seen = add_foreign_patch(seen, draws, images)
-        seen = add_opacities(seen, draws)
+    seen = add_lesions(images, draws) if objective == "heal" else images
     return (seen + coarse_noise(images, draws)).clamp(0, 1)
+
+
+def add_lesions(images: Tensor, draws: Draws) -> Tensor:
+    """Foreign patches and opacities on images [B,1,H,W]; same shape, may leave [0,1]."""
+    return add_opacities(add_foreign_patch(images, draws, images), draws)
 
 
 def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
@@ -477,16 +479,17 @@ SCORERS = {
     "peak": "the largest 0.3 % of the zscore map",
     "texture": "local contrast of image and reconstruction, their log ratio as such a z-score",
     "haze": "local contrast that the image lacks, the mean of texture's z-score with its sign",
+    "trace": "local contrast of the reconstruction, along the trace that drawn lesions leave in it",
     "features": "Mahalanobis distance of encoder maps' means and deviations from training normals",
     "mse": "squared residual",
     "mae": "absolute residual",
     "ssim": "1 - structural similarity",
 }
 DEFAULT_SCORER = "fused"
-# What `fused` adds up: what is focal, what is diffuse, and of this again what hides detail: disease
-# does that more often than it adds any. `features` is no part of it, as it gives way most to what
-# is no disease, such as another exposure.
-FUSED = ("peak", "texture", "haze")
+# What `fused` adds up: what is focal; what is diffuse; of this again what hides detail, as disease
+# does that more often than it adds any; and what lesions leave in reconstructions. `features` is no
+# part of it, as it gives way most to what is no disease, such as another exposure.
+FUSED = ("peak", "texture", "haze", "trace")
 OWN_MAP = ("texture", "haze", "mse", "mae", "ssim")  # the other scorers show the zscore map
 # Sides of windows, as shares of the image side: of the low-passed residual, of local contrast.
 SCALES, TEXTURE_SCALES = (1 / 32, 1 / 16, 1 / 8), (1 / 16, 1 / 8)
@@ -582,26 +585,34 @@ class AnomalyScorer:
     """Reads what a model makes of images: anomaly maps, scores, and what is normal for both.
 
     Calibrated on normal images alone. Training normals give mean and standard deviation of residual
-    and texture at every pixel and the features' Gaussian (`add` for each batch, then `finish`);
-    validation normals give what scores are standardised by and what thresholds and percentiles
-    refer to (`refer_to`).
+    and texture at every pixel and the features' Gaussian; some of them, with lesions drawn on, the
+    trace that these leave (`add` for each batch, then `finish`). Validation normals give what
+    scores are standardised by and what thresholds and percentiles refer to (`refer_to`).
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # of each of Z_MAPS, and of squares: float64 [2,C,H,W]
         self._features: list[Tensor] = []
+        self._regions: list[Tensor] = []  # regional_contrast, and how lesions change it
+        self._changes: list[Tensor] = []
         self.normal_scores: dict[str, Tensor] = {}  # scorer -> sorted float64 [n]
 
-    def add(self, reading: Reading) -> None:
-        """Take in what the model makes of a batch of training normals."""
+    def add(self, reading: Reading, lesioned: Reading | None = None) -> None:
+        """Take in what the model makes of a batch of training normals.
+
+        lesioned: what it makes of the same images with lesions drawn on; some batches need it.
+        """
         for name, (measure, *_) in Z_MAPS.items():
             maps = measure(reading).cpu().double()  # MPS has no float64
             sums = torch.stack([maps.sum(0), maps.square().sum(0)])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         self._features.append(reading.features.cpu().double())
+        self._regions.append(regional_contrast(reading))
+        if lesioned is not None:
+            self._changes.append(regional_contrast(lesioned) - self._regions[-1])
 
     def finish(self) -> None:
-        """Turn what was added into means, deviations and the features' Gaussian."""
+        """Turn what was added into means, deviations, the features' Gaussian and the trace."""
         features = torch.cat(self._features)
         self.count = len(features)
         self.mean, self.std = {}, {}  # of each of Z_MAPS: [C,H,W], C = views x scales
@@ -615,7 +626,14 @@ class AnomalyScorer:
             smooth = box_filter(variance[None], window(1 / 32, size))[0]
             self.std[name] = smooth.sqrt().clamp(min=floor).float()
         self.feature_mean, self.whitening = gaussian(features)
-        self._sums, self._features = {}, []
+        regions = torch.cat(self._regions)
+        self.region_mean = regions.mean(0)
+        away = regions - self.region_mean
+        # As in Z_MAPS a region varies by 5 % at least: no network that draws the same every time
+        # must make much of nothing.
+        covariance = away.T @ away / self.count + 0.05**2 * torch.eye(away.shape[1])
+        self.trace = torch.linalg.solve(covariance, torch.cat(self._changes).mean(0))
+        self._sums, self._features, self._regions, self._changes = {}, [], [], []
 
     def anomaly_map(self, scorer: str, reading: Reading) -> Tensor:
         """How abnormal each pixel looks, [B,1,H,W], at least 0."""
@@ -659,6 +677,8 @@ class AnomalyScorer:
         # Row by row: a product of matrices rounds differently for batches of different sizes.
         white = torch.stack([row @ self.whitening for row in away])
         scores["features"] = white.square().mean(1).sqrt()
+        regions = regional_contrast(reading) - self.region_mean
+        scores["trace"] = torch.stack([(row * self.trace).sum() for row in regions])
         return self._fuse(scores) if self.normal_scores else scores
 
     def _fuse(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -700,7 +720,8 @@ class AnomalyScorer:
             setattr(self, name, state[name])
 
 
-CALIBRATED = ("count", "mean", "std", "feature_mean", "whitening", "normal_scores")
+CALIBRATED = ("count", "mean", "std", "feature_mean", "whitening", "region_mean", "trace",
+              "normal_scores")
 
 
 def low_passed(reading: Reading) -> Tensor:
@@ -719,15 +740,29 @@ def texture(reading: Reading) -> Tensor:
     there, keeps it; residuals, which mean grey values, hardly see it. As the reconstruction
     follows its image, much of where a film lies in the frame and how it was exposed cancels out.
     """
-    both = torch.cat([reading.images, reading.views], dim=1)
-    both = both - both.mean((2, 3), keepdim=True)  # of squares of small numbers less is lost
-    ratios = []
-    for scale in TEXTURE_SCALES:
-        side = window(scale, both.shape[-1])
-        variance = box_filter(both.square(), side) - box_filter(both, side).square()
-        log = (variance.clamp(min=0).sqrt() + 1 / 255).log()  # flat areas: one grey level
-        ratios.append(log[:, :1] - log[:, 1:])
-    return torch.cat(ratios, dim=1)
+    logs = [log_contrast(torch.cat([reading.images, reading.views], dim=1), scale)
+            for scale in TEXTURE_SCALES]
+    return torch.cat([log[:, :1] - log[:, 1:] for log in logs], dim=1)
+
+
+def log_contrast(maps: Tensor, scale: float) -> Tensor:
+    """Logarithm of local contrast: of the standard deviation of maps [B,C,H,W] in windows of that
+    share of the side; same shape."""
+    maps = maps - maps.mean((2, 3), keepdim=True)  # of squares of small numbers less is lost
+    side = window(scale, maps.shape[-1])
+    variance = box_filter(maps.square(), side) - box_filter(maps, side).square()
+    return (variance.clamp(min=0).sqrt() + 1 / 255).log()  # flat areas: one grey level
+
+
+def regional_contrast(reading: Reading) -> Tensor:
+    """The reconstruction's log_contrast in three by three regions: float64 [B,9] on the CPU.
+
+    Lesions, also healed ones, change it. Which way, lesions drawn on normal images show, and what
+    tells that change best from how normal images differ is Fisher's linear discriminant: the
+    inverse covariance of normal images times the mean change.
+    """
+    log = log_contrast(reading.reconstruction, TEXTURE_SCALES[0])
+    return F.adaptive_avg_pool2d(log, 3).flatten(1).cpu().double()
 
 
 # What is held against training normals: {scorer: (its maps, least standard deviation, window in

@@ -92,6 +92,7 @@ from models import (
     Draws,
     Linear,
     Reading,
+    add_lesions,
     corrupt,
     create_model,
     folded,
@@ -99,8 +100,9 @@ from models import (
     read,
 )
 
-FORMAT = 8  # of the checkpoints
+FORMAT = 9  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
+LESIONED = 128  # of these so many are read with lesions, too, or a few more
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always
 # Settings that a resumed run may change; any other change makes it another run.
 CHANGEABLE = ("epochs", "patience", "min_delta", "keep_every", "checkpoint_minutes", "device",
@@ -1060,6 +1062,11 @@ def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
     return result
 
 
+def first(reading: Reading, count: int) -> Reading:
+    """Of the first so many images."""
+    return Reading(*(part[:count] for part in reading))
+
+
 def regrouped(stream: ImageStream) -> Iterator[Tensor]:
     """A stream's images, uint8 [n,1,H,W], n a multiple of READ_AT_ONCE but for the last: so that
     smaller batches are not filled up, which would cost as much as whole ones."""
@@ -1085,9 +1092,19 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
     normals = loaders.val.dataset.every(1)  # all, also where this process has but a slice
 
     bar = Progress(len(some.positions) + len(normals.positions), "calibrating")
+    batches, step = 0, max(1, len(some.positions) // LESIONED)
     for images in regrouped(some):
-        for reading, count in read_evenly(model, images, device, precision):
-            scorer.add(Reading(*(part[:count] for part in reading)))
+        readings = read_evenly(model, images, device, precision)
+        for clean, (reading, count) in zip(images.split(READ_AT_ONCE), readings, strict=True):
+            lesioned = None
+            if batches % step == 0:
+                draws = Draws(seeded(0, "calibrate", batches), count)
+                ill = add_lesions(to_float(clean, device), draws).clamp(0, 1)
+                ill = (ill * 255).round().to(torch.uint8)  # like any film
+                [(lesioned, _)] = read_evenly(model, ill, device, precision)
+                lesioned = first(lesioned, count)
+            scorer.add(first(reading, count), lesioned)
+            batches += 1
         bar.update(len(images))
     if not bar.done:
         raise UserError("none of the training images that the scores are calibrated on can be read")

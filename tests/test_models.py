@@ -347,10 +347,18 @@ def normal_residual(count: int, size: int, seed: int) -> Tensor:
     return 0.1 + 0.05 * torch.randn(count, 1, size, size, generator=gen(seed))
 
 
+def faded(reading: Reading) -> Reading:
+    """The same, reconstructed with a tenth less contrast in its left third."""
+    views = reading.views.clone()
+    left = views[..., : views.shape[-1] // 3]
+    left += 0.1 * (left.mean((2, 3), keepdim=True) - left)
+    return reading._replace(views=views)
+
+
 def calibrated(size: int = 16, n: int = 50) -> AnomalyScorer:
     scorer = AnomalyScorer()
     for i, part in enumerate(normal_residual(n, size, 3).split(7)):
-        scorer.add(reading(part, i))
+        scorer.add(reading(part, i), faded(reading(part, i)))
     scorer.finish()
     scorer.refer_to([scorer.scores(reading(part, 100 + i))
                      for i, part in enumerate(normal_residual(100, size, 4).split(30))])
@@ -411,6 +419,38 @@ def test_texture_is_the_log_ratio_of_local_contrast() -> None:
     assert torch.isfinite(flat).all() and (flat < -2).all()
 
 
+def test_trace_is_what_lesions_do_to_the_reconstruction_less_what_is_usual() -> None:
+    """Normal reconstructions differ in contrast as a whole; lesions lower it on the left."""
+    def film(seed: int) -> Reading:
+        view = torch.rand(8, 1, 48, 48, generator=gen(seed)) - 0.5
+        view = 0.5 + view * torch.empty(8, 1, 1, 1).uniform_(0.3, 0.9, generator=gen(seed + 50))
+        return Reading(torch.rand(8, 1, 48, 48, generator=gen(seed)), view, torch.zeros(8, 2))
+
+    scorer, films = AnomalyScorer(), [film(i) for i in range(20)]
+    for i, each in enumerate(films):
+        scorer.add(each, faded(each) if i % 4 == 0 else None)
+    scorer.finish()
+
+    def regions(readings: list[Reading]) -> np.ndarray:
+        views = torch.cat([r.reconstruction for r in readings]).double()
+        spread = (box_filter(views**2, 5) - box_filter(views, 5) ** 2).sqrt()  # 1/16 of the side
+        log = (spread + 1 / 255).log().numpy()
+        return log.reshape(-1, 3, 16, 3, 16).mean((2, 4)).reshape(-1, 9)
+
+    seen, lesioned = regions(films), films[::4]
+    change = (regions([faded(r) for r in lesioned]) - regions(lesioned)).mean(0)
+    weights = np.linalg.inv(np.cov(seen.T, bias=True) + 0.05**2 * np.eye(9)) @ change
+    for r in (film(30), faded(film(30))):
+        expected = (regions([r]) - seen.mean(0)) @ weights
+        assert np.allclose(scorer.scores(r)["trace"].numpy(), expected, atol=1e-3 * expected.std())
+    # A lesion that is far smaller than what contrasts differ by raises it; less contrast does not.
+    usual = film(31)
+    whole = usual._replace(views=0.5 + 0.9 * (usual.views - 0.5))
+    normal, sick, dull = (scorer.scores(r)["trace"] for r in (usual, faded(usual), whole))
+    assert ((sick - normal) > 5 * (dull - normal).abs()).all()
+    assert (sick > normal.max()).all()
+
+
 def test_lost_contrast_is_seen_where_residuals_hardly_change() -> None:
     """Fine structure that is half as strong: no grey value changes by more than noise does."""
     def read_film(noise: float, seed: int) -> Reading:
@@ -420,7 +460,7 @@ def test_lost_contrast_is_seen_where_residuals_hardly_change() -> None:
 
     scorer = AnomalyScorer()
     for i in range(40):
-        scorer.add(read_film(1, i))
+        scorer.add(read_film(1, i), faded(read_film(1, i)))
     scorer.finish()
     scorer.refer_to([scorer.scores(read_film(1, 100 + i)) for i in range(40)])
     hazy = scorer.scores(read_film(0.5, 200))
@@ -483,10 +523,10 @@ def test_maps_and_scores_by_definition() -> None:
     assert torch.allclose(scores["texture"], contrast.abs().mean((1, 2, 3)).double())
     assert torch.allclose(scores["haze"], -contrast.mean((1, 2, 3)).double())
     assert torch.allclose(scorer.anomaly_map("haze", both)[:, 0], (-contrast).clamp(min=0).mean(1))
-    for name in ("peak", "texture", "haze"):
+    for name in ("peak", "texture", "haze", "trace"):
         normal = scorer.normal_scores[name]
-        deviations = (scores[name] - normal.mean()) / normal.std(correction=0)
-        fused += torch.log1p(torch.exp(deviations)) / 3
+        deviations = (scores[name] - normal.mean()) / normal.std(correction=0).clamp(min=1e-9)
+        fused += torch.log1p(torch.exp(deviations)) / 4
     assert torch.allclose(scores["fused"], fused)
     with pytest.raises(UserError, match="--scorer nonsense"):
         scorer.anomaly_map("nonsense", both)
@@ -538,7 +578,8 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(model_name: str) -> No
     model, scorer = small(model_name).eval(), AnomalyScorer()
     x = torch.rand(6, 1, 32, 32, generator=gen(5))
     with torch.inference_mode():
-        scorer.add(read(model, torch.rand(40, 1, 32, 32, generator=gen(6))))
+        normal = read(model, torch.rand(40, 1, 32, 32, generator=gen(6)))
+        scorer.add(normal, faded(normal))
         scorer.finish()
         scorer.refer_to([scorer.scores(read(model, torch.rand(9, 1, 32, 32, generator=gen(7))))])
         together = scorer.scores(read(model, x))
