@@ -26,8 +26,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--samples", type=int, metavar="N",
                         help="at most N images, drawn evenly from both labels (default: all)")
     parser.add_argument("--scorer", metavar="NAME", help="fused, zscore, peak, texture, haze, "
-                        "features, mse, mae, ssim, or all for a table of every one (default: "
-                        "fused)")
+                        "trace, features, mse, mae, ssim, or all for a table of every one "
+                        "(default: fused)")
     parser.add_argument("--image", metavar="PATH", help="score this image, or every image in "
                         "this folder, instead of testing")
     parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
