@@ -762,7 +762,7 @@ def regional_contrast(reading: Reading) -> Tensor:
     inverse covariance of normal images times the mean change.
     """
     log = log_contrast(reading.reconstruction, TEXTURE_SCALES[0])
-    return F.adaptive_avg_pool2d(log, 3).flatten(1).cpu().double()
+    return F.adaptive_avg_pool2d(log.cpu(), 3).flatten(1).double()  # MPS can't do uneven regions
 
 
 # What is held against training normals: {scorer: (its maps, least standard deviation, window in
