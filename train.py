@@ -102,7 +102,7 @@ from models import (
 
 FORMAT = 9  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
-LESIONED = 128  # of these so many are read with lesions, too, or a few more
+LESIONED = 128  # so many of these, or a few more, are read with lesions drawn on as well
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always
 # Settings that a resumed run may change; any other change makes it another run.
 CHANGEABLE = ("epochs", "patience", "min_delta", "keep_every", "checkpoint_minutes", "device",
@@ -1081,6 +1081,13 @@ def regrouped(stream: ImageStream) -> Iterator[Tensor]:
         yield held
 
 
+def with_lesions(images: Tensor, number: int) -> Tensor:
+    """uint8 images [n,1,H,W] with lesions drawn on, which the number decides on; on the CPU."""
+    draws = Draws(seeded(0, "calibrate", number), len(images))
+    seen = add_lesions(to_float(images, torch.device("cpu")), draws)
+    return (seen.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
               precision: str) -> AnomalyScorer:
@@ -1098,10 +1105,8 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
         for clean, (reading, count) in zip(images.split(READ_AT_ONCE), readings, strict=True):
             lesioned = None
             if batches % step == 0:
-                draws = Draws(seeded(0, "calibrate", batches), count)
-                ill = add_lesions(to_float(clean, device), draws).clamp(0, 1)
-                ill = (ill * 255).round().to(torch.uint8)  # like any film
-                [(lesioned, _)] = read_evenly(model, ill, device, precision)
+                drawn_on = with_lesions(clean, batches)
+                [(lesioned, _)] = read_evenly(model, drawn_on, device, precision)
                 lesioned = first(lesioned, count)
             scorer.add(first(reading, count), lesioned)
             batches += 1
