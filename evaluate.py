@@ -808,12 +808,13 @@ def results_table(names: list[str], results: list[dict], means: dict[str, dict])
                          f"{share(r['sensitivity_at_95_specificity'])}")
         lines.append("AUROC needs both normal and abnormal images: not computed.")
         return "\n".join(lines)
-    lines += ["", f"{'':<28}{'AUROC':>6}  {'95 % interval':<15}{'AP':>6}{'sens@90%':>10}"
+    left = max(28, *(len(short(n)) + 1 for n in names))
+    lines += ["", f"{'':<{left}}{'AUROC':>6}  {'95 % interval':<15}{'AP':>6}{'sens@90%':>10}"
                   f"{'sens@95%':>10}{'spec reached':>22}"]
 
     def row(name: str, r: dict) -> str:
         low, high = r["auroc_ci"]
-        return (f"{name:<28}{r['auroc']:>6.3f}  {f'{low:.3f} to {high:.3f}':<15}"
+        return (f"{short(name):<{left}}{r['auroc']:>6.3f}  {f'{low:.3f} to {high:.3f}':<15}"
                 f"{r['average_precision']:>6.3f}{share(r['sensitivity_at_90_specificity']):>10}"
                 f"{share(r['sensitivity_at_95_specificity']):>10}"
                 f"{specificity(r):>22}")
@@ -826,26 +827,27 @@ def results_table(names: list[str], results: list[dict], means: dict[str, dict])
             lines += [row(f"{name}, mean of {len(mean['seeds'])} seeds", mean), spread(mean)]
     warning = drift_warning(results)
     over_seeds = ", means" if len(means) < len(results) else ""
-    names, results = list(means), list(means.values())
+    names, results = [short(n) for n in means], list(means.values())
+    wide = max(15, *(len(n) + 2 for n in names))
     lines.append("trivial scores, each in its better direction:")
     for k, v in first["baselines"].items():
         low, high = first["baselines_ci"][k]
-        lines.append(f"  {k:<26}{v:>6.3f}  {low:.3f} to {high:.3f}")
+        lines.append(f"{'  ' + k:<{left}}{v:>6.3f}  {low:.3f} to {high:.3f}")
     for title in ("AUROC by finding", "AUROC by view"):
         key = title.lower().replace(" ", "_")
         if first[key]:
-            lines += ["", f"{title + over_seeds:<28}" + "".join(f"{n[:14]:>15}" for n in names)]
+            lines += ["", f"{title + over_seeds:<28}" + "".join(f"{n:>{wide}}" for n in names)]
         for group, entry in first[key].items():
             label = f"  {group[:18]} ({entry['n']})"
             lines.append(f"{label:<28}" + "".join(
-                f"{r[key][group]['auroc']:>15.3f}" for r in results))
+                f"{r[key][group]['auroc']:>{wide}.3f}" for r in results))
     if "n_located" in first:
         lines.append(f"\nlocalisation of {first['n_located']} lesions{over_seeds}")
         if first["pixel_auroc"] is not None:
             lines.append(f"{'  pixel AUROC':<28}" + "".join(
-                f"{r['pixel_auroc']:>15.3f}" for r in results))
+                f"{r['pixel_auroc']:>{wide}.3f}" for r in results))
         for key, title in LOCATED:
-            lines.append(f"  {title:<26}" + "".join(f"{share(r[key]):>15}" for r in results))
+            lines.append(f"  {title:<26}" + "".join(f"{share(r[key]):>{wide}}" for r in results))
         lines.append(f"  The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside it. "
                      f"The lesions cover {share(first['lesion_area'])} of the image.")
     return "\n".join([*lines, *warning])

@@ -134,6 +134,23 @@ def test_a_threshold_that_does_not_hold_is_warned_of_where_that_is_no_chance(
     assert (says in table) if says else ("Careful" not in table)
 
 
+def test_long_names_stay_apart_and_in_line(runs: list[Path]) -> None:
+    samples = [Sample(str(i), str(i), i % 2, "nodule" if i % 2 else "") for i in range(20)]
+    scored = Scored(samples, {"mse": np.arange(20.0) % 2}, {}, {})
+    run = load_run(runs[0])
+    run.scorer.normal_scores = {"mse": torch.zeros(50, dtype=torch.float64)}
+    metrics = evaluate_module.measure(run, scored, "mse", np.ones((2, 20))) | {
+        "data": "", "split": "test", "scorer": "mse", "external": False,
+        "baselines": {"mean intensity": 0.5}, "baselines_ci": {"mean intensity": (0.4, 0.6)}}
+    names = ["U-Net (an_experiment_with_opacities)", "U-Net (an_experiment_with_nothing_at_all)"]
+    table = evaluate_module.results_table(names, [metrics] * 2, dict.fromkeys(names, metrics))
+    [head] = [line for line in table.splitlines() if line.startswith("AUROC by finding")]
+    assert head.count("with_opacities)") == head.count("nothing_at_all)") == 1
+    rows = [line for line in table.splitlines() if line.startswith(("U-Net", "  mean int"))]
+    assert len(rows) == 3 and len({line.index("1.000" if "U" in line else "0.500")
+                                   for line in rows}) == 1
+
+
 def test_the_interval_of_clustered_images_is_wider_than_if_they_were_independent() -> None:
     rng = np.random.RandomState(1)
     labels = np.repeat(rng.randint(0, 2, 40), 10)
