@@ -451,7 +451,9 @@ def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
     """
     if objective == "plain":
         return images
-    seen = add_lesions(images, draws) if objective == "heal" else images
+    seen = images
+    if objective == "heal":
+        seen = add_lesions(images, draws)
     return (seen + coarse_noise(images, draws)).clamp(0, 1)
 
 
