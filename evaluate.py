@@ -142,6 +142,7 @@ class Run:
     precision: str
     fingerprint: str  # of the data it was trained on
     made_with: str  # versions, device and precision of its training
+    parameters: int  # of the model as it was trained
 
     @torch.no_grad()
     def read(self, images: Tensor, scorer: str = DEFAULT_SCORER,
@@ -207,7 +208,8 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
     made_with = (", ".join(f"{k} {v}" for k, v in state["versions"].items())
                  + f", {state['device']}, {state['precision']}")
     return Run(folder, name, config, place(folded(model), where, precision), scorer, where,
-               precision, state["data_fingerprint"], made_with)
+               precision, state["data_fingerprint"], made_with,
+               sum(p.numel() for p in model.parameters()))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -995,7 +997,7 @@ def training_cost(run: Run) -> dict[str, float]:
     """Parameters, epochs, minutes and images a second of a run's training."""
     with open(run.folder / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    return {"parameters": sum(p.numel() for p in run.model.parameters()), "epochs": len(rows),
+    return {"parameters": run.parameters, "epochs": len(rows),
             "minutes": sum(float(r["seconds"]) for r in rows) / 60,
             "images_per_second": float(np.mean([float(r["images_per_second"]) for r in rows]))}
 
