@@ -141,8 +141,8 @@ def test_ending_a_run_that_was_interrupted_within_an_epoch_calibrates_on_all(
     assert load_checkpoint(tmp_path / "unet/last.pt")["batch"]
     counted: list[int] = []
     real = train_module.AnomalyScorer.add
-    monkeypatch.setattr(train_module.AnomalyScorer, "add", lambda self, x: (
-        counted.append(len(x.images)), real(self, x))[1])
+    monkeypatch.setattr(train_module.AnomalyScorer, "add", lambda self, x, *more: (
+        counted.append(len(x.images)), real(self, x, *more))[1])
     train(tiny(tmp_path, epochs=1, resume="auto"))
     assert sum(counted) == 64
 
