@@ -46,7 +46,7 @@ from data import (
     open_source,
     to_float,
 )
-from models import SCORERS, Draws, create_model
+from models import SCORERS, Draws, create_model, folded
 
 Answer = Callable[..., dict]
 CPU = torch.device("cpu")
@@ -341,7 +341,7 @@ def evaluation(model: str, sizes: dict, images: int) -> Answer:
     loaders = create_dataloaders(config)
     # What it refers to is of no moment: a few films.
     scorer = train.calibrate(network, loaders._replace(val=loaders.train), CPU, precision)
-    known = {"folder": Path(), "name": model, "config": config, "model": network,
+    known = {"folder": Path(), "name": model, "config": config, "model": folded(network),
              "scorer": scorer, "device": CPU, "precision": precision}  # the rest is of no moment
     run = evaluate.Run(**{f.name: known.get(f.name, "") for f in dataclasses.fields(evaluate.Run)})
     test = loaders.test.dataset.samples
