@@ -155,7 +155,7 @@ class Run:
             zscore = self.scorer.anomaly_map("zscore", reading)
             found = self.scorer.scores(reading, zscore)
             map_ = self.scorer.anomaly_map(scorer, reading) if scorer in OWN_MAP else zscore
-            readings.append([part[:count] for part in reading])
+            readings.append(reading.first(count))
             scores.append({k: v[:count] for k, v in found.items()})
             maps.append(map_[:count])
         return (Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True))),

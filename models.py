@@ -509,6 +509,10 @@ class Reading(NamedTuple):
         """The model's first view, [B,1,H,W]."""
         return self.views[:, :1]
 
+    def first(self, count: int) -> "Reading":
+        """Of the first so many images."""
+        return Reading(*(part[:count] for part in self))
+
 
 def read(model: Any, images: Tensor) -> Reading:
     """The Reading of images [B,1,H,W]; the encoder runs once."""

@@ -628,9 +628,10 @@ def lean_adam(optimizer: torch.optim.Optimizer, layer: Linear, decay: float) -> 
         # Micro-batches one below the other: the product of what is joined is the sum of products.
         y, x = (torch.cat(parts) for parts in zip(*layer.factors, strict=True))
         layer.factors.clear()
-        yf, xf = y.float(), x.float()
-        rows = (yf * (xf @ xf.T @ yf)).sum(0) / x.shape[1]
-        columns = (xf * (yf @ yf.T @ xf)).sum(0) / y.shape[1]
+        # In fp64: where the images' shares of a gradient all but cancel, fp32 would leave rounding.
+        yd, xd = y.double(), x.double()
+        rows = ((yd * (xd @ xd.T @ yd)).sum(0) / x.shape[1]).float()
+        columns = ((xd * (yd @ yd.T @ xd)).sum(0) / y.shape[1]).float()
         yt = y.T.contiguous()
     else:
         return
@@ -1062,11 +1063,6 @@ def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
     return result
 
 
-def first(reading: Reading, count: int) -> Reading:
-    """Of the first so many images."""
-    return Reading(*(part[:count] for part in reading))
-
-
 def regrouped(stream: ImageStream) -> Iterator[Tensor]:
     """A stream's images, uint8 [n,1,H,W], n a multiple of READ_AT_ONCE but for the last: so that
     smaller batches are not filled up, which would cost as much as whole ones."""
@@ -1091,7 +1087,8 @@ def with_lesions(images: Tensor, number: int) -> Tensor:
 @torch.no_grad()
 def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
               precision: str) -> AnomalyScorer:
-    """A scorer calibrated on training normals, with the scores of the validation normals."""
+    """A scorer calibrated on training normals, some of them with lesions drawn on as well, with the
+    scores of the validation normals."""
     model = folded(model)
     scorer = AnomalyScorer()
     stream: ImageStream = loaders.train.dataset
@@ -1107,8 +1104,8 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
             if batches % step == 0:
                 drawn_on = with_lesions(clean, batches)
                 [(lesioned, _)] = read_evenly(model, drawn_on, device, precision)
-                lesioned = first(lesioned, count)
-            scorer.add(first(reading, count), lesioned)
+                lesioned = lesioned.first(count)
+            scorer.add(reading.first(count), lesioned)
             batches += 1
         bar.update(len(images))
     if not bar.done:

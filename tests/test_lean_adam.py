@@ -54,7 +54,6 @@ def test_factors_give_the_same_step_as_the_gradient_itself(optimizer: str, seed:
     for micro in (8, 3):
         other, same = stepped(factors=True, micro=micro, **settings)
         assert same == pytest.approx(losses, rel=1e-5)
-        matrices = []
         for a, b, c, d, x in zip(*(run.model.parameters() for run in
                                    (start, after_1, after_2, whole, other)), strict=True):
             way = ((b - a).abs() + (c - b).abs() + (d - c).abs()).detach()
@@ -62,14 +61,7 @@ def test_factors_give_the_same_step_as_the_gradient_itself(optimizer: str, seed:
             # of its own (the second moment is that of row and column) and of an ordinary one.
             apart = (x - d).detach().abs()
             assert (apart <= (3 / 256 * (way + 1e-3)).clamp(min=2e-5)).all()
-            assert apart.mean() < 1e-7
-            if apart.ndim == 2:
-                matrices.append(apart.flatten())
-            else:
-                assert (apart > 2e-6).float().mean() < 0.002
-        # Of all four together: how many of one's 16,384 round differently is a matter of chance,
-        # and of the processor (33 with AVX2, from which the bound of 0.002 would be 32).
-        assert len(matrices) == 4 and (torch.cat(matrices) > 2e-6).float().mean() < 0.002
+            assert apart.mean() < 1e-7 and (apart > 2e-6).float().mean() < 0.002
         assert all(m.weight.grad is None for m in other.model.modules() if isinstance(m, Linear))
 
 
