@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from kaggle_stand_in import StandIn
 from PIL import Image
 
 import data
+import train as train_module
 from config import Config
 from train import train
 
@@ -19,8 +21,28 @@ from train import train
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Fixtures of a module that take long to make: the tests that use one share a process.
+SHARED = ("compared", "straight")
 TINY = {"width": 4, "image_size": 32, "latent_dim": 8, "samples": 64, "epochs": 2,
         "batch_size": 16, "device": "cpu"}
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in SHARED:
+            if name in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Learning curves take a fifth of such a small run's time: only tests of them draw any."""
+    if request.node.get_closest_marker("curves"):
+        yield
+    else:
+        with mock.patch.object(train_module, "draw_curves"):
+            yield
 
 
 def tiny(tmp: Path, **settings: object) -> Config:

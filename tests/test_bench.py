@@ -7,6 +7,8 @@ from pathlib import Path
 import bench
 import pytest
 
+pytestmark = pytest.mark.drill
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bench.Row]:

@@ -127,6 +127,7 @@ def pasted(tmp_path_factory: pytest.TempPathFactory,
     kernel.close()
 
 
+@pytest.mark.drill
 def test_an_interrupted_cell_says_in_one_line_that_it_has_saved(
     pasted: tuple[Kernel, Path, Output, Output]
 ) -> None:
@@ -135,6 +136,7 @@ def test_an_interrupted_cell_says_in_one_line_that_it_has_saved(
     assert "epoch 5/5" not in interrupted.text["stdout"]
 
 
+@pytest.mark.drill
 def test_the_same_cell_again_goes_on_and_ends_with_table_and_pictures(
     pasted: tuple[Kernel, Path, Output, Output]
 ) -> None:
@@ -154,6 +156,7 @@ def test_the_same_cell_again_goes_on_and_ends_with_table_and_pictures(
     assert len(again.pictures) == 1 + len(files) and again.pictures[0][:4] == b"\x89PNG"
 
 
+@pytest.mark.drill
 def test_what_a_cell_runs_is_this_very_code_and_can_be_read_there(
     pasted: tuple[Kernel, Path, Output, Output]
 ) -> None:
@@ -165,6 +168,7 @@ def test_what_a_cell_runs_is_this_very_code_and_can_be_read_there(
     assert f"{folder.resolve()}/imgae_dx/evaluate.py" in shown.text["stdout"]
 
 
+@pytest.mark.drill
 def test_a_module_that_is_changed_in_the_notebook_is_imported_anew(
     pasted: tuple[Kernel, Path, Output, Output]
 ) -> None:
@@ -176,6 +180,7 @@ def test_a_module_that_is_changed_in_the_notebook_is_imported_anew(
         assert shown.text["stdout"] == f"{bool(addition)}\n"
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(("title", "settings", "says"), [
     ("The data", {"DATA": "nowhere"}, "--data nowhere: there is nothing at "),
     ("The data", {"DATA": "kaggle:someone/xrays"}, "no Kaggle credentials found."),
@@ -204,6 +209,7 @@ def run_notebook(kernel: Kernel, content: dict, **settings: object) -> list[Outp
     return outputs
 
 
+@pytest.mark.drill
 def test_the_notebook_finds_finished_runs_in_drive_and_scores_an_uploaded_image(
     pasted: tuple[Kernel, Path, Output, Output], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import write_image
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,9 @@ def apply(folder: Path, diff: str) -> None:
             file.write_text(text.replace(old, new))
 
 
-def test_what_it_takes_to_add_a_model_an_objective_a_scorer_and_a_layout(tmp_path: Path) -> None:
+@pytest.fixture
+def added_to(tmp_path: Path) -> Path:
+    """A copy of the modules with all that the README adds."""
     for name in ("config", "models", "data", "train", "evaluate"):
         (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
     section = (ROOT / "README.md").read_text().split("\n## Adding to it\n")[1].split("\n## ")[0]
@@ -31,14 +34,24 @@ def test_what_it_takes_to_add_a_model_an_objective_a_scorer_and_a_layout(tmp_pat
     assert len(diffs) == 4
     for diff in diffs:
         apply(tmp_path, diff)
+    return tmp_path
+
+
+def test_each_addition_has_its_place_and_makes_valid_code(added_to: Path) -> None:
+    for file in added_to.glob("*.py"):
+        compile(file.read_text(), file.name, "exec")
+
+
+@pytest.mark.drill
+def test_what_it_takes_to_add_a_model_an_objective_a_scorer_and_a_layout(added_to: Path) -> None:
     for i in range(70):
-        write_image(tmp_path / "films" / f"{'ok' if i < 60 else 'ill'}_{i}.png", i)
+        write_image(added_to / "films" / f"{'ok' if i < 60 else 'ill'}_{i}.png", i)
     run = [sys.executable, "train.py", "--model", "spatial_ae", "--objective", "erase", "--data",
            "films", "--width", "4", "--image-size", "32", "--latent-dim", "64", "--epochs", "1"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(run, cwd=added_to, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "films named ok_ or ill_" in done.stdout
     test = [sys.executable, "evaluate.py", "runs/spatial_ae", "--scorer", "maximum"]
-    done = subprocess.run(test, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(test, cwd=added_to, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "maximum" in done.stdout

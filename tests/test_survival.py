@@ -83,8 +83,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 epochs that nothing interrupted."""
-    return train(tiny(tmp_path_factory.mktemp("straight"), epochs=12))[0]
+    """A run of 8 epochs that nothing interrupted."""
+    return train(tiny(tmp_path_factory.mktemp("straight"), epochs=8))[0]
 
 
 @pytest.mark.parametrize(("number", "code"), [
@@ -92,9 +92,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     tmp_path: Path, straight: Path, number: int, code: int
 ) -> None:
-    config = tiny(tmp_path / "a b", epochs=12)
+    config = tiny(tmp_path / "a b", epochs=8)
     program = start(config)
-    read_until(program, "epoch 1/12")
+    read_until(program, "epoch 1/8")
     program.send_signal(number)
     _, errors = program.communicate(timeout=60)
     assert program.returncode == code and "Traceback" not in errors
@@ -102,7 +102,7 @@ def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
                         rf"--model unet --output-dir '{tmp_path / 'a b'}' --resume",
                         errors.strip().splitlines()[-1])
     state = load_checkpoint(tmp_path / "a b/unet/last.pt")
-    assert 4 <= state["step"] < 48 and state["step"] == 4 * state["epoch"] + state["batch"]
+    assert 4 <= state["step"] < 32 and state["step"] == 4 * state["epoch"] + state["batch"]
     resumed, = train(dataclasses.replace(config, resume="auto"))
     assert_same_run(resumed, straight)
 
@@ -139,11 +139,11 @@ def test_a_run_asked_to_end_in_validation_validates_after_its_resume(
 
     monkeypatch.setattr(train_module, "validate", validate)
     with pytest.raises(KeyboardInterrupt, match="ended as asked"):
-        train(tiny(tmp_path, epochs=12))
+        train(tiny(tmp_path, epochs=8))
     monkeypatch.undo()
     state = load_checkpoint(tmp_path / "unet/last.pt")
     assert (state["epoch"], state["batch"], state["step"]) == (0, 4, 4)
-    assert_same_run(train(tiny(tmp_path, epochs=12, resume="auto"))[0], straight)
+    assert_same_run(train(tiny(tmp_path, epochs=8, resume="auto"))[0], straight)
 
 
 def kill_again_and_again(config: Config, rng: random.Random, kills: int, **environ: str) -> None:
@@ -234,9 +234,9 @@ def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     films = tmp_path / "films"
-    for i in range(200):
+    for i in range(100):
         write_image(films / "normal" / f"{i:03d}.png", i, (32, 32))
-    settings = {"data": str(films), "samples": 120, "batch_size": 2, "epochs": 2}
+    settings = {"data": str(films), "samples": 60, "batch_size": 2, "epochs": 2}
     stream = create_dataloaders(tiny(tmp_path, **settings)).train.dataset
     stream.set_epoch(0)
     batch = [p.tolist() for _, p in stream][3]
@@ -249,7 +249,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a
     monkeypatch.undo()
     part, = train(tiny(tmp_path / "part", resume="auto", **settings))
     assert_same_run(whole, part)
-    assert load_checkpoint(whole / "last.pt")["step"] < 120  # one step less in the first epoch
+    assert load_checkpoint(whole / "last.pt")["step"] < 60  # one step less in the first epoch
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -259,14 +259,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 ) -> None:
     monkeypatch.setattr(train_module, "validate", interrupt_at(4))
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(tmp_path, epochs=12))
+        train(tiny(tmp_path, epochs=8))
     monkeypatch.undo()
     last, best = (tmp_path / "unet" / name for name in ("last.pt", "best.pt"))
     last.write_bytes(DAMAGE[kind](last.read_bytes()))
     with pytest.raises(UserError, match=rf"the one before it: --resume {last.parent}/previous.pt"):
-        train(tiny(tmp_path, epochs=12, resume=str(last)))
+        train(tiny(tmp_path, epochs=8, resume=str(last)))
     capsys.readouterr()
-    folder, = train(tiny(tmp_path, epochs=12, resume="auto"))
+    folder, = train(tiny(tmp_path, epochs=8, resume="auto"))
     printed = capsys.readouterr().out
     assert f"damaged   {last}: not a readable checkpoint" in printed
     assert f"resume    {folder}/previous.pt, after epoch 2, step 8" in printed
@@ -275,7 +275,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         (folder / name).write_bytes(b"")
     before = best.read_bytes()
     with pytest.raises(UserError, match="no checkpoint in it is whole"):
-        train(tiny(tmp_path, epochs=13, resume="auto"))
+        train(tiny(tmp_path, epochs=9, resume="auto"))
     assert best.read_bytes() == before
 
 
@@ -285,7 +285,7 @@ def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(
     copy = tmp_path / "unet"
     shutil.copytree(straight, copy)
     os.replace(copy / "last.pt", copy / "previous.pt")
-    folder, = train(tiny(tmp_path, epochs=12, resume="auto"))
+    folder, = train(tiny(tmp_path, epochs=8, resume="auto"))
     assert_same_run(folder, straight)
 
 
@@ -339,7 +339,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
 def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, model: str
 ) -> None:
-    config = tiny(tmp_path / "whole", model=model, epochs=8, augment=False, dropout=0.0)
+    config = tiny(tmp_path / "whole", model=model, epochs=5, augment=False, dropout=0.0)
     whole, = train(config)
     real, calls = train_module.objective_loss, []
 
@@ -423,13 +423,13 @@ def test_an_automatic_batch_is_the_largest_power_of_two_that_fits_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scarce(monkeypatch, 21)
-    settings = {"batch_size": None, "samples": 600}
+    settings = {"batch_size": None, "samples": 260}
     folder, = train(tiny(tmp_path, epochs=1, **settings))
     state = load_checkpoint(folder / "last.pt")
-    assert state["config"]["batch_size"] == 16 and state["step"] == 37
+    assert state["config"]["batch_size"] == 16 and state["step"] == 16
     scarce(monkeypatch, 70)
     train(tiny(tmp_path, epochs=2, resume="auto", **settings))
-    assert load_checkpoint(folder / "last.pt")["step"] == 74
+    assert load_checkpoint(folder / "last.pt")["step"] == 32
 
 
 def test_an_automatic_batch_leaves_steps_enough_for_an_epoch(
@@ -585,6 +585,7 @@ if ranks.world > 1:
 """
 
 
+@pytest.mark.drill
 def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
     script = tmp_path / "step.py"
     script.write_text(GRADIENTS.format(root=str(ROOT)))
@@ -743,6 +744,7 @@ class FakeWandb(types.ModuleType):
         return path
 
 
+@pytest.mark.curves
 def test_wandb_gets_the_rows_of_the_csv_and_the_curves_and_a_resumed_run_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -760,6 +762,7 @@ def test_wandb_gets_the_rows_of_the_csv_and_the_curves_and_a_resumed_run_goes_on
     assert len(fake.ids) == 2  # never unasked
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize(("wandb", "says"), [
     (None, "not installed: pip install wandb"), (FakeWandb(), "no key: set WANDB_API_KEY"),
     *[(FakeWandb(broken), "the network is dead") for broken in ("init", "log", "finish")]])

@@ -52,6 +52,7 @@ def run_script(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
                           env=os.environ | environ)
 
 
+@pytest.mark.curves
 def test_a_run_leaves_what_it_promises_and_says_where(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -169,6 +170,7 @@ def jumping_clock() -> object:
     return clock
 
 
+@pytest.mark.curves
 def test_resume_with_more_epochs_goes_on_and_keeps_the_schedules_length(tmp_path: Path) -> None:
     train(tiny(tmp_path))
     (folder,) = train(tiny(tmp_path, resume="auto", epochs=3))
@@ -391,6 +393,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
     assert steps == {2}, "the optimizer took a skipped step"
 
 
+@pytest.mark.curves
 def test_after_several_bad_steps_the_last_good_state_comes_back_at_half_the_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
