@@ -476,7 +476,7 @@ def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
 # Scorers: from input and reconstruction to an anomaly map and an anomaly score
 
 SCORERS = {
-    "fused": "peak, texture and haze, each in standard deviations of normal images",
+    "fused": "peak, texture, haze and trace, each in standard deviations of normal images",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
     "peak": "the largest 0.3 % of the zscore map",
     "texture": "local contrast of image and reconstruction, their log ratio as such a z-score",
