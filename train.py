@@ -650,15 +650,17 @@ def lean_adam(optimizer: torch.optim.Optimizer, layer: Linear, decay: float) -> 
     left = (-group["lr"] / (1 - beta1**t) / right)[:, None]
     mean = state["exp_avg"]
     width = min(4096, weight.shape[1])
-    height = (1 << 20 if weight.device.type == "cpu" else 1 << 24) // width
+    height = (1 << 18 if weight.device.type == "cpu" else 1 << 24) // width
     for i in range(0, weight.shape[0], height):
         for j in range(0, weight.shape[1], width):
             a, b = slice(i, i + height), slice(j, j + width)
             if g is None and x.dtype == mean.dtype:  # all in bf16: no pass to and from fp32
                 tile = mean[a, b].addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1).float()
+            elif g is None:
+                tile = mean[a, b].float().addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1)
+                mean[a, b] = tile
             else:
-                tile = mean[a, b].float().mul_(beta1).add_(
-                    g[a, b] if g is not None else yt[a] @ x[:, b], alpha=1 - beta1)
+                tile = mean[a, b].float().mul_(beta1).add_(g[a, b], alpha=1 - beta1)
                 mean[a, b] = tile
             if decay:
                 weight[a, b] *= 1 - group["lr"] * decay
