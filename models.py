@@ -592,8 +592,8 @@ class AnomalyScorer:
 
     Calibrated on normal images alone. Training normals give mean and standard deviation of residual
     and texture at every pixel and the features' Gaussian; some of them, with lesions drawn on, the
-    trace that these leave (`add` for each batch, then `finish`). Validation normals give what
-    scores are standardised by and what thresholds and percentiles refer to (`refer_to`).
+    trace that these leave, if they do (`add` for each batch, then `finish`). Validation normals
+    give what scores are standardised by and what thresholds and percentiles refer to (`refer_to`).
     """
 
     def __init__(self) -> None:
@@ -638,7 +638,14 @@ class AnomalyScorer:
         # As in Z_MAPS a region varies by 5 % at least: no network that draws the same every time
         # must make much of nothing.
         covariance = away.T @ away / self.count + 0.05**2 * torch.eye(away.shape[1])
-        self.trace = torch.linalg.solve(covariance, torch.cat(self._changes).mean(0))
+        changes = torch.cat(self._changes)
+        self.trace = torch.linalg.solve(covariance, changes.mean(0))
+        # Where lesions leave no trace, a direction would be made of chance. Along it the count
+        # times mean^2 / variance is Hotelling's T^2 at most, which chance alone leaves under 21.7
+        # in 99 cases of 100 (chi-squared, nine degrees of freedom).
+        along = changes @ self.trace
+        if not len(along) * along.mean() ** 2 > 21.7 * along.var():
+            self.trace = torch.zeros_like(self.trace)
         self._sums, self._features, self._regions, self._changes = {}, [], [], []
 
     def anomaly_map(self, scorer: str, reading: Reading) -> Tensor:

@@ -451,6 +451,25 @@ def test_trace_is_what_lesions_do_to_the_reconstruction_less_what_is_usual() -> 
     assert (sick > normal.max()).all()
 
 
+def test_where_lesions_leave_no_trace_none_is_looked_for() -> None:
+    """A network may answer a lesion now with more contrast and now with less."""
+    def film(seed: int) -> Reading:
+        view = 0.5 + 0.6 * (torch.rand(8, 1, 48, 48, generator=gen(seed)) - 0.5)
+        return Reading(torch.rand(8, 1, 48, 48, generator=gen(seed)), view, torch.zeros(8, 2))
+
+    for lesion, there in ((lambda r: r, False), (faded, True)):
+        scorer = AnomalyScorer()
+        for i in range(16):
+            scorer.add(film(i), lesion(film(100 + i)))
+        scorer.finish()
+        assert bool(scorer.trace.any()) == there
+        scorer.refer_to([scorer.scores(film(i)) for i in range(40, 45)])
+        found = scorer.scores(faded(film(50)))
+        assert bool((scorer.percentile("trace", found["trace"]) == 100).all())
+        assert bool((found["trace"] == 0).all()) == (not there)
+        assert torch.isfinite(found["fused"]).all()
+
+
 def test_lost_contrast_is_seen_where_residuals_hardly_change() -> None:
     """Fine structure that is half as strong: no grey value changes by more than noise does."""
     def read_film(noise: float, seed: int) -> Reading:
