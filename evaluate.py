@@ -152,9 +152,9 @@ class Run:
         it."""
         readings, scores, maps = [], [], []
         for reading, count in read_evenly(self.model, images, self.device, self.precision):
-            zscore = self.scorer.anomaly_map("zscore", reading)
-            found = self.scorer.scores(reading, zscore)
-            map_ = self.scorer.anomaly_map(scorer, reading) if scorer in OWN_MAP else zscore
+            z = self.scorer.z("zscore", reading)
+            found = self.scorer.scores(reading, z)
+            map_ = self.scorer.anomaly_map(scorer, reading, z)
             readings.append(reading.first(count))
             scores.append({k: v[:count] for k, v in found.items()})
             maps.append(map_[:count])

@@ -478,7 +478,7 @@ def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
 SCORERS = {
     "fused": "peak, texture, haze and trace, each in standard deviations of normal images",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
-    "peak": "the largest 0.3 % of the zscore map",
+    "peak": "the largest 0.3 % of zscore's pixels",
     "texture": "local contrast of image and reconstruction, their log ratio as such a z-score",
     "haze": "local contrast that the image lacks, the mean of texture's z-score with its sign",
     "trace": "local contrast of the reconstruction, along the trace that drawn lesions leave in it",
@@ -648,8 +648,11 @@ class AnomalyScorer:
             self.trace = torch.zeros_like(self.trace)
         self._sums, self._features, self._regions, self._changes = {}, [], [], []
 
-    def anomaly_map(self, scorer: str, reading: Reading) -> Tensor:
-        """How abnormal each pixel looks, [B,1,H,W], at least 0."""
+    def anomaly_map(self, scorer: str, reading: Reading, z: Tensor | None = None) -> Tensor:
+        """How abnormal each pixel looks, [B,1,H,W], at least 0.
+
+        z: `self.z("zscore", reading)`, where it is there already.
+        """
         if scorer not in SCORERS:
             raise UserError(f"--scorer {scorer}: not one of {', '.join(SCORERS)}")
         x, y = reading.images, reading.reconstruction
@@ -661,7 +664,13 @@ class AnomalyScorer:
             return 1 - ssim_map(x, y)
         if scorer == "haze":
             return self.z("texture", reading).neg().clamp(min=0).mean(1, keepdim=True)
-        return self.z(scorer if scorer in Z_MAPS else "zscore", reading).abs().mean(1, keepdim=True)
+        if scorer == "texture":
+            return self.z("texture", reading).abs().mean(1, keepdim=True)
+        z = self.z("zscore", reading) if z is None else z
+        # The root mean square over scales, views and a window shows where a lesion lies better
+        # than the mean that the score takes; as a score it is no better.
+        side = window(SCALES[0], z.shape[-1])
+        return box_filter(z.square().mean(1, keepdim=True), side).sqrt()
 
     def z(self, name: str, reading: Reading) -> Tensor:
         """One of Z_MAPS in standard deviations of training normals, [B,views x scales,H,W]."""
@@ -669,13 +678,13 @@ class AnomalyScorer:
         x = reading.images
         return (measure(reading) - self.mean[name].to(x.device)) / self.std[name].to(x.device)
 
-    def scores(self, reading: Reading, zscore_map: Tensor | None = None) -> dict[str, Tensor]:
+    def scores(self, reading: Reading, z: Tensor | None = None) -> dict[str, Tensor]:
         """Anomaly scores by every scorer, float64 [B] on the CPU; fused only after refer_to.
 
-        zscore_map: the anomaly map of that name, [B,1,H,W], where it is there already.
+        z: `self.z("zscore", reading)`, where it is there already.
         """
-        z = self.anomaly_map("zscore", reading) if zscore_map is None else zscore_map
-        z, contrast = z.flatten(1), self.z("texture", reading)
+        z = (self.z("zscore", reading) if z is None else z).abs().mean(1).flatten(1)
+        contrast = self.z("texture", reading)
         scores = {
             "zscore": z.mean(1),
             "peak": z.topk(max(1, round(0.003 * z.shape[1])), dim=1).values.mean(1),

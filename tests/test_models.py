@@ -528,14 +528,16 @@ def test_maps_and_scores_by_definition() -> None:
              for view in (y, y.flip(2))]
     seen = [box_filter(rest[:, None], 2 * round(scale * 8) + 1)[:, 0]
             for scale in SCALES for rest in rests]
-    expected = sum(((r - m) / s).abs() for r, m, s in zip(
-        seen, scorer.mean["zscore"], scorer.std["zscore"], strict=True)) / len(seen)
-    assert torch.allclose(z[:, 0], expected, atol=1e-5)
+    expected = torch.stack([(r - m) / s for r, m, s in zip(
+        seen, scorer.mean["zscore"], scorer.std["zscore"], strict=True)], 1)
+    # 1/32 of 16 pixels, and odd: a window of one pixel.
+    assert torch.allclose(z[:, 0], expected.square().mean(1).sqrt(), atol=1e-5)
     scores = scorer.scores(both)
     assert tuple(scores) == tuple(SCORERS)
     assert torch.allclose(scores["mse"], ((x - y) ** 2).mean((1, 2, 3)).double())
-    assert torch.allclose(scores["zscore"], z.mean((1, 2, 3)).double())
-    top = z.flatten(1).max(1).values  # 0.3 % of 256 pixels is one
+    deviations = expected.abs().mean(1)
+    assert torch.allclose(scores["zscore"], deviations.mean((1, 2)).double())
+    top = deviations.flatten(1).max(1).values  # 0.3 % of 256 pixels is one
     assert torch.allclose(scores["peak"], top.double())
     fused = 0
     contrast = (texture(both) - scorer.mean["texture"]) / scorer.std["texture"]
@@ -590,6 +592,9 @@ def test_a_lesion_raises_the_score_and_the_map_points_at_it() -> None:
     for name in ("fused", "mse"):
         map_ = scorer.anomaly_map(name, sick)
         assert map_[..., 40:50, 10:20].mean() > 2 * map_.mean()
+    squares = scorer.z("zscore", sick).square().mean(1, keepdim=True)  # windows of 1/32 of 64
+    local = F.avg_pool2d(squares, 3, stride=1, padding=1, count_include_pad=False).sqrt()
+    assert torch.allclose(scorer.anomaly_map("fused", sick), local, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_name", MODEL_CLASSES)
