@@ -48,7 +48,7 @@ test: setup ## run the tests
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m "not drill" -n 2 --dist loadgroup tests $(ARGS)
 
-drills: setup ## run the long fault drills
+drills: setup ## run the long tests: faults, notebooks, the benchmark, what README adds
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m drill tests $(ARGS)
 

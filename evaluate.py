@@ -1800,8 +1800,9 @@ def draw_prediction(run: Run, row: dict, image: np.ndarray, back: np.ndarray, ma
                     scorer: str, file: Path) -> None:
     """Input, reconstruction and heatmap, each [H,W], side by side.
 
-    The colour scale ends where the map's own peak lies, or at twice what peaks of normal images
-    reach if that is more, so that a normal image does not glow.
+    The colour scale ends where the map's own peak lies, or at twice the score that 95 % of normal
+    images stay under (of zscore's map, the score `peak`) if that is more, so that a normal image
+    does not glow.
     """
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     axes = figure.subplots(1, 3)

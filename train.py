@@ -100,7 +100,7 @@ from models import (
     read,
 )
 
-FORMAT = 9  # of the checkpoints
+FORMAT = 10  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 LESIONED = 128  # so many of these, or a few more, are read with lesions drawn on as well
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always

@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Learning curves take a fifth of such a small run's time: only tests of them draw any."""
+    """Learning curves take a fifth of such a small run's time: they are left out, but in tests of
+    them, in runs that tests share, and in programs that are started."""
     if request.node.get_closest_marker("curves"):
         yield
     else:

@@ -422,14 +422,14 @@ def test_on_a_cpu_a_large_step_is_taken_in_parts_of_eight_images_at_least() -> N
 def test_an_automatic_batch_is_the_largest_power_of_two_that_fits_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scarce(monkeypatch, 21)
+    scarce(monkeypatch, 11)
     settings = {"batch_size": None, "samples": 260}
     folder, = train(tiny(tmp_path, epochs=1, **settings))
     state = load_checkpoint(folder / "last.pt")
-    assert state["config"]["batch_size"] == 16 and state["step"] == 16
+    assert state["config"]["batch_size"] == 8 and state["step"] == 32
     scarce(monkeypatch, 70)
     train(tiny(tmp_path, epochs=2, resume="auto", **settings))
-    assert load_checkpoint(folder / "last.pt")["step"] == 32
+    assert load_checkpoint(folder / "last.pt")["step"] == 64
 
 
 def test_an_automatic_batch_leaves_steps_enough_for_an_epoch(
