@@ -650,7 +650,7 @@ def lean_adam(optimizer: torch.optim.Optimizer, layer: Linear, decay: float) -> 
     left = (-group["lr"] / (1 - beta1**t) / right)[:, None]
     mean = state["exp_avg"]
     width = min(4096, weight.shape[1])
-    height = (1 << 18 if weight.device.type == "cpu" else 1 << 24) // width
+    height = (1 << 20 if weight.device.type == "cpu" else 1 << 24) // width
     for i in range(0, weight.shape[0], height):
         for j in range(0, weight.shape[1], width):
             a, b = slice(i, i + height), slice(j, j + width)
