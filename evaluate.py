@@ -205,6 +205,9 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
     if state["precision"] != precision:
         print(f"note      {folder} was calibrated in {state['precision']} and scores in "
               f"{precision} here: scores differ a little")
+    if not scorer.trace.any():
+        print(f"note      drawn lesions leave no trace in the reconstructions of {folder}: the "
+              "score trace is 0 for every image, and fused goes by its other parts")
     made_with = (", ".join(f"{k} {v}" for k, v in state["versions"].items())
                  + f", {state['device']}, {state['precision']}")
     return Run(folder, name, config, place(folded(model), where, precision), scorer, where,

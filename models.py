@@ -642,7 +642,7 @@ class AnomalyScorer:
         self.trace = torch.linalg.solve(covariance, changes.mean(0))
         # Where lesions leave no trace, a direction would be made of chance. Along it the count
         # times mean^2 / variance is Hotelling's T^2 at most, which chance alone leaves under 21.7
-        # in 99 cases of 100 (chi-squared, nine degrees of freedom).
+        # in 99 cases of 100 (chi-squared, nine degrees of freedom). Of one image it is NaN.
         along = changes @ self.trace
         if not len(along) * along.mean() ** 2 > 21.7 * along.var():
             self.trace = torch.zeros_like(self.trace)
@@ -662,10 +662,10 @@ class AnomalyScorer:
             return (x - y).abs()
         if scorer == "ssim":
             return 1 - ssim_map(x, y)
-        if scorer == "haze":
-            return self.z("texture", reading).neg().clamp(min=0).mean(1, keepdim=True)
-        if scorer == "texture":
-            return self.z("texture", reading).abs().mean(1, keepdim=True)
+        if scorer in ("texture", "haze"):
+            contrast = self.z("texture", reading)
+            away = contrast.abs() if scorer == "texture" else contrast.neg().clamp(min=0)
+            return away.mean(1, keepdim=True)
         z = self.z("zscore", reading) if z is None else z
         # The root mean square over scales, views and a window shows where a lesion lies better
         # than the mean that the score takes; as a score it is no better.

@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import evaluate as evaluate_module
 from config import Config, UserError, parse_config
-from data import Sample, draw_phantom, read_splits
+from data import Sample, decode_image, draw_phantom, read_splits
 from evaluate import (
     PixelCounts,
     Scored,
@@ -686,9 +686,30 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
         assert [r["image"] for r in csv.DictReader(f)] == [r["image"] for r in rows]
     alone = predict(runs[0], images / rows[3]["image"], scorer="texture")
     assert alone == rows[3:4]
+    film = images / rows[3]["image"]
+    (row,) = predict(runs[0], film, tmp_path / "peak", "peak")
+    pixels = torch.from_numpy(decode_image(film.read_bytes(), 32).copy())[None, None]
+    _, scores, maps = load_run(runs[0]).read(pixels, "zscore")
+    assert row["score"] == pytest.approx(float(scores["peak"]), rel=1e-6)  # saved rounded
+    saved = np.load(tmp_path / "peak" / film.name.replace(".png", "_map.npy"))
+    assert np.array_equal(saved, maps[0, 0].numpy())
     assert (images / rows[3]["image"]).read_bytes() == (
         xrays / "abnormal" / rows[3]["image"]).read_bytes()
     assert (runs[0] / "predictions" / rows[3]["image"].replace(".", "_heatmap.")).exists()
+
+
+def test_a_run_in_which_lesions_leave_no_trace_says_so(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    state = load_checkpoint(runs[0] / "best.pt")
+    for number, weight in enumerate((0, 1)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        trace = torch.full_like(state["scorer"]["trace"], weight)
+        save_checkpoint(state | {"scorer": state["scorer"] | {"trace": trace}}, folder / "best.pt")
+        load_run(folder)
+        assert (f"lesions leave no trace in the reconstructions of {folder}"
+                in capsys.readouterr().out) == (weight == 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
