@@ -46,9 +46,28 @@ def no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def films(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """64 of the phantom's films for training, 20 for validation, 32 for test: its own 100 and 200
+    would take most of the time of a small run."""
+    root = tmp_path_factory.mktemp("data") / "films"
+    TINY["data"] = str(root)
+    for i in range(84):  # validation is taken from these
+        write_film(root / "train/normal" / f"{i:02d}.png", i)
+    for i in range(32):
+        kind = ("normal", "opacity")[i % 2]
+        write_film(root / "test" / kind / f"{i:02d}.png", 200_000 + i, kind)
+
+
 def tiny(tmp: Path, **settings: object) -> Config:
     """A configuration that trains in a second."""
     return Config(**(TINY | {"output_dir": str(tmp)} | settings))
+
+
+def write_film(path: Path, index: int, kind: str = "normal") -> None:
+    kind = None if kind == "normal" else kind
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(data.draw_phantom(index, TINY["image_size"], kind=kind)[0]).save(path)
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40)) -> None:
@@ -71,7 +90,7 @@ def xrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Run folders of both models, trained a little on the phantom."""
-    return train(tiny(tmp_path_factory.mktemp("runs"), model="both"))
+    return train(tiny(tmp_path_factory.mktemp("runs"), model="both", data="synthetic"))
 
 
 @pytest.fixture

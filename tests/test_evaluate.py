@@ -503,7 +503,7 @@ def test_a_comparison_says_whether_seeds_tell_the_models_apart(
 def test_seeds_of_a_model_are_averaged_and_compared_as_one(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    folders = train(tiny(tmp_path, epochs=1, model="both", seeds=2))
+    folders = train(tiny(tmp_path, data="synthetic", epochs=1, model="both", seeds=2))
     shutil.copytree(folders[0], tmp_path / "unet-seed2")  # there, but not of this training
     capsys.readouterr()
     results = evaluate(tmp_path, samples=100)
@@ -652,7 +652,7 @@ def test_an_external_test_works_without_the_training_data_and_keeps_results_apar
 def test_runs_of_one_model_and_of_different_sizes_can_be_compared(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (other,) = train(tiny(tmp_path, image_size=48, epochs=1))
+    (other,) = train(tiny(tmp_path, data="synthetic", image_size=48, epochs=1))
     evaluate([runs[0], other], samples=40)
     assert f"U-Net ({runs[0]})" in capsys.readouterr().out
 

@@ -339,7 +339,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
 def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, model: str
 ) -> None:
-    config = tiny(tmp_path / "whole", model=model, epochs=5, augment=False, dropout=0.0)
+    config = tiny(tmp_path / "whole", model=model, data="synthetic", epochs=5, augment=False,
+                  dropout=0.0)
     whole, = train(config)
     real, calls = train_module.objective_loss, []
 
@@ -423,7 +424,7 @@ def test_an_automatic_batch_is_the_largest_power_of_two_that_fits_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scarce(monkeypatch, 11)
-    settings = {"batch_size": None, "samples": 260}
+    settings = {"batch_size": None, "data": "synthetic", "samples": 260}
     folder, = train(tiny(tmp_path, epochs=1, **settings))
     state = load_checkpoint(folder / "last.pt")
     assert state["config"]["batch_size"] == 8 and state["step"] == 32
@@ -436,7 +437,7 @@ def test_an_automatic_batch_leaves_steps_enough_for_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scarce(monkeypatch, 1e6)
-    folder, = train(tiny(tmp_path, batch_size=None, epochs=1, samples=200))
+    folder, = train(tiny(tmp_path, data="synthetic", batch_size=None, epochs=1, samples=200))
     assert load_checkpoint(folder / "last.pt")["config"]["batch_size"] == 8  # of 200 / 16
 
 
@@ -483,7 +484,7 @@ def test_validation_takes_no_more_images_at_a_time_than_training(
     real = train_module.objective_loss
     monkeypatch.setattr(train_module, "objective_loss", lambda *a: (
         seen.append(len(a[2])), real(*a))[1])
-    train(tiny(tmp_path, epochs=1, micro_batch=4))
+    train(tiny(tmp_path, data="synthetic", epochs=1, micro_batch=4))
     assert max(seen) == 4 and len(seen) > 40
 
 

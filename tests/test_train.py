@@ -56,7 +56,7 @@ def run_script(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
 def test_a_run_leaves_what_it_promises_and_says_where(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (folder,) = train(tiny(tmp_path, keep_every=2))
+    (folder,) = train(tiny(tmp_path, data="synthetic", keep_every=2))
     names = {p.name for p in folder.iterdir()}
     assert names == {"config.json", "split.csv", "log.csv", "run.log", "last.pt", "previous.pt",
                      "best.pt", "epoch2.pt", "curves.png"}
@@ -542,12 +542,12 @@ def test_cuda_where_there_is_none_is_refused() -> None:
 def test_train_and_evaluate_as_a_user_runs_them(tmp_path: Path) -> None:
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in
              dataclasses.asdict(tiny(tmp_path, epochs=1)).items()
-             if k in ("width", "image_size", "latent_dim", "samples", "epochs")]
+             if k in ("width", "image_size", "latent_dim", "data", "samples", "epochs")]
     done = run_script("train.py", "--model", "unet", *flags, IMGAE_OUTPUT_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     done = run_script("evaluate.py", str(tmp_path / "unet"))
     assert done.returncode == 0, done.stderr
-    assert "AUROC" in done.stdout and (tmp_path / "unet/eval/synthetic/metrics.json").exists()
+    assert "AUROC" in done.stdout and (tmp_path / "unet/eval/films/metrics.json").exists()
 
 
 def test_library_use_does_not_look_at_argv(
