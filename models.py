@@ -34,6 +34,23 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
+def few_rows_back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient @ weight, [B,out] and [out,in] to [B,in]: likewise, for the backward pass.
+
+    A wide matrix is passed over eight rows at a time, a high one in slices of 1,024, whose products
+    are added: a quarter and two thirds of MKL's time for eight images.
+    """
+    if weight.shape[1] > weight.shape[0]:
+        result = gradient.new_zeros(len(gradient), weight.shape[1])
+        for some, rows in zip(gradient.split(8, 1), weight.split(8), strict=True):
+            result.addmm_(some, rows)
+        return result
+    if weight.shape[0] % 1024:
+        return gradient @ weight
+    slices = gradient.unflatten(1, (-1, 1024)).transpose(0, 1)
+    return torch.bmm(slices, weight.unflatten(0, (-1, 1024))).sum(0)
+
+
 class _KeepFactors(torch.autograd.Function):
     """x @ weight.T; the backward pass appends (gradient of the result, x) to `factors`, in the
     dtype `kept`. Their product is the weight's gradient."""
@@ -49,7 +66,7 @@ class _KeepFactors(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.factors.append((gradient.to(x.dtype), x))
-        return gradient @ weight, None, None, None
+        return few_rows_back(gradient, weight), None, None, None
 
 
 class DenseGradient(torch.autograd.Function):

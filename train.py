@@ -651,17 +651,20 @@ def lean_adam(optimizer: torch.optim.Optimizer, layer: Linear, decay: float) -> 
     mean = state["exp_avg"]
     width = min(4096, weight.shape[1])
     height = (1 << 20 if weight.device.type == "cpu" else 1 << 24) // width
+    room = weight.new_empty(min(height, weight.shape[0]), width)  # the same for all: in the cache
     for i in range(0, weight.shape[0], height):
         for j in range(0, weight.shape[1], width):
             a, b = slice(i, i + height), slice(j, j + width)
+            before = mean[a, b]
+            tile = room[: before.shape[0], : before.shape[1]]
             if g is None and x.dtype == mean.dtype:  # all in bf16: no pass to and from fp32
-                tile = mean[a, b].addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1).float()
+                tile.copy_(before.addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1))
             elif g is None:
-                tile = mean[a, b].float().addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1)
-                mean[a, b] = tile
+                tile.copy_(before).addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1)
+                before.copy_(tile)
             else:
-                tile = mean[a, b].float().mul_(beta1).add_(g[a, b], alpha=1 - beta1)
-                mean[a, b] = tile
+                tile.copy_(before).mul_(beta1).add_(g[a, b], alpha=1 - beta1)
+                before.copy_(tile)
             if decay:
                 weight[a, b] *= 1 - group["lr"] * decay
             weight[a, b].addcmul_(tile.mul_(below[b]), left[a])

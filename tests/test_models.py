@@ -92,15 +92,17 @@ def test_decode_sees_the_latent_alone_and_is_the_skip_free_view(name: str) -> No
     assert torch.equal(model(x), model.reconstructions(x)[0])
 
 
+@pytest.mark.parametrize(("wide", "high"), [(300, 70), (30, 2048), (30, 1500)])
 @pytest.mark.parametrize("keeps_factors", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_our_linear_is_torchs_in_fp32(keeps_factors: bool, grad: bool, bf16: bool) -> None:
-    layer, theirs = Linear(300, 70), torch.nn.Linear(300, 70)
+def test_our_linear_is_torchs_in_fp32(wide: int, high: int, keeps_factors: bool, grad: bool,
+                                      bf16: bool) -> None:
+    layer, theirs = Linear(wide, high), torch.nn.Linear(wide, high)
     theirs.load_state_dict(layer.state_dict())
     layer.factors = [] if keeps_factors else None
     for rows in (1, 3, 8, 70):
-        x = torch.randn(rows, 300, generator=gen(rows)).requires_grad_(grad)
+        x = torch.randn(rows, wide, generator=gen(rows)).requires_grad_(grad)
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             ours = layer(x)
         expected = theirs(x)
@@ -108,7 +110,7 @@ def test_our_linear_is_torchs_in_fp32(keeps_factors: bool, grad: bool, bf16: boo
         assert (ours - expected).abs().max() < 1e-5
         if grad:
             wanted = [x, theirs.weight, theirs.bias]
-            g = torch.randn(rows, 70, generator=gen(rows + 1))
+            g = torch.randn(rows, high, generator=gen(rows + 1))
             for_x, for_weight, for_bias = torch.autograd.grad(expected, wanted, g)
             layer.zero_grad()
             ours.backward(g)
