@@ -24,49 +24,60 @@ from config import Config, UserError
 # Networks
 
 
-def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, [B,in] and [out,in] to [B,out]: a few images times a large matrix.
+# Products of a few images and a large matrix, in other shapes than the obvious ones, over which MKL
+# takes long on a CPU. What they save was measured with 8 images and 16.8 or 134 million numbers.
+FEW = 32  # images; with more the obvious product is as fast
 
-    In fp32 on a CPU the matrix is taken as the left factor: up to four times as fast with MKL.
-    """
+
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, [B,in] and [out,in] to [B,out]; in fp32 on a CPU in a fourth to two thirds of
+    the time."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return (weight @ x.T).T.contiguous()
     return x @ weight.T
 
 
 def few_rows_back(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient @ weight, [B,out] and [out,in] to [B,in]: likewise, for the backward pass.
-
-    A wide matrix is passed over eight rows at a time, a high one in slices of 1,024, whose products
-    are added: a quarter and two thirds of MKL's time for eight images.
-    """
-    if weight.shape[1] > weight.shape[0]:
-        result = gradient.new_zeros(len(gradient), weight.shape[1])
-        for some, rows in zip(gradient.split(8, 1), weight.split(8), strict=True):
-            result.addmm_(some, rows)
-        return result
-    if weight.shape[0] % 1024:
+    """gradient @ weight, [B,out] and [out,in] to [B,in]; in a fourth to two thirds of the time."""
+    if weight.shape[0] % 1024 == 0 and weight.shape[0] > weight.shape[1]:
+        slices = gradient.unflatten(1, (-1, 1024)).transpose(0, 1)
+        return torch.bmm(slices, weight.unflatten(0, (-1, 1024))).sum(0)
+    if len(gradient) > FEW:
         return gradient @ weight
-    slices = gradient.unflatten(1, (-1, 1024)).transpose(0, 1)
-    return torch.bmm(slices, weight.unflatten(0, (-1, 1024))).sum(0)
+    result = gradient.new_zeros(len(gradient), weight.shape[1])
+    for some, rows in zip(gradient.split(16, 1), weight.split(16), strict=True):
+        result.addmm_(some, rows)
+    return result
 
 
-class _KeepFactors(torch.autograd.Function):
-    """x @ weight.T; the backward pass appends (gradient of the result, x) to `factors`, in the
-    dtype `kept`. Their product is the weight's gradient."""
+def few_rows_outer(gradient: Tensor, x: Tensor) -> Tensor:
+    """gradient.T @ x, [B,out] and [B,in] to [out,in]; in half to two thirds of the time."""
+    if len(x) > FEW or gradient.shape[1] % 32:
+        return gradient.T @ x
+    slices = gradient.T.unflatten(0, (-1, 32))
+    return torch.bmm(slices, x.expand(len(slices), *x.shape)).flatten(0, 1)
+
+
+class _FewRows(torch.autograd.Function):
+    """x @ weight.T. Unless `factors` is None, the backward pass appends (gradient of the result, x)
+    to it, in the dtype `kept`, whose product is the weight's gradient, and does not make that."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, factors: list[tuple[Tensor, Tensor]],
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factors: list[tuple[Tensor, Tensor]] | None,
                 kept: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x.to(kept), weight)
+        ctx.save_for_backward(x if factors is None else x.to(kept), weight)
         ctx.factors = factors
         return few_rows(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.factors.append((gradient.to(x.dtype), x))
-        return few_rows_back(gradient, weight), None, None, None
+        for_weight = None
+        if ctx.factors is None:
+            for_weight = few_rows_outer(gradient, x)
+        else:
+            ctx.factors.append((gradient.to(x.dtype), x))
+        return few_rows_back(gradient, weight), for_weight, None, None
 
 
 class DenseGradient(torch.autograd.Function):
@@ -100,10 +111,8 @@ class Linear(nn.Linear):
         # On a CPU to cast the matrix would take longer than to multiply a few images by it.
         with torch.autocast(kind, enabled=False):
             x = x.to(self.weight.dtype)
-            if self.factors is not None and torch.is_grad_enabled():
-                return _KeepFactors.apply(x, self.weight, self.factors, kept) + self.bias
             if torch.is_grad_enabled():
-                return super().forward(x)
+                return _FewRows.apply(x, self.weight, self.factors, kept) + self.bias
             return few_rows(x, self.weight) + self.bias
 
 
