@@ -24,14 +24,14 @@ from config import Config, UserError
 # Networks
 
 
-# Products of a few images and a large matrix, in other shapes than the obvious ones, over which MKL
-# takes long on a CPU. What they save was measured with 8 images and 16.8 or 134 million numbers.
-FEW = 32  # images; with more the obvious product is as fast
+# The three products of a Linear layer, for a few images. In their obvious shapes MKL takes long;
+# what others save was measured with 8 images and matrices of 16.8 and 134 million numbers.
+FEW = 32  # images; with more the obvious shape is as fast
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, [B,in] and [out,in] to [B,out]; in fp32 on a CPU in a fourth to two thirds of
-    the time."""
+    """x @ weight.T, [B,in] and [out,in] to [B,out]; in fp32 on a CPU in a third to three fourths
+    of the time."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return (weight @ x.T).T.contiguous()
     return x @ weight.T
@@ -51,7 +51,7 @@ def few_rows_back(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def few_rows_outer(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient.T @ x, [B,out] and [B,in] to [out,in]; in half to two thirds of the time."""
+    """gradient.T @ x, [B,out] and [B,in] to [out,in]; in half to three fifths of the time."""
     if len(x) > FEW or gradient.shape[1] % 32:
         return gradient.T @ x
     slices = gradient.T.unflatten(0, (-1, 32))

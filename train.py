@@ -655,16 +655,16 @@ def lean_adam(optimizer: torch.optim.Optimizer, layer: Linear, decay: float) -> 
     for i in range(0, weight.shape[0], height):
         for j in range(0, weight.shape[1], width):
             a, b = slice(i, i + height), slice(j, j + width)
-            before = mean[a, b]
-            tile = room[: before.shape[0], : before.shape[1]]
+            moment = mean[a, b]
+            tile = room[: moment.shape[0], : moment.shape[1]]
             if g is None and x.dtype == mean.dtype:  # all in bf16: no pass to and from fp32
-                tile.copy_(before.addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1))
+                tile.copy_(moment.addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1))
             elif g is None:
-                tile.copy_(before).addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1)
-                before.copy_(tile)
+                tile.copy_(moment).addmm_(yt[a], x[:, b], beta=beta1, alpha=1 - beta1)
+                moment.copy_(tile)
             else:
-                tile.copy_(before).mul_(beta1).add_(g[a, b], alpha=1 - beta1)
-                before.copy_(tile)
+                tile.copy_(moment).mul_(beta1).add_(g[a, b], alpha=1 - beta1)
+                moment.copy_(tile)
             if decay:
                 weight[a, b] *= 1 - group["lr"] * decay
             weight[a, b].addcmul_(tile.mul_(below[b]), left[a])

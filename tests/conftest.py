@@ -65,9 +65,10 @@ def tiny(tmp: Path, **settings: object) -> Config:
 
 
 def write_film(path: Path, index: int, kind: str = "normal") -> None:
-    kind = None if kind == "normal" else kind
+    """A film of the phantom."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(data.draw_phantom(index, TINY["image_size"], kind=kind)[0]).save(path)
+    image, _ = data.draw_phantom(index, TINY["image_size"], kind=None if kind == "normal" else kind)
+    Image.fromarray(image).save(path)
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40)) -> None:
