@@ -24,17 +24,14 @@ from config import Config, UserError
 # Networks
 
 
-# The three products of a Linear layer, for a few images. In their obvious shapes MKL takes long;
-# what others save was measured with 8 images and matrices of 16.8 and 134 million numbers.
+# The three products of a Linear layer, for a few images on a CPU. In their obvious shapes MKL takes
+# long; what others save was measured in fp32, with 8 images, 16.8 and 134 million weights.
 FEW = 32  # images; with more the obvious shape is as fast
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, [B,in] and [out,in] to [B,out]; in fp32 on a CPU in a third to three fourths
-    of the time."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        return (weight @ x.T).T.contiguous()
-    return x @ weight.T
+    """x @ weight.T, [B,in] and [out,in] to [B,out]; in a third to three fourths of the time."""
+    return (weight @ x.T).T.contiguous()
 
 
 def few_rows_back(gradient: Tensor, weight: Tensor) -> Tensor:
