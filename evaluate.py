@@ -115,7 +115,7 @@ from train import (
     load_checkpoint,
     place,
     plot_curves,
-    read_evenly,
+    score_evenly,
     seeded,
 )
 
@@ -150,14 +150,8 @@ class Run:
         """What the model makes of uint8 images [n,1,H,W], their scores [n] by every scorer, and
         their anomaly maps [n,1,H,W] by `scorer`. An image's do not depend on the images beside
         it."""
-        readings, scores, maps = [], [], []
-        for reading, count in read_evenly(self.model, images, self.device, self.precision):
-            z = self.scorer.z("zscore", reading)
-            found = self.scorer.scores(reading, z)
-            map_ = self.scorer.anomaly_map(scorer, reading, z)
-            readings.append(reading.first(count))
-            scores.append({k: v[:count] for k, v in found.items()})
-            maps.append(map_[:count])
+        readings, scores, maps = zip(*score_evenly(
+            self.model, self.scorer, images, self.device, self.precision, scorer), strict=True)
         return (Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True))),
                 {k: torch.cat([s[k] for s in scores]) for k in scores[0]}, torch.cat(maps))
 

@@ -518,6 +518,9 @@ FUSED = ("peak", "texture", "haze", "trace")
 OWN_MAP = ("texture", "haze", "mse", "mae", "ssim")  # the other scorers show the zscore map
 # Sides of windows, as shares of the image side: of the low-passed residual, of local contrast.
 SCALES, TEXTURE_SCALES = (1 / 32, 1 / 16, 1 / 8), (1 / 16, 1 / 8)
+# Where a patient lies in the frame is no disease. An image is also scored moved, down and right by
+# those of these shares of the side that make it most like a normal one.
+FRAMINGS = tuple(itertools.product((0, -0.05, 0.05, -0.1, 0.1), repeat=2))
 
 
 class Reading(NamedTuple):
@@ -617,10 +620,13 @@ class AnomalyScorer:
     and texture at every pixel and the features' Gaussian; some of them, with lesions drawn on, the
     trace that these leave, if they do (`add` for each batch, then `finish`). Validation normals
     give what scores are standardised by and what thresholds and percentiles refer to (`refer_to`).
+    An image's own scores are the `lower` of those of two Readings, the second in the `framing` in
+    which it is most like normal ones: `train.score_evenly` does both.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # of each of Z_MAPS, and of squares: float64 [2,C,H,W]
+        self._images = torch.zeros((), dtype=torch.float64)  # their sum, [1,H,W]
         self._features: list[Tensor] = []
         self._regions: list[Tensor] = []  # regional_contrast, and how lesions change it
         self._changes: list[Tensor] = []
@@ -635,6 +641,7 @@ class AnomalyScorer:
             maps = measure(reading).cpu().double()  # MPS has no float64
             sums = torch.stack([maps.sum(0), maps.square().sum(0)])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._images = self._images + reading.images.cpu().double().sum(0)
         self._features.append(reading.features.cpu().double())
         self._regions.append(regional_contrast(reading))
         if lesioned is not None:
@@ -644,6 +651,7 @@ class AnomalyScorer:
         """Turn what was added into means, deviations, the features' Gaussian and the trace."""
         features = torch.cat(self._features)
         self.count = len(features)
+        self.mean_image = (self._images / self.count).float()
         self.mean, self.std = {}, {}  # of each of Z_MAPS: [C,H,W], C = views x scales
         for name, (_, floor, around) in Z_MAPS.items():
             size = self._sums[name].shape[-1]
@@ -670,6 +678,7 @@ class AnomalyScorer:
         if not len(along) * along.mean() ** 2 > 21.7 * along.var():
             self.trace = torch.zeros_like(self.trace)
         self._sums, self._features, self._regions, self._changes = {}, [], [], []
+        self._images = torch.zeros((), dtype=torch.float64)
 
     def anomaly_map(self, scorer: str, reading: Reading, z: Tensor | None = None) -> Tensor:
         """How abnormal each pixel looks, [B,1,H,W], at least 0.
@@ -694,6 +703,24 @@ class AnomalyScorer:
         # than the mean that the score takes; as a score it is no better.
         side = window(SCALES[0], z.shape[-1])
         return box_filter(z.square().mean(1, keepdim=True), side).sqrt()
+
+    def framing(self, images: Tensor) -> Tensor:
+        """How many pixels down and right each of images [B,1,H,W] is to be moved to be most like
+        the mean of the training normals, by Pearson's correlation: one of FRAMINGS, int64 [B,2].
+
+        It goes by the image alone, and so is the same for every model and precision.
+        """
+        side, normal = images.shape[-1], self.mean_image.to(images.device)
+        shifts = [[round(share * side) for share in framing] for framing in FRAMINGS]
+        border = max(map(max, shifts))
+        wide = F.pad(images, (border, border, border, border), mode="replicate")
+        alike = []
+        for down, right in shifts:
+            image = wide[..., border - down :, border - right :][..., :side, :side]
+            image = image - image.mean((2, 3), keepdim=True)
+            spread = image.square().mean((1, 2, 3)).sqrt().clamp(min=1e-6)
+            alike.append((image * (normal - normal.mean())).mean((1, 2, 3)) / spread)
+        return torch.tensor(shifts, device=images.device)[torch.stack(alike).argmax(0)]
 
     def z(self, name: str, reading: Reading) -> Tensor:
         """One of Z_MAPS in standard deviations of training normals, [B,views x scales,H,W]."""
@@ -724,6 +751,11 @@ class AnomalyScorer:
         scores["features"] = white.square().mean(1).sqrt()
         regions = regional_contrast(reading) - self.region_mean
         scores["trace"] = torch.stack([(row * self.trace).sum() for row in regions])
+        return self._fuse(scores) if self.normal_scores else scores
+
+    def lower(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The lower of two `scores` of the same images, by every scorer; fused from these."""
+        scores = {name: torch.minimum(one[name], other[name]) for name in one if name != "fused"}
         return self._fuse(scores) if self.normal_scores else scores
 
     def _fuse(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -765,8 +797,20 @@ class AnomalyScorer:
             setattr(self, name, state[name])
 
 
-CALIBRATED = ("count", "mean", "std", "feature_mean", "whitening", "region_mean", "trace",
-              "normal_scores")
+CALIBRATED = ("count", "mean", "std", "mean_image", "feature_mean", "whitening", "region_mean",
+              "trace", "normal_scores")
+
+
+def moved(maps: Tensor, shift: Tensor) -> Tensor:
+    """Maps [B,C,H,W] moved by so many pixels down and right, int64 [B,2].
+
+    What comes in from outside repeats the edge, as in training.
+    """
+    _, C, H, W = maps.shape
+    rows, columns = ((torch.arange(length, device=maps.device) - by[:, None]).clamp(0, length - 1)
+                     for length, by in ((H, shift[:, 0]), (W, shift[:, 1])))
+    maps = maps.gather(2, rows[:, None, :, None].expand(-1, C, -1, W))
+    return maps.gather(3, columns[:, None, None].expand(-1, C, H, -1))
 
 
 def low_passed(reading: Reading) -> Tensor:

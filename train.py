@@ -88,6 +88,8 @@ from data import (
     write_splits,
 )
 from models import (
+    DEFAULT_SCORER,
+    OWN_MAP,
     AnomalyScorer,
     Draws,
     Linear,
@@ -96,11 +98,12 @@ from models import (
     corrupt,
     create_model,
     folded,
+    moved,
     objective_loss,
     read,
 )
 
-FORMAT = 10  # of the checkpoints
+FORMAT = 11  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 LESIONED = 128  # so many of these, or a few more, are read with lesions drawn on as well
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always
@@ -1068,6 +1071,38 @@ def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
     return result
 
 
+def score_evenly(
+    model: nn.Module, scorer: AnomalyScorer, images: Tensor, device: torch.device, precision: str,
+    map_by: str = DEFAULT_SCORER,
+) -> list[tuple[Reading, dict[str, Tensor], Tensor]]:
+    """Readings of uint8 images [n,1,H,W], READ_AT_ONCE or fewer each, their scores [count] by every
+    scorer, and their anomaly maps [count,1,H,W] by `map_by`.
+
+    An image is read twice: as it is, and moved to where it is most like normal ones
+    (`AnomalyScorer.framing`). Each score is the lower of the two. The map is that of the reading
+    in which it has the lower score, moved back.
+    """
+    decides = map_by if map_by in OWN_MAP else "zscore"
+    result = []
+    # The weights are cast once for all; what the scorers do is done in fp32.
+    with autocast(device, precision), torch.autocast(device.type, enabled=False):
+        for reading, count in read_evenly(model, images, device, precision):
+            shift = scorer.framing(reading.images)
+            with autocast(device, precision):
+                again = read(model, moved(reading.images, shift))
+            scores, maps = [], []
+            for each in (reading, again):
+                z = scorer.z("zscore", each)
+                scores.append(scorer.scores(each, z))
+                maps.append(scorer.anomaly_map(map_by, each, z))
+            lower = (scores[1][decides] < scores[0][decides]).to(device)[:, None, None, None]
+            map_ = torch.where(lower, moved(maps[1], -shift), maps[0])
+            found = scorer.lower(*scores)
+            result.append((reading.first(count), {name: v[:count] for name, v in found.items()},
+                           map_[:count]))
+    return result
+
+
 def regrouped(stream: ImageStream) -> Iterator[Tensor]:
     """A stream's images, uint8 [n,1,H,W], n a multiple of READ_AT_ONCE but for the last: so that
     smaller batches are not filled up, which would cost as much as whole ones."""
@@ -1118,8 +1153,7 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
     scorer.finish()
     scores = []
     for images in regrouped(normals):
-        for reading, count in read_evenly(model, images, device, precision):
-            scores.append({name: v[:count] for name, v in scorer.scores(reading).items()})
+        scores += [s for _, s, _ in score_evenly(model, scorer, images, device, precision)]
         bar.update(len(images))
     bar.close()
     scorer.refer_to(scores)

@@ -255,7 +255,7 @@ def wait(scale: Scale, known: dict) -> Iterator[Row]:
 
 
 def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
-    """Scoring against the bare forward pass, and what comes after scoring."""
+    """Scoring against bare forward passes, two an image, and what comes after scoring."""
     for model, name in MODELS.items():
         with Worker(scale, "evaluation", PASSIVE, model=model, sizes=scale.sizes,
                     images=scale.scored) as worker:
@@ -263,7 +263,7 @@ def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
             a, b = in_turn([worker, worker], 2 * scale.rounds,
                            [{"part": "scoring"}, {"part": "forward"}])
         yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),
-                  "bare forward pass", ratio_from=0.9)
+                  "two bare forward passes", ratio_from=0.9)
     with Worker(scale, "figures", PASSIVE, scratch=str(SCRATCH), scores=scale.scores) as worker:
         yield row("evaluation.figures", f"intervals, figures of {scale.scores:,} scores: seconds",
                   worker.ask()["seconds"], at_most=10)

@@ -1,5 +1,6 @@
 """The two networks, the objectives, and the scorers' arithmetic."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ from models import (
     folded,
     gaussian,
     low_passed,
+    moved,
     objective_loss,
     read,
     soft_shapes,
@@ -365,6 +367,50 @@ def calibrated(size: int = 16, n: int = 50) -> AnomalyScorer:
     scorer.refer_to([scorer.scores(reading(part, 100 + i))
                      for i, part in enumerate(normal_residual(100, size, 4).split(30))])
     return scorer
+
+
+def test_maps_are_moved_by_whole_pixels_and_edges_repeated() -> None:
+    x = torch.rand(3, 2, 8, 8, generator=gen(1))
+    shift = torch.tensor([[0, 0], [2, -1], [-3, 1]])
+    for got, image, (down, right) in zip(moved(x, shift), x, shift.tolist(), strict=True):
+        padded = np.pad(image.numpy(), ((0, 0), (3, 3), (3, 3)), mode="edge")
+        assert np.array_equal(got, padded[:, 3 - down : 11 - down, 3 - right : 11 - right])
+
+
+def test_the_framing_of_an_image_is_how_normal_ones_lie() -> None:
+    def film(seed: int, exposure: float = 1) -> Tensor:
+        place = torch.linspace(-1, 1, 40)
+        heart = torch.exp(-8 * ((place[:, None] - 0.1) ** 2 + (place + 0.2) ** 2))
+        noise = 0.1 * torch.randn(8, 1, 40, 40, generator=gen(seed))
+        return 0.3 + exposure * (0.4 * heart + noise)
+
+    scorer = AnomalyScorer()
+    for i in range(10):
+        x = film(i)
+        usual = Reading(x, x + 0.1 * torch.randn(x.shape, generator=gen(30 + i)), x[:, 0, 0, :4])
+        scorer.add(usual, faded(usual))
+    scorer.finish()
+    assert torch.allclose(scorer.mean_image, torch.cat([film(i) for i in range(10)]).mean(0))
+    steps = (-4, -2, 0, 2, 4)  # twentieths of the side
+    for down, right in itertools.product(steps, repeat=2):
+        shift = torch.tensor([[down, right]]).expand(8, 2)
+        assert torch.equal(scorer.framing(moved(film(20), shift)), -shift)
+        assert torch.equal(scorer.framing(moved(film(21, 0.5), shift)), -shift)
+    shift = torch.tensor([[7, -8]]).expand(8, 2)
+    assert torch.equal(scorer.framing(moved(film(22), shift)), torch.tensor([[-4, 4]]).expand(8, 2))
+    assert scorer.framing(torch.zeros(2, 1, 40, 40)).shape == (2, 2)
+
+
+def test_the_lower_of_two_scores_counts_for_each_scorer() -> None:
+    scorer = calibrated()
+    one, other = (scorer.scores(reading(normal_residual(6, 16, seed))) for seed in (20, 21))
+    got = scorer.lower(one, other)
+    assert list(got) == list(SCORERS)
+    for name in SCORERS:
+        if name != "fused":
+            assert torch.equal(got[name], torch.minimum(one[name], other[name]))
+    assert (got["fused"] <= torch.minimum(one["fused"], other["fused"])).all()
+    assert torch.equal(scorer.lower(one, one)["fused"], one["fused"])
 
 
 def test_read_gives_reconstruction_and_features_from_one_pass() -> None:
