@@ -503,7 +503,7 @@ SCORERS = {
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
     "peak": "the largest 0.3 % of zscore's pixels",
     "texture": "local contrast of image and reconstruction, their log ratio as such a z-score",
-    "haze": "local contrast that the image lacks, the mean of texture's z-score with its sign",
+    "haze": "local contrast that the image lacks, as z-score among training normals; no model",
     "trace": "local contrast of the reconstruction, along the trace that drawn lesions leave in it",
     "features": "Mahalanobis distance of encoder maps' means and deviations from training normals",
     "mse": "squared residual",
@@ -511,9 +511,9 @@ SCORERS = {
     "ssim": "1 - structural similarity",
 }
 DEFAULT_SCORER = "fused"
-# What `fused` adds up: what is focal; what is diffuse; of this again what hides detail, as disease
-# does that more often than it adds any; and what lesions leave in reconstructions. `features` is no
-# part of it, as it gives way most to what is no disease, such as another exposure.
+# What `fused` adds up: what is focal; what is diffuse; what hides detail, as disease does that more
+# often than it adds any; and what lesions leave in reconstructions. `features` is no part of it, as
+# it gives way most to what is no disease, such as another exposure.
 FUSED = ("peak", "texture", "haze", "trace")
 OWN_MAP = ("texture", "haze", "mse", "mae", "ssim")  # the other scorers show the zscore map
 # Sides of windows, as shares of the image side: of the low-passed residual, of local contrast.
@@ -694,10 +694,10 @@ class AnomalyScorer:
             return (x - y).abs()
         if scorer == "ssim":
             return 1 - ssim_map(x, y)
-        if scorer in ("texture", "haze"):
-            contrast = self.z("texture", reading)
-            away = contrast.abs() if scorer == "texture" else contrast.neg().clamp(min=0)
-            return away.mean(1, keepdim=True)
+        if scorer == "texture":
+            return self.z("texture", reading).abs().mean(1, keepdim=True)
+        if scorer == "haze":
+            return self.z("haze", reading).neg().clamp(min=0).mean(1, keepdim=True)
         z = self.z("zscore", reading) if z is None else z
         # The root mean square over scales, views and a window shows where a lesion lies better
         # than the mean that the score takes; as a score it is no better.
@@ -734,12 +734,10 @@ class AnomalyScorer:
         z: `self.z("zscore", reading)`, where it is there already.
         """
         z = (self.z("zscore", reading) if z is None else z).abs().mean(1).flatten(1)
-        contrast = self.z("texture", reading)
         scores = {
             "zscore": z.mean(1),
             "peak": z.topk(max(1, round(0.003 * z.shape[1])), dim=1).values.mean(1),
-            "texture": contrast.abs().mean((1, 2, 3)),
-            "haze": -contrast.mean((1, 2, 3)),
+            "haze": -self.z("haze", reading).mean((1, 2, 3)),
         }
         for name in OWN_MAP:
             if name not in scores:
@@ -834,6 +832,14 @@ def texture(reading: Reading) -> Tensor:
     return torch.cat([log[:, :1] - log[:, 1:] for log in logs], dim=1)
 
 
+def contrast(reading: Reading) -> Tensor:
+    """Logarithm of the images' local contrast, in windows as for texture: [B,scales,H,W].
+
+    A reconstruction may follow its film in haze, and hide it: so this one is left out of account.
+    """
+    return torch.cat([log_contrast(reading.images, scale) for scale in TEXTURE_SCALES], dim=1)
+
+
 def log_contrast(maps: Tensor, scale: float) -> Tensor:
     """Logarithm of local contrast: of the standard deviation of maps [B,C,H,W] in windows of that
     share of the side; same shape."""
@@ -858,7 +864,8 @@ def regional_contrast(reading: Reading) -> Tensor:
 # which normals are looked at, as a share of the side)}. The least deviations are a grey level of
 # 255, and 5 % of local contrast. Where in the frame a patient lies varies: of texture, what is
 # usual nearby counts.
-Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 4)}
+Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 4),
+          "haze": (contrast, 0.05, 1 / 4)}
 
 
 def exposed_like(images: Tensor, views: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from models import (
     add_opacities,
     box_filter,
     coarse_noise,
+    contrast,
     corrupt,
     create_model,
     exposed_like,
@@ -460,6 +461,7 @@ def test_texture_is_the_log_ratio_of_local_contrast() -> None:
             a, b = (np.log(local_deviation(t[1, 0].double().numpy(), side) + 1 / 255)
                     for t in (x, view))
             assert np.allclose(got[1, 2 * i + j].numpy(), a - b, atol=1e-4)
+            assert np.allclose(contrast(Reading(x, y, x))[1, i].numpy(), a, atol=1e-4)
     # Brightness is no texture, and a flat image has little of it, not infinitely little.
     assert torch.allclose(texture(Reading(x + 0.3, y - 0.2, x)), texture(Reading(x, y, x)),
                           atol=1e-3)
@@ -534,6 +536,11 @@ def test_lost_contrast_is_seen_where_residuals_hardly_change() -> None:
     percent = {name: float(scorer.percentile(name, hazy[name])) for name in SCORERS}
     assert percent["texture"] == percent["haze"] == percent["fused"] == 100
     assert percent["zscore"] < 50
+    followed = read_film(0.5, 200)
+    followed = followed._replace(views=0.5 + 0.5 * (followed.views - 0.5))
+    followed = scorer.scores(followed)  # a reconstruction as hazy as its film
+    assert scorer.percentile("texture", followed["texture"]) < 100
+    assert followed["haze"] == hazy["haze"]
     grainy = scorer.scores(read_film(2, 200))  # as unusual, but the other way
     assert scorer.percentile("texture", grainy["texture"]) == 100
     assert scorer.percentile("haze", grainy["haze"]) == 0
@@ -588,10 +595,12 @@ def test_maps_and_scores_by_definition() -> None:
     top = deviations.flatten(1).max(1).values  # 0.3 % of 256 pixels is one
     assert torch.allclose(scores["peak"], top.double())
     fused = 0
-    contrast = (texture(both) - scorer.mean["texture"]) / scorer.std["texture"]
-    assert torch.allclose(scores["texture"], contrast.abs().mean((1, 2, 3)).double())
-    assert torch.allclose(scores["haze"], -contrast.mean((1, 2, 3)).double())
-    assert torch.allclose(scorer.anomaly_map("haze", both)[:, 0], (-contrast).clamp(min=0).mean(1))
+    ratio = (texture(both) - scorer.mean["texture"]) / scorer.std["texture"]
+    assert torch.allclose(scores["texture"], ratio.abs().mean((1, 2, 3)).double())
+    assert torch.allclose(scorer.anomaly_map("texture", both)[:, 0], ratio.abs().mean(1))
+    lack = (scorer.mean["haze"] - contrast(both)) / scorer.std["haze"]
+    assert torch.allclose(scores["haze"], lack.mean((1, 2, 3)).double())
+    assert torch.allclose(scorer.anomaly_map("haze", both)[:, 0], lack.clamp(min=0).mean(1))
     for name in ("peak", "texture", "haze", "trace"):
         normal = scorer.normal_scores[name]
         deviations = (scores[name] - normal.mean()) / normal.std(correction=0).clamp(min=1e-9)
@@ -618,11 +627,11 @@ def test_exposure_is_no_anomaly_but_a_blank_or_inverted_image_is_one() -> None:
     x = torch.rand(4, 1, 16, 16, generator=gen(1))
     views = torch.cat([x + 0.05 * torch.randn(4, 1, 16, 16, generator=gen(2)), x.flip(2)], 1)
     usual = low_passed(Reading(x, views, x))
-    for contrast, brightness in ((1, 0.1), (0.7, 0), (1.3, -0.1)):
+    for factor, brightness in ((1, 0.1), (0.7, 0), (1.3, -0.1)):
         # What a network makes of another exposure, if it keeps it in one view and not in the other.
-        other = contrast * x + brightness
-        seen = Reading(other, torch.cat([contrast * views[:, :1] + brightness, views[:, 1:]], 1), x)
-        assert torch.allclose(low_passed(seen)[:, ::2], contrast * usual[:, ::2], atol=1e-6)
+        other = factor * x + brightness
+        seen = Reading(other, torch.cat([factor * views[:, :1] + brightness, views[:, 1:]], 1), x)
+        assert torch.allclose(low_passed(seen)[:, ::2], factor * usual[:, ::2], atol=1e-6)
     assert torch.allclose(exposed_like(0.6 * x + 0.3, x), 0.6 * x + 0.3, atol=1e-6)
     for odd in (torch.zeros_like(x), torch.ones_like(x), 1 - x):
         assert (odd - exposed_like(odd, x)).std() > 0.4 * x.std()
