@@ -94,7 +94,6 @@ from data import (
 )
 from models import (
     DEFAULT_SCORER,
-    OWN_MAP,
     SCORERS,
     Z_MAPS,
     AnomalyScorer,
@@ -103,6 +102,7 @@ from models import (
     corrupt,
     create_model,
     folded,
+    map_name,
 )
 from train import (
     CHANGEABLE,
@@ -1153,11 +1153,6 @@ def pictures(run: Run, source: Source, samples: list[Sample],
 def map_top(maps: np.ndarray) -> float:
     """Upper end of the colour scale: common to all maps shown beside each other."""
     return max(float(np.quantile(maps, 0.998)), 1e-6)
-
-
-def map_name(scorer: str) -> str:
-    """What the map shows that goes with a scorer."""
-    return scorer if scorer in OWN_MAP else "zscore"
 
 
 def map_label(scorer: str) -> str:

@@ -523,6 +523,11 @@ SCALES, TEXTURE_SCALES = (1 / 32, 1 / 16, 1 / 8), (1 / 16, 1 / 8)
 FRAMINGS = tuple(itertools.product((0, -0.05, 0.05, -0.1, 0.1), repeat=2))
 
 
+def map_name(scorer: str) -> str:
+    """What the map shows that goes with a scorer."""
+    return scorer if scorer in OWN_MAP else "zscore"
+
+
 class Reading(NamedTuple):
     """What a model makes of a batch of images: all that the scorers look at. fp32."""
 
@@ -616,8 +621,8 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
 class AnomalyScorer:
     """Reads what a model makes of images: anomaly maps, scores, and what is normal for both.
 
-    Calibrated on normal images alone. Training normals give mean and standard deviation of residual
-    and texture at every pixel and the features' Gaussian; some of them, with lesions drawn on, the
+    Calibrated on normal images alone. Training normals give their mean, mean and standard deviation
+    of Z_MAPS at every pixel and the features' Gaussian; some of them, with lesions drawn on, the
     trace that these leave, if they do (`add` for each batch, then `finish`). Validation normals
     give what scores are standardised by and what thresholds and percentiles refer to (`refer_to`).
     An image's own scores are the `lower` of those of two Readings, the second in the `framing` in
@@ -835,7 +840,7 @@ def texture(reading: Reading) -> Tensor:
 def contrast(reading: Reading) -> Tensor:
     """Logarithm of the images' local contrast, in windows as for texture: [B,scales,H,W].
 
-    A reconstruction may follow its film in haze, and hide it: so this one is left out of account.
+    Of the images alone: a reconstruction may follow its film in haze, and so hide it.
     """
     return torch.cat([log_contrast(reading.images, scale) for scale in TEXTURE_SCALES], dim=1)
 
@@ -862,8 +867,8 @@ def regional_contrast(reading: Reading) -> Tensor:
 
 # What is held against training normals: {scorer: (its maps, least standard deviation, window in
 # which normals are looked at, as a share of the side)}. The least deviations are a grey level of
-# 255, and 5 % of local contrast. Where in the frame a patient lies varies: of texture, what is
-# usual nearby counts.
+# 255, and 5 % of local contrast. Where in the frame a patient lies varies: of local contrast, what
+# is usual nearby counts.
 Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 4),
           "haze": (contrast, 0.05, 1 / 4)}
 

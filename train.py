@@ -89,7 +89,6 @@ from data import (
 )
 from models import (
     DEFAULT_SCORER,
-    OWN_MAP,
     AnomalyScorer,
     Draws,
     Linear,
@@ -98,6 +97,7 @@ from models import (
     corrupt,
     create_model,
     folded,
+    map_name,
     moved,
     objective_loss,
     read,
@@ -1082,8 +1082,7 @@ def score_evenly(
     (`AnomalyScorer.framing`). Each score is the lower of the two. The map is that of the reading
     in which it has the lower score, moved back.
     """
-    decides = map_by if map_by in OWN_MAP else "zscore"
-    result = []
+    decides, result = map_name(map_by), []
     # The weights are cast once for all; what the scorers do is done in fp32.
     with autocast(device, precision), torch.autocast(device.type, enabled=False):
         for reading, count in read_evenly(model, images, device, precision):

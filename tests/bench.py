@@ -45,7 +45,7 @@ class Scale:
     side: int = 1024
     small_films: tuple[int, ...] = (1_000, 10_000, 100_000)
     trained: int = 16  # images, in two epochs
-    scored: int = 64
+    scored: int = 32
     scores: int = 10_000
 
 
