@@ -719,13 +719,12 @@ class AnomalyScorer:
         shifts = [[round(share * side) for share in framing] for framing in FRAMINGS]
         border = max(map(max, shifts))
         wide = F.pad(images, (border, border, border, border), mode="replicate")
-        alike = []
-        for down, right in shifts:
-            image = wide[..., border - down :, border - right :][..., :side, :side]
-            image = image - image.mean((2, 3), keepdim=True)
-            spread = image.square().mean((1, 2, 3)).sqrt().clamp(min=1e-6)
-            alike.append((image * (normal - normal.mean())).mean((1, 2, 3)) / spread)
-        return torch.tensor(shifts, device=images.device)[torch.stack(alike).argmax(0)]
+        every = torch.stack([wide[..., border - down :, border - right :][..., :side, :side]
+                             for down, right in shifts])  # [25,B,1,H,W]
+        every = every - every.mean((3, 4), keepdim=True)
+        spread = every.square().mean((2, 3, 4)).sqrt().clamp(min=1e-6)
+        alike = (every * (normal - normal.mean())).mean((2, 3, 4)) / spread
+        return torch.tensor(shifts, device=images.device)[alike.argmax(0)]
 
     def z(self, name: str, reading: Reading) -> Tensor:
         """One of Z_MAPS in standard deviations of training normals, [B,views x scales,H,W]."""
