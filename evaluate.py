@@ -426,6 +426,8 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
         raise UserError(f"{run.folder}: its scores are not finite numbers; train it again")
     seen = [samples[i] for i in order]
     trivial_scores = {k: np.concatenate(v) for k, v in baselines.items()}
+    if trivial:
+        trivial_scores["haze"] = np.concatenate(scores["haze"])  # no model has a part in it
     if trivial and len({s.view for s in seen}) > 1 and any(s.view.startswith("AP") for s in seen):
         is_ap = [s.view.startswith("AP") for s in seen]
         trivial_scores["is it an AP film"] = np.array(is_ap, dtype=float)

@@ -296,6 +296,8 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     for name, value in saved["baselines"].items():
         low, high = saved["baselines_ci"][name]
         assert low < value < high and value >= 0.5
+    haze = roc_auc_score(labels, [float(r["haze"]) for r in rows])  # which needs no model
+    assert saved["baselines"]["haze"] == pytest.approx(max(haze, 1 - haze), abs=1e-4)
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
     reached, (low, high) = saved["specificity_at_threshold"], saved["specificity_ci"]
