@@ -677,11 +677,20 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
     assert len(rows) == 12
     out = capsys.readouterr().out
     assert "skipped   broken.png" in out and "Not a diagnosis" in out
-    threshold = load_run(runs[0]).scorer.threshold("texture", 0.95)
+    run = load_run(runs[0])
+    threshold = run.scorer.threshold("texture", 0.95)
     for row in rows:
         assert row["verdict"] == ("abnormal" if row["score"] > threshold else "normal")
         map_ = np.load(tmp_path / "out" / row["image"].replace(".png", "_map.npy"))
         assert map_.shape == (32, 32) and map_.dtype == np.float32
+        pixels = decode_image((images / row["image"]).read_bytes(), 32)
+        x = torch.from_numpy(pixels.copy())[None, None].float() / 255
+        with torch.no_grad():
+            two = [read(run.model, each) for each in (x, moved(x, run.scorer.framing(x)))]
+        means = [float(run.scorer.anomaly_map("texture", each).mean()) for each in two]
+        assert row["score"] == pytest.approx(min(means), rel=1e-3)
+        if means[0] <= means[1]:  # otherwise the map was moved back, and so lost an edge
+            assert row["score"] == pytest.approx(map_.mean(), rel=1e-3)
         assert (tmp_path / "out" / row["image"].replace(".", "_heatmap.")).exists()
     with open(tmp_path / "out" / "predictions.csv", newline="") as f:
         assert [r["image"] for r in csv.DictReader(f)] == [r["image"] for r in rows]
@@ -745,10 +754,10 @@ def test_scores_and_maps_of_an_image_are_bitwise_the_same_whatever_is_beside_it(
 ) -> None:
     run = load_run(runs[which])
     run.model, run.precision = place(run.model, run.device, precision), precision
-    images = torch.randint(256, (13, 1, 32, 32), dtype=torch.uint8)
+    images = torch.randint(256, (21, 1, 32, 32), dtype=torch.uint8)
     _, scores, _ = run.read(images)
     own = {name: run.read(images, name)[2] for name in ("fused", *OWN_MAP)}
-    groups = [[i] for i in range(13)] + [[12, 3], [5, 4, 3], list(range(11, 1, -1))]
+    groups = [[i] for i in range(21)] + [[20, 3], [5, 4, 3], list(range(19, 2, -1))]
     for group in groups:
         for shown, maps in own.items():
             _, their_scores, their_maps = run.read(images[group], shown)
@@ -756,7 +765,7 @@ def test_scores_and_maps_of_an_image_are_bitwise_the_same_whatever_is_beside_it(
             for name in SCORERS:
                 assert torch.equal(their_scores[name], scores[name][group]), f"{name} of {group}"
     with run.weights_kept():
-        for part in (images[:8], images[3:13]):
+        for part in (images[:8], images[3:21]):
             one, kept = (run.read(part)[1] for _ in range(2))
             assert all(torch.equal(one[name], kept[name]) for name in SCORERS)
         kept = run.read(images)[1]
