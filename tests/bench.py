@@ -265,7 +265,7 @@ def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
         yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),
                   "bare forward pass", ratio_from=0.9)
         yield row(f"evaluation.{model}.twice", "  the same", rate(a), rate(b) / 2,
-                  "two bare forward passes")  # scoring reads each image twice
+                  "two bare forward passes", ratio_from=0.9)  # scoring reads each image twice
     with Worker(scale, "figures", PASSIVE, scratch=str(SCRATCH), scores=scale.scores) as worker:
         yield row("evaluation.figures", f"intervals, figures of {scale.scores:,} scores: seconds",
                   worker.ask()["seconds"], at_most=10)
