@@ -987,7 +987,10 @@ class Stop:
                 with contextlib.suppress(UserError):  # which the disk may have been the reason of
                     self.save()
         finally:
-            self._restore()
+            # Where another process has died, the launcher's SIGTERM is on its way: it must not end
+            # this one before it has said why it ends.
+            if self.ranks.world == 1 or kind is None or kind is Stopped:
+                self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._old.items():

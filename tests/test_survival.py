@@ -25,7 +25,7 @@ import train as train_module
 from config import Config, UserError
 from data import create_dataloaders
 from evaluate import evaluate
-from train import Ranks, load_checkpoint, save_checkpoint, train
+from train import Ranks, Stop, load_checkpoint, save_checkpoint, train
 
 ROOT = Path(__file__).parent.parent
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -685,6 +685,26 @@ def test_a_process_that_dies_ends_the_run_and_leaves_its_checkpoint(tmp_path: Pa
     step = load_checkpoint(tmp_path / "unet/last.pt")["step"]
     program = start(dataclasses.replace(config, epochs=step // 4 + 2), "--resume", launcher=TWO)
     assert program.communicate(timeout=120) and program.returncode == 0
+
+
+def test_the_launchers_signal_does_not_silence_a_process_that_another_has_left(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun sends SIGTERM to the others as soon as one has died."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    def leave(world: str) -> bool:
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(RuntimeError), Stop(Ranks(), lambda: None, ""):
+            raise RuntimeError("gloo: connection closed by peer")
+        return (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+    try:
+        assert leave("1") and not leave("2")
+        os.kill(os.getpid(), signal.SIGTERM)  # is only noted: this line is passed
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
 
 
 def test_fewer_images_than_processes_are_refused(
