@@ -1173,18 +1173,18 @@ def draw_examples(run: Run, source: Source, scored: Scored, metrics: dict, file:
     picks = example_positions(scored, metrics, 3)
     samples = [scored.samples[i] for _, i in picks]
     images, reconstructions, maps = pictures(run, source, samples, metrics["scorer"])
-    top = map_top(maps)
+    tiles = np.stack([images, reconstructions, images])
+    heat, masks, above = np.zeros_like(tiles), np.zeros_like(tiles), []
+    heat[2] = maps
+    for column, ((why, i), sample) in enumerate(zip(picks, samples, strict=True)):
+        if (mask := lesion_mask(source, sample, run.config.image_size)) is not None:
+            masks[2, column] = mask
+        above.append(f"{why}\n{describe_sample(sample)}\n"
+                     f"score {scored.scores[metrics['scorer']][i]:.3g}")
     figure = Figure(figsize=(1.5 * len(picks) + 1.2, 5.6), layout="constrained")
-    axes = figure.subplots(3, len(picks), squeeze=False)
-    for column, (why, i) in enumerate(picks):
-        score = scored.scores[metrics["scorer"]][i]
-        show_image(axes[0][column], images[column],
-                   f"{why}\n{describe_sample(samples[column])}\nscore {score:.3g}")
-        show_image(axes[1][column], reconstructions[column])
-        mask = lesion_mask(source, samples[column], run.config.image_size)
-        shown = show_map(axes[2][column], images[column], maps[column], top, mask)
-    for row, text in enumerate(("input", "reconstruction", "anomaly map")):
-        axes[row][0].set_ylabel(text)
+    axes = figure.subplots()
+    shown = show_tiles(axes, tiles, heat, map_top(maps), masks, above,
+                       ("input", "reconstruction", "anomaly map"))
     figure.colorbar(shown, ax=axes, label=map_label(metrics["scorer"]), shrink=0.7)
     figure.suptitle(f"{run.name}, threshold {metrics['threshold']:.3g}\n{tested_on(metrics)}",
                     fontsize=9)

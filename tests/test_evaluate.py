@@ -53,7 +53,7 @@ from train import load_checkpoint, place, save_checkpoint, train
 
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of numbers and texts over several runs: drawing would take most of their time."""
+    """For tests of numbers and texts: drawing would take most of their time."""
     def blank(*arguments: object) -> bool:
         Image.new("L", (1, 1)).save(arguments[-1])
         return True
@@ -241,6 +241,7 @@ def test_localisation_counts_peaks_by_lesion_size_and_the_share_of_the_map() -> 
     assert got["lesion_area"] == pytest.approx(0.1325)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_maps_are_held_against_the_boxes_of_nih(runs: list[Path], tmp_path: Path) -> None:
     rows = ["Image Index,Finding Labels,Patient ID,View Position"]
     for i in range(8):
@@ -617,6 +618,7 @@ def test_own_data_is_tested_on_the_test_split_of_split_csv_alone(
     assert evaluate(folder, data=str(copy))[0]["external"] is False
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_training_images_are_never_tested_on_under_another_path(
     tmp_path: Path, xrays: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -788,6 +790,7 @@ def test_scores_and_maps_in_bf16_are_close_to_those_in_fp32(runs: list[Path], wh
     assert (rough_map - exact_map).abs().max() < 0.2  # standard deviations of training normals
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_film_gets_the_same_score_in_a_test_and_alone(
     runs: list[Path], xrays: Path
 ) -> None:
