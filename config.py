@@ -100,10 +100,11 @@ class Config:
     data: str = knob("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "
                      "kaggle:owner/name[/versions/N]")
     samples: int | None = knob(None, "normal training images; default: all, 400 on the phantom",
-                               low=1)
+                               low=2)
     augment: bool = knob(True, "small random shifts, turns, scales, brightness and contrast")
     memory_limit_gb: float = knob(4.0, "most memory for images: in flight, being decoded, waiting, "
-                           "and kept for later epochs; what does not fit is read again", low=0)
+                           "and kept for later epochs; what does not fit is read again", low=0,
+                                  high=100_000)
 
     # How
     epochs: int | None = knob(None, "passes over the training images in total, earlier ones "
@@ -176,7 +177,7 @@ def _checked(f: dataclasses.Field, value: typing.Any, where: str) -> object:
         return None
     wrong = UserError(f"{where}: {value!r} is not {_legal(f)}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise wrong
     choices, low, high = (f.metadata[k] for k in ("choices", "low", "high"))
@@ -228,7 +229,7 @@ def read_config_file(path: str | Path) -> dict[str, typing.Any]:
     """The settings in a JSON or TOML file, names checked; values are checked by Config."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".toml":
             try:
                 import tomllib
@@ -240,7 +241,8 @@ def read_config_file(path: str | Path) -> dict[str, typing.Any]:
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # both decoders' errors are ValueErrors, and so is bad UTF-8
-        raise UserError(f"--config {path}: not valid {path.suffix[1:].upper()}: {error}") from None
+        kind = "TOML" if path.suffix == ".toml" else "JSON"
+        raise UserError(f"--config {path}: not valid {kind}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: a table of settings is wanted")
     by_name = {f.name: f for f in dataclasses.fields(Config)}
@@ -265,8 +267,8 @@ class _Parser(argparse.ArgumentParser):
         message = message.replace("expected one argument", "a value is missing after it")
         wrong = message.removeprefix("unrecognized arguments: ")
         if wrong != message and not wrong.startswith("-"):
-            message = (f"{wrong.split()[0]} stands alone; images are named with --data, and a name "
-                       "with spaces needs quotes")
+            message = (f"{wrong.strip() or repr(wrong)} stands alone; images are named with "
+                       "--data, and a name with spaces needs quotes")
         elif wrong != message:
             names = [s for a in self._actions for s in a.option_strings]
             close = difflib.get_close_matches(wrong.split()[0].split("=")[0], names, 1)
@@ -350,7 +352,7 @@ def resumed_settings(config: Config) -> dict[str, typing.Any]:
         raise UserError(f"--resume {config.resume}: a path belongs to one run; with --model both "
                         "or --seeds give --resume alone")
     else:
-        path = Path(config.resume)
+        path = Path(config.resume).resolve()
         folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
     if not file.is_file():
@@ -410,7 +412,7 @@ def kaggle_credentials() -> dict[str, str]:
     found |= {k: os.environ[name] for k, name in names.items() if os.environ.get(name)}
     if not found and "google.colab" in sys.modules:
         if token := _colab_secret("KAGGLE_API_TOKEN"):
-            return {"api_token": token}
+            return _plain({"api_token": token})
         found = {k: v for k, name in names.items() if (v := _colab_secret(name))}
     if len(found) == 1:
         missing = next(name for k, name in names.items() if k not in found)
@@ -442,7 +444,7 @@ def _colab_secret(name: str) -> str | None:
     try:
         from google.colab import userdata
 
-        return userdata.get(name)
+        return userdata.get(name).strip()
     except Exception:  # not there, or this notebook has not been granted access to it
         return None
 

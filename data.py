@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import dataclasses
 import difflib
 import email.utils
 import errno
@@ -134,6 +135,10 @@ class Source:
         """Equal for files of equal size and content. OSError if the file cannot be had."""
         return hashlib.blake2b(self.read(sample), digest_size=16).digest()
 
+    def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
+        """(width, height) from the file's header; None if it is not known before it is read."""
+        return None
+
     # What is fetched together: for sources where one request for several files is cheaper.
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
@@ -217,6 +222,9 @@ class PhantomSource(Source):
 
     def size_of(self, sample: Sample) -> int:
         return 256 * self.image_size**2  # what drawing one holds: some 32 layers of float64
+
+    def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
+        return self.image_size, self.image_size
 
     def mask(self, sample: Sample, size: int) -> np.ndarray | None:
         if not sample.finding:
@@ -433,8 +441,10 @@ def draw_phantom(
 # CSV files alone, so that the same code serves for any place that can list names.
 
 
-NORMAL_NAMES = {"normal", "normals", "good", "healthy", "no finding", "no_finding", "negative", "0"}
-ABNORMAL_NAMES = {"abnormal", "anomaly", "anomalous", "bad", "defect", "positive", "1"}
+NORMAL_NAMES = {"normal", "normals", "good", "healthy", "no finding", "no_finding", "negative",
+                "no", "false", "0"}
+ABNORMAL_NAMES = {"abnormal", "anomaly", "anomalous", "bad", "defect", "positive", "yes", "true",
+                  "1"}
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
                "validation": "val", "test": "test", "testing": "test"}
 
@@ -448,7 +458,10 @@ class FolderSource(Source):
     """
 
     def __init__(self, spec: str) -> None:
-        path = Path(spec).expanduser()
+        try:
+            path = Path(spec).expanduser()
+        except RuntimeError as error:  # ~someone, who is not known here
+            raise UserError(f"--data {spec}: {error}") from None
         name = path.resolve().name if path.is_dir() else path.stem
         self.spec, self.name = spec, re.sub(r"[^\w.-]+", "_", name) or "folder"
         self.left_out = Counter()
@@ -457,12 +470,20 @@ class FolderSource(Source):
                             + instead_of(spec, path))
         self.root = path if path.is_dir() else path.parent
         if path.is_dir():
-            names = []
-            for folder, folders, files in os.walk(path, followlinks=True):
+            names: list[str] = []
+            known: set[str] = set()  # a link may lead to a folder that was there already
+            for folder, folders, files in os.walk(path, onerror=self._refuse, followlinks=True):
+                if os.path.realpath(folder) in known:
+                    folders[:] = []
+                    continue
+                known.add(os.path.realpath(folder))
                 folders[:] = sorted(d for d in folders if not d.startswith("."))
                 inside = PurePosixPath(Path(folder).relative_to(path).as_posix())
                 names += [str(inside / f) for f in files if not f.startswith(".")]
-            layout = recognise_layout(sorted(names), self.read_text, spec, self.left_out)
+            fit = [name for name in names if is_text(name)]
+            if len(fit) < len(names):
+                self.left_out["with a name that is not UTF-8"] = len(names) - len(fit)
+            layout = recognise_layout(sorted(fit), self.read_text, spec, self.left_out)
         elif path.suffix.lower() == ".csv":
             layout = read_csv_of_paths(path.name, None, self.read_text, spec)
             listed = [*(s.key for s in layout.samples), *layout.masks.values()]
@@ -479,6 +500,9 @@ class FolderSource(Source):
         self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
         self.title = f"{layout.title} in {path.resolve()}"
 
+    def _refuse(self, error: OSError) -> None:
+        raise UserError(f"--data {self.spec}: {error.filename} cannot be read ({error.strerror})")
+
     def read_file(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
@@ -487,6 +511,29 @@ class FolderSource(Source):
             return (self.root / sample.key).stat().st_size
         except OSError:  # a dangling link: found unreadable later on
             return 0
+
+    def digest(self, sample: Sample) -> bytes:
+        digest = hashlib.blake2b(digest_size=16)
+        with open(self.root / sample.key, "rb") as f:  # a piece at a time: it may be large
+            while piece := f.read(CHUNK):
+                digest.update(piece)
+        return digest.digest()
+
+    def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
+        try:
+            with Image.open(self.root / sample.key) as image:
+                return image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name can be written to a table: in old archives some cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def instead_of(spec: str, path: Path) -> str:
@@ -520,7 +567,9 @@ def recognise_layout(
     # The Kermany archive holds itself a second time, and a Mac's shadow files.
     known = set(names)
     copies = [n for n in names if "__MACOSX/" in n
-              or (n.startswith("chest_xray/") and n.removeprefix("chest_xray/") in known)]
+              or (n.startswith("chest_xray/") and n.removeprefix("chest_xray/") in known)
+              or ("/chest_xray/chest_xray/" in n
+                  and n.replace("/chest_xray/chest_xray/", "/chest_xray/", 1) in known)]
     if copies:
         left_out["copies inside the archive"] += len(copies)
         names = sorted(known - set(copies))
@@ -531,14 +580,19 @@ def recognise_layout(
 
     if entry := next((n for b, n in tables.items() if b.startswith("Data_Entry_2017")), None):
         return read_nih(images, entry, tables, read_text, where, left_out)
-    if "metadata.csv" in tables and _has_columns(
-        read_text(tables["metadata.csv"]), ("finding",), ("filename",), ("view",)
-    ):
-        return read_covid(images, tables["metadata.csv"], read_text, left_out)
+    if "metadata.csv" in tables:
+        text = read_text(tables["metadata.csv"])
+        if _has_columns(text, ("finding",), ("filename",), ("view",)) and not _has_columns(
+                text, _LABEL):  # with a label it is the user's own
+            return read_covid(images, tables["metadata.csv"], read_text, left_out)
     top = [n for n in tables.values() if "/" not in n and n.lower().endswith(".csv")]
     listing = [n for n in top if _has_columns(read_text(n), _PATH, _LABEL)]
     if len(listing) == 1:
         return read_csv_of_paths(listing[0], images, read_text, where)
+    if listing:
+        raise UserError(f"--data {where}: {', '.join(listing)} all list images; name the one that "
+                        f"is meant (--data {os.path.join(where, listing[0])}), or join them, with "
+                        "a column split")
     return read_class_folders(images, where, left_out)
 
 
@@ -576,7 +630,8 @@ def read_class_folders(images: list[str], where: str, left_out: Counter) -> Layo
         found = ", ".join(sorted({p.as_posix() for p in parents.values()} - {"."})[:6])
         raise UserError(
             f"--data {where}: none of its {len(images)} images is known to be normal; put those "
-            "that are into a folder normal (or NORMAL, good, healthy) and others beside it, or "
+            "that are straight into a folder normal (or NORMAL, good, healthy) and others into one "
+            "beside it, or "
             f"list all in a CSV; {f'folders found: {found}' if found else 'it has no folders'}")
     kermany = any(s.finding in ("bacteria", "virus") for s in samples)
     return Layout("chest X-rays as Kermany laid them out" if kermany else
@@ -655,6 +710,10 @@ def read_csv_of_paths(
             row.get("view", ""), SPLIT_NAMES.get(split, "")))
         if row.get("mask"):
             masks[key] = os.path.normpath(row["mask"]).replace(os.sep, "/")
+            if there is not None and masks[key].lower().endswith(IMAGE_SUFFIXES) and (
+                    masks[key] not in there):
+                raise UserError(f"--data {where}: {file} row {number}: there is no mask "
+                                f"{row['mask']}")
     return Layout(f"images listed in {file}", samples, masks)
 
 
@@ -1356,7 +1415,8 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     """Split by patient into train (normals), val and test; the same for every seed and model.
 
     A test split that the source prescribes is respected, and so is a validation split with at
-    least 50 normals. Otherwise test takes 20 % of the normals and every patient who has no normal
+    least 50 normals; a smaller one is left out, or if test is not prescribed either split anew
+    with all else. Otherwise test takes 20 % of the normals and every patient who has no normal
     image, and validation 10 % of the remaining normals. Abnormal images of patients who are not
     in train go to validation, where settings may be chosen on them.
     train_limit: the most training images; validation normals then are at most a quarter as many,
@@ -1366,12 +1426,20 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     test = [s for s in samples if s.split == "test"]
     rest = [s for s in samples if s.split != "test"]
     if not test:
-        patients_with_normals = {s.patient for s in rest if s.label == NORMAL}
-        sick = [s for s in rest if s.patient not in patients_with_normals]
-        mixed = [s for s in rest if s.patient in patients_with_normals]
+        val = [s for s in rest if s.split == "val"]
+        if val and sum(s.label == NORMAL for s in val) < MIN_NORMALS:
+            notes.append(f"prescribed validation split of {len(val)} images is too small: they are "
+                         "split anew with all others")
+            val, rest = [], [dataclasses.replace(s, split="") for s in rest]
+        in_val = {s.patient for s in val}
+        free = [s for s in rest if s.patient not in in_val]
+        patients_with_normals = {s.patient for s in free if s.label == NORMAL}
+        sick = [s for s in free if s.patient not in patients_with_normals]
+        mixed = [s for s in free if s.patient in patients_with_normals]
         n_normal = sum(s.label == NORMAL for s in mixed)
-        taken, rest = _take_patients(mixed, round(0.2 * n_normal))
-        test = sick + taken
+        test = sick + _take_patients(mixed, round(0.2 * n_normal))[0]
+        there = {s.key for s in test}
+        rest = [s for s in rest if s.key not in there]
     in_test = {s.patient for s in test}
     overlap = [s for s in rest if s.patient in in_test]
     if overlap:
@@ -1438,7 +1506,7 @@ def read_splits(file: Path) -> Splits:
                 parts[row["split"]].append(Sample(
                     row["key"], row["patient"], int(row["label"]), row["finding"], row["view"],
                     row["split"]))
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file}: not a readable table of splits ({error})") from None
     return Splits(parts["train"], parts["val"], parts["test"], notes=[])
 
@@ -1485,7 +1553,7 @@ def describe(source: Source, splits: Splits) -> str:
     everything = [s for name in SPLITS for s in getattr(splits, name)]
     some = everything[:: max(1, len(everything) // 20)]
     remote = isinstance(source, KaggleSource)  # there a look would cost a request each
-    sizes = [] if remote else sorted({size for s in some if (size := image_size_of(source, s))})
+    sizes = [] if remote else sorted({size for s in some if (size := source.width_and_height(s))})
     if remote:
         total = sum(source.size_of(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
@@ -1538,7 +1606,8 @@ def decode_image(data: bytes, size: int, budget: "Budget | None" = None,
         page = bytes(data[:100]).lstrip()[:1] == b"<"
         raise BadImage("a web page or XML, and no image" if page else
                        "no image of a known format" if data else "an empty file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError,
+            struct.error) as error:
         # What Pillow's decoders raise on damaged files.
         raise BadImage(str(error).split("<")[0].strip() or type(error).__name__) from None
 
@@ -1576,7 +1645,7 @@ def _decode_dicom(data: bytes, size: int, budget: "Budget | None",
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
-        raise UserError("DICOM images need pydicom 3: pip install pydicom") from None
+        raise UserError("DICOM images need pydicom 3: pip install 'pydicom>=3'") from None
     try:
         dicom = pydicom.dcmread(io.BytesIO(data))
         if dicom.Rows * dicom.Columns > MAX_PIXELS:
@@ -1595,15 +1664,6 @@ def _decode_dicom(data: bytes, size: int, budget: "Budget | None",
         raise
     except Exception as error:  # pydicom answers damage with nearly every kind of error
         raise BadImage(f"DICOM: {error}") from None
-
-
-def image_size_of(source: Source, sample: Sample) -> tuple[int, int] | None:
-    """(width, height) from the file's header; None if it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(source.read(sample))) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2089,7 +2149,7 @@ def split_for_training(source: Source, config: Config) -> Splits:
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:
     """uint8 [B,1,H,W] to float32 in [0,1] on the device."""
-    return images.to(device, non_blocking=True).float().div_(255)
+    return images.to(device).float().div_(255)
 
 
 def augment(images: Tensor, draws: Draws) -> Tensor:

@@ -63,7 +63,10 @@ def test_settings_can_be_toml(tmp_path: Path) -> None:
     (["--learn", "1"], "unknown flag --learn"),
     (["--config", "/no/such.json"], "/no/such.json: cannot be read"),
     (["surplus"], "surplus stands alone; images are named with --data, and a name with spaces"),
+    ([""], "'' stands alone; images are named with --data"),
     (["--data"], "--data: a value is missing after it"),
+    (["--samples", "1"], "--samples: 1 is not a whole number of at least 2"),
+    (["--memory-limit-gb", "1e300"], "1e+300 is not a number of at least 0 and at most 100000"),
 ])
 def test_a_wrong_flag_is_one_line_that_says_what_is_legal(argv: list[str], says: str) -> None:
     with pytest.raises(UserError, match=r"^[^\n]*$") as error:

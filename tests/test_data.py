@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -125,6 +127,9 @@ def test_kermany_is_recognised_with_patients_findings_and_split() -> None:
         ("IM-0115", 0, "", "train"), ("NORMAL2-IM-0115", 0, "", "train"),
         ("person7_bacteria", 1, "bacteria", "train"), ("person7_virus", 1, "virus", "test")]
     assert left_out == {"copies inside the archive": 2}
+    deeper, left_out = layout(["raw/chest_xray/train/NORMAL/IM-0115-0001.jpeg",
+                               "raw/chest_xray/chest_xray/train/NORMAL/IM-0115-0001.jpeg"])
+    assert len(deeper.samples) == 1 and left_out == {"copies inside the archive": 1}
 
 
 NIH = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -183,6 +188,35 @@ def test_covid_rules_keep_frontal_xrays_with_a_stated_finding() -> None:
     assert [(s.key, s.patient, s.label) for s in found.samples] == [
         ("images/a.png", "1", 1), ("images/b.jpg", "2", 1), ("images/c.png", "3", 0)]
     assert sum(left_out.values()) == 5 and left_out["not an X-ray"] == 1
+
+
+def test_a_users_own_metadata_csv_is_not_taken_for_the_covid_set() -> None:
+    table = ("filename,label,finding,view,patient,split\n"
+             "a.png,0,,PA,7,train\nb.png,1,mass,PA,7,train\nc.png,0,,PA,8,test\n")
+    found, left_out = layout(["a.png", "b.png", "c.png"], {"metadata.csv": table})
+    assert [(s.patient, s.label, s.split) for s in found.samples] == [
+        ("7", 0, "train"), ("7", 1, "train"), ("8", 0, "test")]
+    assert not left_out
+
+
+def test_two_tables_that_list_images_are_not_chosen_between() -> None:
+    tables = dict.fromkeys(("test.csv", "train.csv"), "path,label\na.png,0\n")
+    with pytest.raises(UserError, match=r"test.csv, train.csv all list .*--data here/test.csv"):
+        layout(["a.png"], tables)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
+def test_links_and_names_that_cannot_be_written_down_do_no_harm(tmp_path: Path) -> None:
+    for i in range(3):
+        write_image(tmp_path / "normal" / f"{i}.png", i)
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "normal" / "linked").symlink_to(tmp_path / "normal")
+    odd = os.fsencode(tmp_path / "normal") + b"/R\xf6ntgen.png"  # Latin-1
+    with open(odd, "wb") as f:
+        f.write((tmp_path / "normal/0.png").read_bytes())
+    source = FolderSource(str(tmp_path))
+    assert len(source.samples) == 3 and len(source.fingerprint()) == 16
+    assert source.left_out == {"with a name that is not UTF-8": 1}
 
 
 def test_stray_images_and_masks_beside_a_normal_folder_are_not_abnormal() -> None:
@@ -345,6 +379,20 @@ def test_an_official_validation_split_of_some_size_is_used() -> None:
     assert len(parts.val) == 60 and len(parts.train) == 200
 
 
+def test_validation_that_is_prescribed_without_test_is_used_and_not_tested_on() -> None:
+    samples = many(300, NORMAL, 300, "train", "a") + many(60, NORMAL, 60, "val", "c")
+    samples += many(60, ABNORMAL, 60, "val", "d") + many(40, ABNORMAL, 40, "train", "b")
+    parts = split_samples(samples)
+    prescribed = {s.key for s in samples if s.split == "val"}
+    assert {s.key for s in parts.val} == prescribed
+    assert sum(s.label == NORMAL for s in parts.test) == 60 and len(parts.train) == 240
+    # A small one is split anew with all else, and nothing is lost.
+    small = [s for s in samples if not (s.split == "val" and int(s.key[-4:]) >= 20)]
+    parts = split_samples(small)
+    assert "they are split anew" in parts.notes[0]
+    assert sum(len(part) for part in parts[:3]) == len(small)
+
+
 def test_samples_limits_training_and_never_moves_an_image() -> None:
     samples = many(2000, NORMAL, 2000, "train") + many(50, NORMAL, 50, "test", "t")
     whole, part = split_samples(samples), split_samples(samples, 300)
@@ -439,6 +487,13 @@ def test_damaged_files_are_bad_images(kind: str, damage: object) -> None:
         decode_image(damage(encoded(Image.fromarray(noise), kind)), 32)
 
 
+def test_a_jpeg_with_damaged_exif_is_a_bad_image_and_no_crash() -> None:
+    file = io.BytesIO()
+    Image.fromarray(RAMP).save(file, "JPEG", dpi=(72, 72), exif=b"Exif\0\0II*\0\x08\0")
+    with pytest.raises(BadImage):
+        decode_image(file.getvalue(), 32)
+
+
 def test_an_image_of_absurd_size_is_refused_before_it_is_decoded() -> None:
     png = bytearray(encoded(Image.fromarray(RAMP)))
     png[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in the header
@@ -483,7 +538,7 @@ def test_dicom_is_scaled_inverted_and_windowed() -> None:
 def test_dicom_without_pydicom_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"\0" * 128 + b"DICM" + b"\0" * 100
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
-    with pytest.raises(UserError, match="pip install pydicom"):
+    with pytest.raises(UserError, match="pip install 'pydicom>=3'"):
         decode_image(content, 32)
 
 

@@ -131,7 +131,7 @@ def test_credentials_are_found_wherever_the_client_looks(
         put(home / ".kaggle/kaggle.json", json.dumps({"username": USER, "key": "an old one"}))
         monkeypatch.setenv("KAGGLE_KEY", KEY)
     else:
-        secrets = {"KAGGLE_API_TOKEN": TOKEN} if place == "colab token" else {
+        secrets = {"KAGGLE_API_TOKEN": TOKEN + "\n"} if place == "colab token" else {
             "KAGGLE_USERNAME": USER, "KAGGLE_KEY": KEY}
         userdata = types.SimpleNamespace(get=lambda name: secrets[name])  # KeyError: absent
         for name in ("google", "google.colab"):  # whose own __init__ does not load userdata
