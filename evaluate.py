@@ -89,6 +89,7 @@ from data import (
     Sample,
     Source,
     decode_image,
+    is_text,
     open_source,
     read_splits,
 )
@@ -103,6 +104,7 @@ from models import (
     create_model,
     folded,
     map_name,
+    no_autocast,
 )
 from train import (
     CHANGEABLE,
@@ -162,8 +164,7 @@ class Run:
         if self.precision == "fp32":
             yield
             return
-        with autocast(self.device, self.precision), \
-                torch.autocast(self.device.type, enabled=False):  # for the scores
+        with autocast(self.device, self.precision), no_autocast(self.device):  # for the scores
             yield
 
 
@@ -279,10 +280,24 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
 
 
-def mean_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC of scores [n], or of each of several models' [S,n] and then averaged, under each row
-    of weights [R,n]: [R]."""
-    return np.mean([bootstrap(weighted_auroc, one, labels, weights)
+def chance_of_so_few(under: int, n: int, rank: int, of: int) -> float:
+    """The chance that `under` or fewer of n images lie at or under the value of that rank (from
+    1) among others of the same distribution: beta-binomial. A threshold from few images is itself
+    a matter of chance."""
+    def log_beta(a: int, b: int) -> float:
+        return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+    a, b = rank, of + 1 - rank
+    return math.fsum(math.exp(
+        log_beta(k + a, n - k + b) - log_beta(a, b) - log_beta(k + 1, n - k + 1)
+        - math.log(n + 1)) for k in range(under + 1))
+
+
+def over_seeds(metric: Callable[..., np.ndarray], scores: np.ndarray, labels: np.ndarray,
+               weights: np.ndarray) -> np.ndarray:
+    """The metric of scores [n], or of each of several models' [S,n] and then averaged, under each
+    row of weights [R,n]: [R]."""
+    return np.mean([bootstrap(metric, one, labels, weights)
                     for one in np.atleast_2d(scores)], axis=0)
 
 
@@ -291,9 +306,9 @@ def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
     """(mean AUROC of scores b less that of scores a, its 95 % interval): both on the same
     resamples. a, b: [n], or [S,n] of S seeds, averaged within each resample."""
     once = np.ones((1, len(labels)))
-    one, two = (mean_auroc(scores, labels, once)[0] for scores in (a, b))
-    differences = mean_auroc(b, labels, weights) - mean_auroc(a, labels, weights)
-    return float(two - one), *interval(differences)
+    one, two = (over_seeds(weighted_auroc, scores, labels, once)[0] for scores in (a, b))
+    ones, twos = (over_seeds(weighted_auroc, scores, labels, weights) for scores in (a, b))
+    return float(two - one), *interval(twos - ones)
 
 
 def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
@@ -512,19 +527,26 @@ def samples_to_score(run: Run, source: Source, split: str) -> tuple[list[Sample]
     # must not be tested on. Names that coincide by chance are far fewer than half.
     seen = {(s.key, s.patient, s.label) for s in splits.train + splits.val}
     fresh = [s for s in chosen if (s.key, s.patient, s.label) not in seen]
-    if len(chosen) - len(fresh) > len(seen) / 2:
-        return fresh, True, [f"{len(chosen) - len(fresh)} images left out: the run was trained or "
-                             "validated on images of these names"]
-    return chosen, True, []
+    known = len(chosen) - len(fresh)
+    if known > len(seen) / 2:
+        return fresh, True, [f"{known} images left out: the run was trained or validated on images "
+                             "of these names"]
+    return chosen, True, [] if not known else [
+        f"{known} of these images have the names of images that the run was trained or validated "
+        "on: make sure that they are others"]
 
 
 def training_reference(run: Run, source: Source) -> np.ndarray:
-    """Up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores."""
+    """Up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores. UserError
+    if none can be read."""
     train = read_splits(run.folder / "split.csv").train
     stream = ImageStream(source, train[:: max(1, math.ceil(len(train) / 400))],
                          run.config.image_size, 16, memory=run.config.memory_bytes, cache=False,
                          stop_on_bad=False)
-    return np.concatenate([images.numpy() for images, _ in stream])
+    found = [images.numpy() for images, _ in stream]
+    if not found:
+        raise UserError(f"none of the training images of {run.folder} can be read")
+    return np.concatenate(found)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -553,7 +575,7 @@ def measure(run: Run, scored: Scored, scorer: str, weights: np.ndarray) -> dict[
         "sensitivity_at_90_specificity": float((sick > threshold90).mean()) if len(sick) else None,
         "sensitivity_at_95_specificity": float((sick > threshold95).mean()) if len(sick) else None,
         "threshold": threshold95,
-        "specificity_at_threshold": None, "specificity_ci": None,
+        "specificity_at_threshold": None, "specificity_ci": None, "specificity_chance": None,
         "n_normal": len(well), "n_abnormal": len(sick),
         "n_patients": len({s.patient for s in scored.samples}),
         "n_validation_normals": len(run.scorer.normal_scores[scorer]),
@@ -564,6 +586,10 @@ def measure(run: Run, scored: Scored, scorer: str, weights: np.ndarray) -> dict[
         reached = float((well <= threshold95).mean())
         result["specificity_at_threshold"] = reached
         result["specificity_ci"] = wilson(reached, len(well))
+        normal = run.scorer.normal_scores[scorer]
+        result["specificity_chance"] = chance_of_so_few(
+            int((well <= threshold95).sum()), len(well), int((normal <= threshold95).sum()),
+            len(normal))
     if len(sick) and len(well):
         once = np.ones((1, len(labels)))
         result["auroc"] = float(weighted_auroc(scores, labels, once)[0])
@@ -638,8 +664,8 @@ def evaluate(
     above them may be given: what was trained there last. Runs that differ by their seed alone are
     also averaged.
     """
-    paths = [path for given in ([runs] if isinstance(runs, str | Path) else runs)
-             for path in runs_in(given)]
+    paths = list({path.resolve(): path for given in (
+        [runs] if isinstance(runs, str | Path) else runs) for path in runs_in(given)}.values())
     whole_grid, scorer = scorer == "all", DEFAULT_SCORER if scorer in (None, "all") else scorer
     if scorer not in SCORERS:
         raise UserError(f"--scorer {scorer}: not one of {', '.join((*SCORERS, 'all'))}")
@@ -690,13 +716,14 @@ def evaluate(
                 own_source = open_source(run.config) if external else source
                 trivial = TrivialScores(training_reference(run, own_source))
             except UserError as error:
-                if not external:
-                    raise
                 print(f"          note: two trivial scores are left out ({error})")
                 trivial = TrivialScores(None)
         with run.weights_kept():
             scored = score_samples(run, source, chosen, scorer, None if all_scored else trivial)
-        if weights is None or len(scored.samples) != weights.shape[1]:
+        if all_scored and (bad := scored.bad.keys() ^ all_scored[0].bad.keys()):
+            raise UserError(f"{run.folder} and {paths[0]} cannot be compared: {min(bad)} could be "
+                            "read for one of them only")
+        if weights is None:
             weights = patient_weights([s.patient for s in scored.samples])
         metrics = measure(run, scored, scorer, weights)
         well = scored.labels == NORMAL
@@ -771,7 +798,7 @@ def average(groups: dict[str, list[int]], scored: list[Scored], results: list[di
     """Name -> metrics averaged over the seeds, of each group of runs that differ by these alone.
 
     Beside them: `positions` of the runs, `scores` [S,n], `seeds`, `aurocs` and their standard
-    deviation `auroc_sd`. The interval is that of the mean, over patients drawn anew.
+    deviation `auroc_sd`. The intervals are those of the means, over patients drawn anew.
     """
     means = {}
     for name, positions in groups.items():
@@ -782,7 +809,9 @@ def average(groups: dict[str, list[int]], scored: list[Scored], results: list[di
             "scores": np.array([scored[i].scores[r["scorer"]]
                                 for i, r in zip(positions, those, strict=True)])}
         if mean["auroc"] is not None and len(those) > 1:
-            mean["auroc_ci"] = interval(mean_auroc(mean["scores"], scored[0].labels, weights))
+            for key, metric in (("auroc_ci", weighted_auroc),
+                                ("average_precision_ci", weighted_average_precision)):
+                mean[key] = interval(over_seeds(metric, mean["scores"], scored[0].labels, weights))
             mean["aurocs"] = [r["auroc"] for r in those]
             mean["auroc_sd"] = float(np.std(mean["aurocs"], ddof=1))
         means[name] = mean
@@ -856,8 +885,8 @@ def results_table(names: list[str], results: list[dict], means: dict[str, dict])
 
 def drift_warning(results: list[dict]) -> list[str]:
     """[a sentence] if a threshold is far off on the test normals, by more than chance; or []."""
-    drift = [r for r in results if r["specificity_ci"] and r["specificity_at_threshold"] < 0.90
-             and r["specificity_ci"][1] < 0.95]
+    drift = [r for r in results if r["n_normal"] and r["specificity_at_threshold"] < 0.90
+             and r["specificity_chance"] < 0.025]
     if not drift:
         return []
     low = min(drift, key=lambda r: r["specificity_at_threshold"])
@@ -1721,12 +1750,13 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     path = Path(image)
     if not path.exists():
         raise UserError(f"--image {image}: there is nothing at {path.resolve()}")
+    folder = Path(out) if out else loaded.folder / "predictions"
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
+                   and folder.resolve() not in p.resolve().parents  # heatmaps of an earlier time
                    ) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--image {image}: no images in this folder (looked for "
                         f"{', '.join(IMAGE_SUFFIXES)})")
-    folder = Path(out) if out else loaded.folder / "predictions"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1739,44 +1769,51 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     bar = Progress(len(files), "scoring")
-    for start in range(0, len(files), READ_AT_ONCE):
-        images, places = [], []
-        for i, file in enumerate(files[start : start + READ_AT_ONCE], start):
-            try:
-                pixels = decode_image(file.read_bytes(), loaded.config.image_size)
-            except (BadImage, OSError) as error:
-                if not path.is_dir():
-                    raise UserError(
-                        f"--image {file}: cannot be read as an image ({error})") from None
-                skipped.append(f"skipped   {names[i]}: {error}")
+    try:
+        for start in range(0, len(files), READ_AT_ONCE):
+            images, places = [], []
+            for i, file in enumerate(files[start : start + READ_AT_ONCE], start):
+                try:
+                    if not is_text(names[i]):
+                        raise BadImage("its name is not UTF-8")
+                    pixels = decode_image(file.read_bytes(), loaded.config.image_size)
+                except (BadImage, OSError) as error:
+                    name = ascii(names[i])[1:-1] if not is_text(names[i]) else names[i]
+                    if not path.is_dir():
+                        raise UserError(
+                            f"--image {name}: cannot be read as an image ({error})") from None
+                    skipped.append(f"skipped   {name}: {error}")
+                    continue
+                images.append(torch.from_numpy(pixels.copy())[None])
+                places.append(i)
+            if not images:
                 continue
-            images.append(torch.from_numpy(pixels.copy())[None])
-            places.append(i)
-        if not images:
-            continue
-        reading, scores, maps = loaded.read(torch.stack(images), scorer)
-        percentiles = loaded.scorer.percentile(scorer, scores[scorer])
-        for k, i in enumerate(places):
-            score = float(scores[scorer][k])
-            row = {"image": names[i], "score": round(score, 6),
-                   "percentile_among_normals": round(float(percentiles[k]), 1),
-                   "threshold": round(threshold, 6),
-                   "verdict": "abnormal" if score > threshold else "normal"}
-            rows.append(row)
-            np.save(folder / f"{stems[i]}_map.npy", maps[k, 0].cpu().numpy().astype(np.float32))
-            seen, back, map_ = (t[k, 0].cpu().numpy()
-                                for t in (reading.images, reading.reconstruction, maps))
-            draw_prediction(loaded, row, seen, back, map_, scorer,
-                            folder / f"{stems[i]}_heatmap.png")
-            bar.update(1)
-    bar.close()
+            reading, scores, maps = loaded.read(torch.stack(images), scorer)
+            percentiles = loaded.scorer.percentile(scorer, scores[scorer])
+            for k, i in enumerate(places):
+                score = float(scores[scorer][k])
+                row = {"image": names[i], "score": round(score, 6),
+                       "percentile_among_normals": round(float(percentiles[k]), 1),
+                       "threshold": round(threshold, 6),
+                       "verdict": "abnormal" if score > threshold else "normal"}
+                rows.append(row)
+                np.save(folder / f"{stems[i]}_map.npy",
+                        maps[k, 0].cpu().numpy().astype(np.float32))
+                seen, back, map_ = (t[k, 0].cpu().numpy()
+                                    for t in (reading.images, reading.reconstruction, maps))
+                draw_prediction(loaded, row, seen, back, map_, scorer,
+                                folder / f"{stems[i]}_heatmap.png")
+                bar.update(1)
+    finally:  # also when it was interrupted
+        bar.close()
+        if rows:
+            with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as f:
+                writer = csv.DictWriter(f, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
     print("\n".join(skipped) or "", end="\n" if skipped else "")
     if not rows:
         raise UserError(f"--image {image}: none of its {len(files)} images could be read")
-    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     width = min(60, max(len(r["image"]) for r in rows))
     for r in rows[:40]:
         print(f"{r['image']:<{width}}  score {r['score']:.4g}  higher than or equal to "

@@ -7,6 +7,7 @@
 Every image tensor here is float [B,1,H,W] with values in [0,1]; H = W = the model's image size.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -22,6 +23,17 @@ from config import Config, UserError
 
 # ----------------------------------------------------------------------------------------------
 # Networks
+
+
+# Before PyTorch 2.5 Apple's GPUs know no autocast, not even to have it switched off.
+AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps")
+                     if torch.amp.is_autocast_available(kind))
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """While inside, nothing is cast to a narrower type on that device."""
+    return (torch.autocast(device.type, enabled=False) if device.type in AUTOCAST
+            else contextlib.nullcontext())
 
 
 # The three products of a Linear layer, for a few images on a CPU. In their obvious shapes MKL takes
@@ -197,7 +209,7 @@ class UNet(nn.Module):
         y = bottom
         for block, skip in zip(self.up, reversed(skips), strict=True):
             # Autocast on a CPU would enlarge in fp32, and join both maps in it.
-            with torch.autocast(y.device.type, enabled=False):
+            with no_autocast(y.device):
                 y = F.interpolate(y.to(skip.dtype), scale_factor=2, mode="bilinear",
                                   align_corners=False)
                 # The gradient of a part of the joined map has gaps, with which that of enlarging
@@ -586,7 +598,7 @@ def filtered(maps: Tensor, along: Callable[[int], Tensor]) -> Tensor:
 
     As products: on a CPU two to six times as fast as pooling with large windows.
     """
-    with torch.autocast(maps.device.type, enabled=False):
+    with no_autocast(maps.device):
         return along(maps.shape[2]) @ (maps @ along(maps.shape[3]).T)
 
 

@@ -99,6 +99,7 @@ from models import (
     folded,
     map_name,
     moved,
+    no_autocast,
     objective_loss,
     read,
 )
@@ -1087,7 +1088,7 @@ def score_evenly(
     """
     decides, result = map_name(map_by), []
     # The weights are cast once for all; what the scorers do is done in fp32.
-    with autocast(device, precision), torch.autocast(device.type, enabled=False):
+    with autocast(device, precision), no_autocast(device):
         for reading, count in read_evenly(model, images, device, precision):
             shift = scorer.framing(reading.images)
             with autocast(device, precision):

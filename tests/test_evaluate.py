@@ -7,9 +7,11 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,15 +21,18 @@ import pytest
 import torch
 from conftest import tiny, write_image
 from PIL import Image
+from scipy.stats import betabinom
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import evaluate as evaluate_module
 from config import Config, UserError, parse_config
-from data import Sample, decode_image, draw_phantom, read_splits
+from data import FolderSource, Sample, decode_image, draw_phantom, read_splits
 from evaluate import (
     PixelCounts,
+    Run,
     Scored,
     by_view,
+    chance_of_so_few,
     command_to_train,
     draw_evenly,
     evaluate,
@@ -41,6 +46,7 @@ from evaluate import (
     patient_weights,
     peak_in_lesion,
     predict,
+    samples_to_score,
     verdict,
     weighted_auroc,
     weighted_average_precision,
@@ -117,13 +123,23 @@ def test_misses_and_false_alarms_are_on_the_wrong_side_of_the_threshold_the_wors
     assert worst(scored, {"scorer": "mse", "threshold": 0.5}) == ([4, 3, 5], [1, 2])
 
 
-@pytest.mark.parametrize(("threshold", "of_normals", "says"), [
-    (0.5, 100, "reaches 80.0 % (71 to 87) on these normals"), (0.5, 5, None), (0.9, 100, None)])
+def test_the_chance_of_so_few_normals_under_a_threshold_is_that_of_drawing_both_anew() -> None:
+    assert chance_of_so_few(7, 9, 19, 20) == pytest.approx(betabinom.cdf(7, 9, 19, 2))
+    rng = np.random.RandomState(0)
+    thresholds = np.sort(rng.rand(20_000, 20))[:, 18]
+    under = (rng.rand(20_000, 9) <= thresholds[:, None]).sum(1)
+    assert (under <= 7).mean() == pytest.approx(chance_of_so_few(7, 9, 19, 20), abs=0.01)
+    assert chance_of_so_few(9, 9, 19, 20) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("threshold", "validation", "of_normals", "says"), [
+    (0.5, 50, 100, "reaches 80.0 % (71 to 87) on these normals"), (0.5, 50, 5, None),
+    (0.5, 8, 100, None), (0.9, 50, 100, None)])  # of eight the highest is not sure itself
 def test_a_threshold_that_does_not_hold_is_warned_of_where_that_is_no_chance(
-    runs: list[Path], threshold: float, of_normals: int, says: str | None
+    runs: list[Path], threshold: float, validation: int, of_normals: int, says: str | None
 ) -> None:
     run = load_run(runs[0])
-    run.scorer.normal_scores = {"mse": torch.full((50,), threshold, dtype=torch.float64)}
+    run.scorer.normal_scores = {"mse": torch.full((validation,), threshold, dtype=torch.float64)}
     scores = np.append(np.where(np.arange(of_normals) % 5, 0.4, 0.8), [0.9, 0.9])
     labels = [0] * of_normals + [1, 1]
     samples = [Sample(str(i), str(i), y) for i, y in enumerate(labels)]
@@ -473,6 +489,24 @@ def test_the_command_in_the_page_trains_the_same_run() -> None:
     assert command_to_train(Config()) == "python train.py --model unet"
 
 
+def test_intervals_of_several_seeds_are_those_of_the_mean(runs: list[Path]) -> None:
+    rng = np.random.RandomState(0)
+    labels, run = np.arange(60) % 2, load_run(runs[0])
+    samples = [Sample(str(i), str(i), y) for i, y in enumerate(labels)]
+    weights = patient_weights([s.patient for s in samples])
+    run.scorer.normal_scores = {"mse": torch.zeros(50, dtype=torch.float64)}
+    scored = [Scored(samples, {"mse": labels * shift + rng.randn(60)}, {}, {}) for shift in (0, 3)]
+    results = [evaluate_module.measure(run, s, "mse", weights) | {"scorer": "mse", "seed": i}
+               for i, s in enumerate(scored)]
+    mean = evaluate_module.average({"U-Net": [0, 1]}, scored, results, weights)["U-Net"]
+    for name, metric in (("auroc", weighted_auroc),
+                         ("average_precision", weighted_average_precision)):
+        low, high = mean[f"{name}_ci"]
+        assert low < mean[name] < high and results[0][f"{name}_ci"][1] < mean[name]
+        both = [metric(s.scores["mse"], labels, weights) for s in scored]
+        assert (low, high) == pytest.approx(interval(np.mean(both, axis=0)))
+
+
 def test_the_difference_of_several_seeds_is_that_of_their_mean_aurocs() -> None:
     rng = np.random.RandomState(2)
     labels = np.repeat([0, 1], 100)
@@ -549,7 +583,8 @@ def test_seeds_of_a_model_are_averaged_and_compared_as_one(
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_rerun_gives_the_same_figures(runs: list[Path]) -> None:
-    assert evaluate(runs[0], samples=40)[0] == evaluate(runs[0], samples=40)[0]
+    both = evaluate([runs[0], runs[0].parent / "." / runs[0].name], samples=40)  # the same
+    assert both == evaluate(runs[0], samples=40) and len(both) == 1
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -619,6 +654,23 @@ def test_own_data_is_tested_on_the_test_split_of_split_csv_alone(
 
 
 @pytest.mark.usefixtures("blank_pictures")
+def test_runs_that_could_not_read_the_same_images_are_not_compared(
+    runs: list[Path], xrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(run: Run, *arguments: object) -> Scored:
+        scored = score_samples(run, *arguments)
+        if run.config.model == "unet":
+            return scored
+        bad = {scored.samples[-1].key: "too large"}
+        cut = ({k: v[:-1] for k, v in d.items()} for d in (scored.scores, scored.trivial))
+        return Scored(scored.samples[:-1], *cut, bad)
+
+    score_samples = evaluate_module.score_samples
+    monkeypatch.setattr(evaluate_module, "score_samples", score)
+    with pytest.raises(UserError, match=r"normal/\d+.png could be read for one of them only$"):
+        evaluate(runs, data=str(xrays), samples=10)
+
+
 def test_training_images_are_never_tested_on_under_another_path(
     tmp_path: Path, xrays: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -632,6 +684,10 @@ def test_training_images_are_never_tested_on_under_another_path(
         tested = {r["key"] for r in csv.DictReader(f)}
     assert not tested & {s.key for s in parts.train + parts.val} and "normal/new.png" in tested
     assert "images left out: the run was trained or validated" in capsys.readouterr().out
+    for s in parts.train[5:] + parts.val:  # of a few it is only said
+        (grown / s.key).unlink()
+    chosen, external, (note,) = samples_to_score(load_run(folder), FolderSource(str(grown)), "test")
+    assert external and len(chosen) > 12 and note.startswith("5 of these images have the names of")
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -749,6 +805,30 @@ def test_an_image_counts_as_in_the_framing_that_suits_it(runs: list[Path], which
         assert torch.equal(maps, expected)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
+def test_an_interrupted_prediction_keeps_its_table_and_never_reads_its_own_pictures(
+    runs: list[Path], xrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        shutil.copy(xrays / f"abnormal/{70 + i:03d}.png", tmp_path)
+    shutil.copy(tmp_path / "070.png", os.fsencode(tmp_path) + b"/f\xfcnf.png")  # Latin-1
+    drawn: list[Path] = []
+
+    def draw(*arguments: object) -> None:
+        drawn.append(arguments[-1])
+        arguments[-1].touch()
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_module, "draw_prediction", draw)
+    with pytest.raises(KeyboardInterrupt):
+        predict(runs[0], tmp_path, tmp_path / "out")
+    with open(tmp_path / "out/predictions.csv", newline="") as f:
+        assert [row["image"] for row in csv.DictReader(f)] == ["070.png", "071.png"]
+    rows = predict(runs[0], tmp_path, tmp_path / "out")
+    assert [row["image"] for row in rows] == ["070.png", "071.png", "072.png"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_scores_and_maps_of_an_image_are_bitwise_the_same_whatever_is_beside_it(
@@ -828,7 +908,7 @@ def test_bad_input_is_one_clear_line(
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_data_that_went_elsewhere_is_said_to_be_what_the_run_was_trained_on(
-    xrays: Path, tmp_path: Path
+    xrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(xrays, tmp_path / "xrays")
     folder, = train(tiny(tmp_path, data=str(tmp_path / "xrays"), samples=None, epochs=1))
@@ -836,6 +916,13 @@ def test_data_that_went_elsewhere_is_said_to_be_what_the_run_was_trained_on(
     with pytest.raises(UserError, match=r"was trained on it: if it lies elsewhere now, .* --data$"):
         evaluate(folder)
     assert evaluate(folder, data=str(tmp_path / "moved"))[0]["external"] is False
+    # Without its training images all but two trivial scores can be had.
+    (tmp_path / "moved").rename(tmp_path / "xrays")
+    for s in read_splits(folder / "split.csv").train:
+        (tmp_path / "xrays" / s.key).unlink()
+    capsys.readouterr()
+    assert len(evaluate(folder)[0]["baselines"]) == 4
+    assert "note: two trivial scores are left out (none of the" in capsys.readouterr().out
 
 
 def test_the_folder_above_the_runs_is_told_from_a_run(tmp_path: Path) -> None:
