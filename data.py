@@ -648,6 +648,7 @@ def _patient_from_name(name: str) -> tuple[str, str]:
 
 _PATH = ("path", "file", "filename", "image", "image_path", "filepath")
 _LABEL = ("label", "class", "target")
+_PATIENT = ("patient", "patient_id", "patientid", "subject_id")
 
 
 def _rows(text: str) -> Iterator[dict[str, str]]:
@@ -705,7 +706,7 @@ def read_csv_of_paths(
                             "(normal) nor 1 (abnormal)")
         finding = row.get("finding") or ("" if label.lower() in ABNORMAL_NAMES else label)
         samples.append(Sample(
-            key, row.get("patient") or row.get("patient_id") or key,
+            key, next((row[c] for c in _PATIENT if row.get(c)), key),
             NORMAL if normal else ABNORMAL, "" if normal else finding,
             row.get("view", ""), SPLIT_NAMES.get(split, "")))
         if row.get("mask"):

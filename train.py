@@ -1500,7 +1500,8 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
     if ranks.rank:  # the rest is for one process
         return folder
     if run.bad_epochs >= config.patience:
-        log.info(f"stopped early: no better validation loss for {config.patience} epochs")
+        log.info(f"stopped early: no better validation loss for {config.patience} epochs; to go on "
+                 "all the same: --resume with a larger --patience")
 
     # Calibrate the scorers on the best weights, and store them with these.
     best = load_checkpoint(folder / "best.pt", config.model)

@@ -122,7 +122,7 @@ execution), it saves first; run the cell again, and it goes on from there. What 
 trained again.
 
 These settings are for a first look. For real images take a GPU and `IMAGE_SIZE = 128`,
-`SAMPLES = None`, `EPOCHS = 30`, `WIDTH = 64`.""", """\
+`SAMPLES = None`, `EPOCHS = 20`, `WIDTH = 64`.""", """\
 SAMPLES = 400  # normal images to train on; None: all there are
 EPOCHS = 4  # passes over them
 WIDTH = 16  # channels of the first level; 64 is full size
