@@ -22,7 +22,7 @@ help: ## this list
 # The stamp is made only once pip has succeeded, so that a broken install is tried again.
 # config.py alone does nothing but refuse a Python that is too old.
 $(VENV)/.installed: requirements.txt
-	@test -x $(PY) || { $(PYTHON) config.py && $(PYTHON) -m venv $(VENV); }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { $(PYTHON) config.py && $(PYTHON) -m venv $(VENV); }
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

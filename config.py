@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import traceback
 import types
 import typing
@@ -352,8 +354,10 @@ def resumed_settings(config: Config) -> dict[str, typing.Any]:
         raise UserError(f"--resume {config.resume}: a path belongs to one run; with --model both "
                         "or --seeds give --resume alone")
     else:
-        path = Path(config.resume).resolve()
+        path = Path(config.resume)
         folder = path if path.is_dir() else path.parent
+        if folder.name in ("", ".."):  # from within the run folder
+            folder = folder.resolve()
     file = folder / "config.json"
     if not file.is_file():
         return {}
@@ -465,12 +469,18 @@ def require_packages() -> None:
     if not missing:
         return
     folder = Path(sys.argv[0]).parent
-    own, again = folder / ".venv/bin/python", shlex.join(sys.argv)
+    own = folder / ".venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    again = quoted(*sys.argv)
     what = f"{sys.executable} lacks {', '.join(missing)}"
     if own.exists() and os.path.abspath(folder / ".venv") != sys.prefix:
         raise UserError(f"{what}; type: {own} {again}")
     raise UserError(f"{what}; run make setup, then {own} {again}; or {sys.executable} -m pip "
                     f"install -r {folder / 'requirements.txt'}")
+
+
+def quoted(*words: str) -> str:
+    """Words as a command line that can be typed in the shell of this system."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def command(script: str) -> str:
@@ -481,16 +491,19 @@ def command(script: str) -> str:
             start = name
             break
     else:
-        start = shlex.quote(os.path.relpath(python) if python.is_relative_to(Path.cwd())
-                            else str(python))
+        start = quoted(os.path.relpath(python) if python.is_relative_to(Path.cwd())
+                       else str(python))
     if script == "train.py" and (world := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
         start = f"torchrun --nproc_per_node={world}"
     where = here.with_name(script) if here.name in ("train.py", "evaluate.py") else script
-    return f"{start} {shlex.quote(str(where))}"
+    return f"{start} {quoted(str(where))}"
 
 
 def run_command(main: Callable[[], object], prog: str, when_interrupted: str = "") -> int:
     """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what ends a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

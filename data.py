@@ -470,6 +470,9 @@ class FolderSource(Source):
                             + instead_of(spec, path))
         self.root = path if path.is_dir() else path.parent
         if path.is_dir():
+            if all((path / name).is_file() for name in ("train.py", "evaluate.py", "config.py")):
+                raise UserError(f"--data {spec}: this is the program's own folder; put the images "
+                                "into one of their own, and name that")
             names: list[str] = []
             known: set[str] = set()  # a link may lead to a folder that was there already
             for folder, folders, files in os.walk(path, onerror=self._refuse, followlinks=True):
@@ -478,6 +481,10 @@ class FolderSource(Source):
                     continue
                 known.add(os.path.realpath(folder))
                 folders[:] = sorted(d for d in folders if not d.startswith("."))
+                if folder != str(path) and ("trained.json" in files
+                                            or {"last.pt", "split.csv"} <= set(files)):
+                    folders[:] = []  # runs of this program, with their pictures
+                    continue
                 inside = PurePosixPath(Path(folder).relative_to(path).as_posix())
                 names += [str(inside / f) for f in files if not f.startswith(".")]
             fit = [name for name in names if is_text(name)]

@@ -58,7 +58,6 @@ import json
 import math
 import platform
 import re
-import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +77,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 from torch import Tensor, nn
 
-from config import Config, flag
+from config import Config, flag, quoted
 from data import (
     ABNORMAL,
     IMAGE_SUFFIXES,
@@ -114,6 +113,8 @@ from train import (
     autocast,
     choose_device,
     choose_precision,
+    first_line,
+    is_out_of_memory,
     load_checkpoint,
     place,
     plot_curves,
@@ -177,7 +178,7 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
         raise UserError(f"{folder}: there is no run folder there; train one with "
                         f"{command('train.py')}")
     if not (folder / "best.pt").exists():
-        inside = shlex.join(str(p.parent) for p in sorted(folder.glob("*/best.pt")))
+        inside = quoted(*(str(p.parent) for p in sorted(folder.glob("*/best.pt"))))
         raise UserError(f"{folder}: " + (
             f"not a run folder itself; in it are {inside}" if inside else
             "holds no trained model, not even of one epoch; train one with "
@@ -186,8 +187,8 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
     config = Config(**state["config"])
     if not state["scorer"]:
         raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
-                        f"go on with: {command('train.py')} --model {config.model} --resume "
-                        f"{folder} (--epochs {state['epoch']} ends it now)")
+                        f"wait for it, or go on with: {command('train.py')} --model {config.model} "
+                        f"--resume {folder} (--epochs {state['epoch']} ends it now)")
     where, _ = choose_device(device)
     precision, _ = choose_precision(config.precision, where)
     model = create_model(config.model, config)
@@ -773,8 +774,8 @@ def evaluate(
         print(f"\n{verdicts[0]}")
     asked = {"data": data, "split": None if split == "test" else split, "samples": samples,
              "scorer": "all" if whole_grid else None if scorer == DEFAULT_SCORER else scorer}
-    again = shlex.join(["python", "evaluate.py", *map(str, paths), *(
-        word for k, v in asked.items() if v is not None for word in (flag(k), str(v)))])
+    again = quoted("python", "evaluate.py", *map(str, paths), *(
+        word for k, v in asked.items() if v is not None for word in (flag(k), str(v))))
     page = loaded[0].folder.resolve().parent / "comparison.html"
     write_page(loaded, sources, all_scored, results, means, verdicts, costs, again, page)
     print(f"written   {page}: the results in one file, to open in a browser or to send on")
@@ -1625,7 +1626,7 @@ def command_to_train(config: Config) -> str:
             continue
         words += ([flag(f.name) if value else flag(f"no_{f.name}")] if isinstance(value, bool)
                   else [flag(f.name), "auto" if value is None else str(value)])
-    return shlex.join(words)
+    return quoted(*words)
 
 
 def page_training(runs: list[Run], results: list[dict], costs: list[dict],
@@ -1853,12 +1854,18 @@ def main() -> None:
     """Do what the command line asks for."""
     arguments = parse_arguments()
     image, out = arguments.pop("image"), arguments.pop("out")
-    if image is None:
-        evaluate(**arguments)
-    elif len(arguments["runs"]) > 1:
-        raise UserError("--image: give one run")
-    else:
-        predict(arguments["runs"][0], image, out, arguments["scorer"], arguments["device"])
+    try:
+        if image is None:
+            evaluate(**arguments)
+        elif len(arguments["runs"]) > 1:
+            raise UserError("--image: give one run")
+        else:
+            predict(arguments["runs"][0], image, out, arguments["scorer"], arguments["device"])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory ({first_line(error)[:200]}); does another program use it? "
+                        "Give fewer runs at a time, or --device cpu") from None
 
 
 if __name__ == "__main__":

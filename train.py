@@ -26,6 +26,7 @@ from config import (
     load_config,
     log,
     parse_config,
+    quoted,
     require_packages,
     run_command,
     run_folder,
@@ -52,7 +53,6 @@ import logging
 import math
 import platform
 import re
-import shlex
 import shutil
 import signal
 import textwrap
@@ -103,6 +103,11 @@ from models import (
     objective_loss,
     read,
 )
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 11  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
@@ -413,8 +418,9 @@ def cannot_write(file: Path, error: Exception) -> UserError:
     room = shutil.disk_usage(file.parent).free
     full = f"; {room / 2**20:,.0f} MB are free on that disk" if room < 1 << 30 else ""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    mend = "see who else uses it" if isinstance(error, PermissionError) else "make room"
     return UserError(f"{file}: cannot be written ({reason}{full}); the checkpoint before it is "
-                     "untouched: make room and go on with --resume")
+                     f"untouched: {mend} and go on with --resume")
 
 
 class Damaged(UserError):
@@ -491,22 +497,24 @@ def refuse_changes(state: dict, config: Config, path: Path, fingerprint: str, wo
     if "optimizer" not in state:
         raise UserError(f"{path}: holds weights only; resume from the last.pt beside it")
     saved, now = state["config"], dataclasses.asdict(config)
+    if state["data_fingerprint"] != fingerprint and saved["data"] == config.data:
+        raise UserError(f"{path}: the images in {config.data} have changed since")
+    moved = {"data"} if state["data_fingerprint"] == fingerprint else set()  # to another place
     changed = [f"{flag(k)} was {saved.get(k)!r}, is {now[k]!r}" for k in now
-               if k not in CHANGEABLE and saved.get(k) != now[k]]
+               if k not in (*CHANGEABLE, *moved) and saved.get(k) != now[k]]
     if changed:
         raise UserError(f"{path}: cannot be resumed with other settings: {'; '.join(changed)}")
     if state["world"] != world:
         raise UserError(f"{path}: of a run with {state['world']} processes, and not {world}; go "
                         f"on with torchrun --nproc_per_node={state['world']}")
-    if state["data_fingerprint"] != fingerprint:
-        raise UserError(f"{path}: the images in {config.data} have changed since")
 
 
 def same_run(state: dict, config: Config, fingerprint: str, *also: str) -> bool:
-    """Whether a checkpoint is of these settings, the changeable ones in `also` included."""
+    """Whether a checkpoint is of these settings, the changeable ones in `also` included, and of
+    the same data, wherever that lies."""
     return state["data_fingerprint"] == fingerprint and all(
         state["config"].get(k) == v for k, v in dataclasses.asdict(config).items()
-        if k not in CHANGEABLE or k in also)
+        if k not in (*CHANGEABLE, "data") or k in also)
 
 
 def is_finished(folder: Path, config: Config, fingerprint: str) -> bool:
@@ -525,6 +533,51 @@ def move_aside(folder: Path) -> None:
         number += 1
     folder.rename(aside)
     log.info(f"an earlier run was there: moved to {aside}")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """While inside, no other training may use the folder: UserError if one does. There is no such
+    guard where folders cannot be locked: on Windows, on some disks of networks."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another training is writing there; wait for it, or give "
+                            "this one another --output-dir") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def prepare_folder(folder: Path, checkpoint: Path | None, has_best: bool,
+                   inside: contextlib.ExitStack) -> None:
+    """Make the run folder what training can go on in, and claim it for as long as `inside` lasts.
+
+    checkpoint: what to go on from, also of another folder; has_best: the best weights so far come
+    along. What was there of another run is moved aside.
+    """
+    here = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
+    kept = ("last.pt", "previous.pt", "best.pt", "log.csv")
+    if not here and any((folder / name).exists() for name in kept):
+        with claimed(folder):  # not from under another training
+            move_aside(folder)
+    make_run_folder(folder)
+    inside.enter_context(claimed(folder))
+    if checkpoint is None:
+        return
+    if here and checkpoint.name == "previous.pt":  # last.pt is damaged, or was never renamed
+        os.replace(checkpoint, folder / "last.pt")
+    if not here:
+        if has_best:
+            shutil.copyfile(checkpoint.parent / "best.pt", folder / "best.pt")
+        shutil.copyfile(checkpoint, folder / "last.pt")
 
 
 def make_run_folder(folder: Path) -> None:
@@ -1174,8 +1227,14 @@ def train(config: Config) -> list[Path]:
             raise UserError(f"out of memory ({reason}); try a smaller --micro-batch, --width or "
                             "--image-size") from None
         if ranks.world > 1 and any(w in str(error).lower() for w in ("gloo", "nccl", "peer")):
-            raise UserError(f"another process of this run has ended ({reason}); go on with: "
-                            f"{command_to_resume(config)}") from None
+            last = str(error).strip().split("\n")[-1][:200]  # where NCCL says what it was
+            raise UserError("another process of this run has ended, or cannot be reached "
+                            f"({reason}{f' ... {last}' if last not in reason else ''}); go on "
+                            f"with: {command_to_resume(config)}") from None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            told = " ".join(str(error).split())[:300]
+            raise UserError(f"--compile does not work here ({type(error).__name__}: {told}); go "
+                            "on without it") from None
         raise
 
 
@@ -1311,7 +1370,10 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
             found = newest_checkpoint(folder, config.model)
             if found and not same_run(found[1], config, fingerprint, "epochs"):
                 found = None
+            if found and found[1]["epoch"]:
+                load_checkpoint(folder / "best.pt", config.model)  # which must be there, too
         except UserError as error:  # damaged, or of another version: moved aside below
+            found = None
             log.warning(f"reuse     {error}: not reused")
     checkpoint, state = found or (None, None)
     if state:
@@ -1319,7 +1381,10 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
 
     precision, why_precision = choose_precision(config.precision, device)
     if state and config.precision == "auto" and state["device"] == device.type:
-        precision, why_precision = state["precision"], "as before"
+        if state["precision"] == "bf16" != precision:  # which would be imitated, very slowly
+            log.info(f"precision {precision}, and not bf16 as before: {why_precision}")
+        else:
+            precision, why_precision = state["precision"], "as before"
     run = start_run(config, device, precision)
     stream: ImageStream = loaders.train.dataset
     stream.seed = config.seed  # the loaders may have been another seed's
@@ -1332,32 +1397,22 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
         if run.epoch:
             best = checkpoint.parent / "best.pt"
             try:
-                load_checkpoint(best, config.model)  # missing: say so
-            except Damaged as error:
+                load_checkpoint(best, config.model)
+            except UserError as error:  # damaged or missing
                 raise UserError(f"{error}. The weights of the best epoch are lost; those of the "
                                 f"last one are in {checkpoint}. Start over without --resume: the "
                                 "old run is moved aside, not overwritten") from None
 
-    # The folder: first everyone has looked at it, then one process changes it.
-    ranks.wait()
-    here = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
     saved_config = dataclasses.asdict(config) | {"resume": None, "reuse": False}
-    if ranks.rank == 0:
-        kept = ("last.pt", "previous.pt", "best.pt", "log.csv")
-        if not here and any((folder / name).exists() for name in kept):
-            move_aside(folder)
-        make_run_folder(folder)
-        if here and checkpoint.name == "previous.pt":  # last.pt is damaged, or was never renamed
-            os.replace(checkpoint, folder / "last.pt")
-        if checkpoint and not here:  # the best weights so far come along
-            if run.epoch:
-                shutil.copyfile(checkpoint.parent / "best.pt", folder / "best.pt")
-            shutil.copyfile(checkpoint, folder / "last.pt")
-        write_splits(loaders.splits, folder / "split.csv")
-        write_file(folder / "config.json", json.dumps(saved_config, indent=2) + "\n")
-    ranks.wait()
-
-    with logged_to(folder / "run.log", ranks):
+    with contextlib.ExitStack() as inside:
+        # The folder: first everyone has looked at it, then one process changes it.
+        ranks.wait()
+        if ranks.rank == 0:
+            prepare_folder(folder, checkpoint, bool(run.epoch), inside)
+            write_splits(loaders.splits, folder / "split.csv")
+            write_file(folder / "config.json", json.dumps(saved_config, indent=2) + "\n")
+        ranks.wait()
+        inside.enter_context(logged_to(folder / "run.log", ranks))
         settings = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
         log.info(textwrap.fill(settings, 100, initial_indent="settings  ",
                                subsequent_indent=" " * 10, break_on_hyphens=False,
@@ -1370,6 +1425,8 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
         log.info(f"model     {config.model}, {parameters:,} parameters")
         if state:
             log.info(f"resume    {checkpoint}, after epoch {run.epoch}, step {run.step}")
+            if config.data != (before := state["config"]["data"]):
+                log.info(f"          its images were in {before}: the names of these are the same")
         elif config.resume:
             log.info(f"resume    no checkpoint in {folder} yet: starting afresh")
         if state and state["device"] == device.type and (
@@ -1492,7 +1549,10 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
             run.begin_epoch(run.epoch + 1)
             stream.set_epoch(run.epoch)
             if ranks.rank == 0:
-                write_log(run.log, folder / "log.csv")
+                try:
+                    write_log(run.log, folder / "log.csv")
+                except UserError as error:  # open in a spreadsheet? last.pt holds the rows, too
+                    log.warning(f"{error}")
             ended = run.epoch == config.epochs or run.bad_epochs == config.patience
             if ended or due(0):
                 save_last()
@@ -1526,14 +1586,14 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
 def command_to_evaluate(folder: str) -> str:
     """What to type to test what was trained."""
     return f"evaluate({folder!r})" if in_notebook() else (
-        f"{command('evaluate.py')} {shlex.quote(folder)}")
+        f"{command('evaluate.py')} {quoted(folder)}")
 
 
 def command_to_resume(config: Config) -> str:
     """What to type to go on with a run, as this program itself was started."""
     if in_notebook():
         return "the same cell again" if config.reuse else "the same cell, with reuse=True"
-    where = "" if config.output_dir == "runs" else f" --output-dir {shlex.quote(config.output_dir)}"
+    where = "" if config.output_dir == "runs" else f" --output-dir {quoted(config.output_dir)}"
     # What decides which folders are meant; all else is in these.
     for name in ("seed", "seeds"):
         if (value := getattr(config, name)) != getattr(Config, name):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -151,6 +152,14 @@ def test_an_old_python_is_refused_in_one_line() -> None:
                            "import config"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("Python 3.10 or newer is needed")
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+
+
+def test_what_the_screen_cannot_show_ends_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from config import run_command\n"
+         "print(run_command(lambda: print('Nguy\u1ec5n'), 'x'))"], cwd=ROOT, capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, text=True)
+    assert done.stdout.splitlines() == ["Nguy\\u1ec5n", "0"]
 
 
 @pytest.mark.parametrize("typed", [["train.py"], ["evaluate.py", "runs/a b"]])

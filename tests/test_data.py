@@ -219,6 +219,17 @@ def test_links_and_names_that_cannot_be_written_down_do_no_harm(tmp_path: Path) 
     assert source.left_out == {"with a name that is not UTF-8": 1}
 
 
+def test_runs_and_the_program_itself_are_no_data(tmp_path: Path) -> None:
+    for name in ("normal/0.png", "sick/1.png", "runs/comparison.png", "mine/unet/curves.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "runs/trained.json").touch()
+    for name in ("last.pt", "split.csv"):
+        (tmp_path / "mine/unet" / name).touch()
+    assert [s.key for s in FolderSource(str(tmp_path)).samples] == ["normal/0.png", "sick/1.png"]
+    with pytest.raises(UserError, match="the program's own folder; put the images into one"):
+        FolderSource(str(Path(__file__).parent.parent))
+
+
 def test_stray_images_and_masks_beside_a_normal_folder_are_not_abnormal() -> None:
     found, left_out = layout(["overview.png", "normal/a.png", "sick/b.png", "masks/b.png"])
     assert [s.key for s in found.samples] == ["normal/a.png", "sick/b.png"]

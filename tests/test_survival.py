@@ -25,7 +25,7 @@ import train as train_module
 from config import Config, UserError
 from data import create_dataloaders
 from evaluate import evaluate
-from train import Ranks, Stop, load_checkpoint, save_checkpoint, train
+from train import Ranks, Stop, claimed, load_checkpoint, save_checkpoint, train
 
 ROOT = Path(__file__).parent.parent
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -705,6 +705,79 @@ def test_the_launchers_signal_does_not_silence_a_process_that_another_has_left(
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
+    folder, = train(tiny(tmp_path))
+    before = (folder / "last.pt").read_bytes()
+    with claimed(folder):
+        for how in ({}, {"resume": "auto", "epochs": 3}):
+            with pytest.raises(UserError, match=r"unet: another training is writing there; .*dir$"):
+                train(tiny(tmp_path, **how))
+        assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["unet"]
+        assert (folder / "last.pt").read_bytes() == before
+    train(tiny(tmp_path, resume="auto", epochs=3))
+
+
+def test_a_run_goes_on_where_its_data_has_another_place_and_no_other_content(
+    tmp_path: Path, xrays: Path, capsys: pytest.CaptureFixture
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    shutil.copytree(xrays, one)
+    config = tiny(tmp_path, data=str(one), samples=None, epochs=1)
+    folder, = train(config)
+    one.rename(two)
+    capsys.readouterr()
+    moved = dataclasses.replace(config, data=str(two))
+    train(dataclasses.replace(moved, reuse=True))
+    assert "left as it is" in capsys.readouterr().out
+    train(dataclasses.replace(moved, resume="auto", epochs=2))
+    assert f"its images were in {one}: the names of these are the same" in capsys.readouterr().out
+    assert load_checkpoint(folder / "last.pt")["epoch"] == 2
+    write_image(one / "normal" / "0.png")
+    shutil.copytree(xrays, one, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=f"other settings: --data was '{two}', is '{one}'$"):
+        train(dataclasses.replace(moved, data=str(one), resume="auto", epochs=3))
+    write_image(two / "normal" / "0.png")
+    with pytest.raises(UserError, match=f"the images in {two} have changed since$"):
+        train(dataclasses.replace(moved, resume="auto", epochs=3))
+
+
+def test_bf16_is_not_kept_where_it_would_be_imitated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, = train(tiny(tmp_path, precision="bf16", epochs=1))
+    for epochs, found in ((2, ("bf16", "it can")), (3, ("fp32", "it cannot"))):
+        monkeypatch.setattr(train_module, "choose_precision", lambda *_, found=found: found)
+        train(tiny(tmp_path, precision="auto", resume="auto", epochs=epochs))
+        assert load_checkpoint(folder / "last.pt")["precision"] == found[0]
+
+
+def test_a_run_without_its_best_weights_is_trained_anew_and_not_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, = train(tiny(tmp_path, epochs=1))
+    (folder / "best.pt").unlink()
+    with pytest.raises(UserError, match=r"best.pt: there is no checkpoint there. The weights of"):
+        train(tiny(tmp_path, resume="auto", epochs=2))
+    capsys.readouterr()
+    train(tiny(tmp_path, reuse=True, epochs=1))
+    assert "best.pt: there is no checkpoint there: not reused" in capsys.readouterr().out
+    assert (folder / "best.pt").exists() and (tmp_path / "unet.1/last.pt").exists()
+
+
+def test_a_compiler_that_does_not_work_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    def broken(*arguments: object) -> None:
+        raise InternalTorchDynamoError("backend='inductor' raised:\nno C compiler found\n")
+
+    monkeypatch.setattr(train_module, "train_all", broken)
+    with pytest.raises(UserError, match=r"^--compile does not work here .*no C compiler[^\n]*$"):
+        train(tiny(tmp_path))
 
 
 def test_fewer_images_than_processes_are_refused(

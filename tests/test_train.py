@@ -335,6 +335,8 @@ def test_a_run_of_another_seed_is_resumed_by_its_path_or_its_seed(
     assert {p.name for p in Path("here").iterdir()} == {"unet-seed7", "trained.json"}
     with pytest.raises(UserError, match="a path belongs to one run"):
         parse_config(["--resume", "here/unet-seed7", "--seeds", "2"], environ={})
+    monkeypatch.chdir("here/unet-seed7")
+    assert parse_config(["--resume", "."], environ={}).output_dir == str(tmp_path / "here")
 
 
 def test_early_stopping_keeps_the_best_and_a_worse_epoch_never_replaces_it(
