@@ -77,7 +77,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 from torch import Tensor, nn
 
-from config import Config, flag, quoted
+from config import Config, flag, load_config, quoted
 from data import (
     ABNORMAL,
     IMAGE_SUFFIXES,
@@ -185,6 +185,8 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
             f"{command('train.py')}"))
     state = load_checkpoint(folder / "best.pt")
     config = Config(**state["config"])
+    with contextlib.suppress(UserError):  # where its data lies by now
+        config = dataclasses.replace(config, data=load_config(folder).data)
     if not state["scorer"]:
         raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
                         f"wait for it, or go on with: {command('train.py')} --model {config.model} "
@@ -1751,13 +1753,12 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     path = Path(image)
     if not path.exists():
         raise UserError(f"--image {image}: there is nothing at {path.resolve()}")
-    folder = Path(out) if out else loaded.folder / "predictions"
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
-                   and folder.resolve() not in p.resolve().parents  # heatmaps of an earlier time
-                   ) if path.is_dir() else [path]
+                   and not is_heatmap(p)) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--image {image}: no images in this folder (looked for "
                         f"{', '.join(IMAGE_SUFFIXES)})")
+    folder = Path(out) if out else loaded.folder / "predictions"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1826,6 +1827,12 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
           f"{len(loaded.scorer.normal_scores[scorer])} validation normals. Not a diagnosis.")
     print(f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, predictions.csv")
     return rows
+
+
+def is_heatmap(file: Path) -> bool:
+    """Whether this is what `predict` drew at an earlier time: the map lies beside it."""
+    stem = file.name.removesuffix("_heatmap.png")
+    return stem != file.name and file.with_name(f"{stem}_map.npy").exists()
 
 
 def draw_prediction(run: Run, row: dict, image: np.ndarray, back: np.ndarray, map_: np.ndarray,

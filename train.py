@@ -1366,6 +1366,9 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
         try:
             if is_finished(folder, config, fingerprint):
                 log.info(f"reuse     {folder} is a finished run of these settings: left as it is\n")
+                with contextlib.suppress(UserError):
+                    if ranks.rank == 0 and load_config(folder).data != config.data:  # it has moved
+                        write_config(config, folder)
                 return folder
             found = newest_checkpoint(folder, config.model)
             if found and not same_run(found[1], config, fingerprint, "epochs"):
@@ -1403,14 +1406,13 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
                                 f"last one are in {checkpoint}. Start over without --resume: the "
                                 "old run is moved aside, not overwritten") from None
 
-    saved_config = dataclasses.asdict(config) | {"resume": None, "reuse": False}
     with contextlib.ExitStack() as inside:
         # The folder: first everyone has looked at it, then one process changes it.
         ranks.wait()
         if ranks.rank == 0:
             prepare_folder(folder, checkpoint, bool(run.epoch), inside)
             write_splits(loaders.splits, folder / "split.csv")
-            write_file(folder / "config.json", json.dumps(saved_config, indent=2) + "\n")
+            write_config(config, folder)
         ranks.wait()
         inside.enter_context(logged_to(folder / "run.log", ranks))
         settings = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
@@ -1435,7 +1437,7 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
         else:
             fit_into_memory(run, config, loaders, device, precision, ranks)
         del found, state
-        common = {"format": FORMAT, "config": saved_config, "data_fingerprint": fingerprint,
+        common = {"format": FORMAT, "config": settings_of(config), "data_fingerprint": fingerprint,
                   "precision": precision, "device": device.type, "world": ranks.world,
                   "versions": {"python": platform.python_version(),
                                "torch": str(torch.__version__)}}
@@ -1677,6 +1679,16 @@ def write_file(file: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise cannot_write(file, error) from None
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What a run keeps of its configuration: all but how it was started."""
+    return dataclasses.asdict(config) | {"resume": None, "reuse": False}
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """config.json of a run folder."""
+    write_file(folder / "config.json", json.dumps(settings_of(config), indent=2) + "\n")
 
 
 def write_log(rows: list[dict], file: Path) -> None:

@@ -24,7 +24,7 @@ from test_train import interrupt_at, log_of, same_state, without_timings
 import train as train_module
 from config import Config, UserError
 from data import create_dataloaders
-from evaluate import evaluate
+from evaluate import evaluate, load_run
 from train import Ranks, Stop, claimed, load_checkpoint, save_checkpoint, train
 
 ROOT = Path(__file__).parent.parent
@@ -732,6 +732,7 @@ def test_a_run_goes_on_where_its_data_has_another_place_and_no_other_content(
     moved = dataclasses.replace(config, data=str(two))
     train(dataclasses.replace(moved, reuse=True))
     assert "left as it is" in capsys.readouterr().out
+    assert load_run(folder).config.data == str(two)  # which evaluate.py goes by
     train(dataclasses.replace(moved, resume="auto", epochs=2))
     assert f"its images were in {one}: the names of these are the same" in capsys.readouterr().out
     assert load_checkpoint(folder / "last.pt")["epoch"] == 2
