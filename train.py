@@ -499,9 +499,9 @@ def refuse_changes(state: dict, config: Config, path: Path, fingerprint: str, wo
     saved, now = state["config"], dataclasses.asdict(config)
     if state["data_fingerprint"] != fingerprint and saved["data"] == config.data:
         raise UserError(f"{path}: the images in {config.data} have changed since")
-    moved = {"data"} if state["data_fingerprint"] == fingerprint else set()  # to another place
+    aside = {"data"} if state["data_fingerprint"] == fingerprint else set()  # it has only moved
     changed = [f"{flag(k)} was {saved.get(k)!r}, is {now[k]!r}" for k in now
-               if k not in (*CHANGEABLE, *moved) and saved.get(k) != now[k]]
+               if k not in (*CHANGEABLE, *aside) and saved.get(k) != now[k]]
     if changed:
         raise UserError(f"{path}: cannot be resumed with other settings: {'; '.join(changed)}")
     if state["world"] != world:
@@ -1553,8 +1553,9 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
             if ranks.rank == 0:
                 try:
                     write_log(run.log, folder / "log.csv")
-                except UserError as error:  # open in a spreadsheet? last.pt holds the rows, too
-                    log.warning(f"{error}")
+                except UserError as error:  # open in a spreadsheet?
+                    log.warning(f"{folder}/log.csv was not written, training goes on: last.pt has "
+                                f"its rows, too ({error})")
             ended = run.epoch == config.epochs or run.bad_epochs == config.patience
             if ended or due(0):
                 save_last()
