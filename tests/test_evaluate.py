@@ -64,7 +64,8 @@ def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         Image.new("L", (1, 1)).save(arguments[-1])
         return True
 
-    for name in ("draw_examples", "draw_worst", "draw_healing", "draw_comparison"):
+    for name in ("draw_roc", "draw_histogram", "draw_examples", "draw_worst", "draw_healing",
+                 "draw_comparison"):
         monkeypatch.setattr(evaluate_module, name, blank)
 
 
