@@ -190,7 +190,7 @@ def load_run(path: str | Path, device: str = "auto") -> Run:
     if not state["scorer"]:
         raise UserError(f"{folder}: training has not finished, so its scores are not calibrated; "
                         f"wait for it, or go on with: {command('train.py')} --model {config.model} "
-                        f"--resume {folder} (--epochs {state['epoch']} ends it now)")
+                        f"--resume {quoted(str(folder))} (--epochs {state['epoch']} ends it now)")
     where, _ = choose_device(device)
     precision, _ = choose_precision(config.precision, where)
     model = create_model(config.model, config)
@@ -1776,14 +1776,14 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             images, places = [], []
             for i, file in enumerate(files[start : start + READ_AT_ONCE], start):
                 try:
-                    if not is_text(names[i]):
+                    if not is_text(names[i]):  # neither table nor picture could hold it
                         raise BadImage("its name is not UTF-8")
                     pixels = decode_image(file.read_bytes(), loaded.config.image_size)
                 except (BadImage, OSError) as error:
-                    name = ascii(names[i])[1:-1] if not is_text(names[i]) else names[i]
                     if not path.is_dir():
                         raise UserError(
-                            f"--image {name}: cannot be read as an image ({error})") from None
+                            f"--image {image}: cannot be read as an image ({error})") from None
+                    name = names[i] if is_text(names[i]) else ascii(names[i])[1:-1]
                     skipped.append(f"skipped   {name}: {error}")
                     continue
                 images.append(torch.from_numpy(pixels.copy())[None])

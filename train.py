@@ -549,7 +549,7 @@ def claimed(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{folder}: another training is writing there; wait for it, or give "
                             "this one another --output-dir") from None
-        except OSError:
+        except OSError:  # a disk that knows no locks
             pass
         yield
     finally:
@@ -1384,8 +1384,8 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
 
     precision, why_precision = choose_precision(config.precision, device)
     if state and config.precision == "auto" and state["device"] == device.type:
-        if state["precision"] == "bf16" != precision:  # which would be imitated, very slowly
-            log.info(f"precision {precision}, and not bf16 as before: {why_precision}")
+        if state["precision"] == "bf16" != precision:
+            why_precision += "; bf16, as before, would be imitated, very slowly"
         else:
             precision, why_precision = state["precision"], "as before"
     run = start_run(config, device, precision)

@@ -752,6 +752,7 @@ def test_bf16_is_not_kept_where_it_would_be_imitated(
         monkeypatch.setattr(train_module, "choose_precision", lambda *_, found=found: found)
         train(tiny(tmp_path, precision="auto", resume="auto", epochs=epochs))
         assert load_checkpoint(folder / "last.pt")["precision"] == found[0]
+    assert "fp32 (it cannot; bf16, as before, would be" in (folder / "run.log").read_text()
 
 
 def test_a_run_without_its_best_weights_is_trained_anew_and_not_resumed(
