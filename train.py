@@ -89,6 +89,7 @@ from data import (
 )
 from models import (
     DEFAULT_SCORER,
+    OWN_WEIGHT_GRADIENTS,
     AnomalyScorer,
     Draws,
     Linear,
@@ -187,7 +188,7 @@ def place(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
     """The model on the device, in the memory layout that its convolutions are fastest in."""
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda" or precision == "bf16":
+    if device.type == "cuda" or precision == "bf16" or OWN_WEIGHT_GRADIENTS:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 

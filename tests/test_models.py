@@ -1,7 +1,9 @@
 """The two networks, the objectives, and the scorers' arithmetic."""
 
+import copy
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import models
 from config import OBJECTIVES, Config, UserError
 from models import (
     MODEL_CLASSES,
@@ -16,10 +19,12 @@ from models import (
     SCORERS,
     TEXTURE_SCALES,
     AnomalyScorer,
+    Conv3x3,
     DenseGradient,
     Draws,
     Linear,
     Reading,
+    TransposedConv3x3,
     add_foreign_patch,
     add_opacities,
     box_filter,
@@ -126,6 +131,46 @@ def test_our_linear_is_torchs_in_fp32(wide: int, high: int, keeps_factors: bool,
             assert (x.grad - for_x).abs().max() < 1e-4
             assert (weight_grad - for_weight).abs().max() < close * for_weight.abs().max()
             assert (layer.bias.grad - for_bias).abs().max() < 1e-4
+
+
+# Several images at a time with a rest, strips of one with a rest, whole ones, narrow ones.
+@pytest.mark.parametrize("channels,maps,images,high,wide", [
+    (64, 80, 9, 16, 16), (64, 64, 2, 44, 48), (150, 32, 1, 8, 140), (64, 80, 3, 64, 4)])
+@pytest.mark.parametrize("kind", ["stride 1", "stride 2", "transposed"])
+def test_our_convolutions_have_torchs_gradients(
+        kind: str, channels: int, maps: int, images: int, high: int, wide: int,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.OWN_WEIGHT_GRADIENTS", True)
+    name = "winograd_weight_gradient" if kind == "stride 1" else "strided_weight_gradient"
+    made = mock.Mock(wraps=getattr(models, name))
+    monkeypatch.setattr(f"models.{name}", made)
+    ours = (TransposedConv3x3(channels, maps) if kind == "transposed"
+            else Conv3x3(channels, maps, int(kind[-1])))
+    exact = copy.deepcopy(ours).double()  # which is torch's own
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(images, channels, high, wide, generator=gen())
+        x, x64 = x.contiguous(memory_format=layout).requires_grad_(), x.double().requires_grad_()
+        y, y64 = ours(x), exact(x64)
+        g = torch.randn(y.shape, generator=gen(1)).contiguous(memory_format=layout)
+        got = y, *torch.autograd.grad(y, [x, ours.weight], g)
+        wanted = y64, *torch.autograd.grad(y64, [x64, exact.weight], g.double())
+        for a, b in zip(got, wanted, strict=True):
+            assert a.shape == b.shape and a.dtype == torch.float32
+            assert (a - b).abs().max() < 1e-4 * b.std()
+    assert made.call_count == 2
+
+
+def test_our_convolutions_leave_to_torch_what_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.OWN_WEIGHT_GRADIENTS", True)
+    x, weight = torch.rand(2, 64, 16, 16), torch.empty(64, 64, 3, 3)
+    assert models.pays(x, weight)
+    assert not models.pays(x, weight[1:]) and not models.pays(x[:1], weight)
+    assert not models.pays(x[..., :14], weight) and not models.pays(x[:, :, :14], weight)
+    assert not models.pays(x.double(), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not models.pays(x, weight)
+    with torch.no_grad():
+        assert not models.pays(x, weight)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
