@@ -46,7 +46,7 @@ TEST_PACKAGES := 'pydicom>=3.0' 'ipykernel>=6' 'nbformat>=5' 'pytest-xdist>=3.5'
 
 test: setup ## run the tests
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
-	$(PY) -m pytest -q -m "not drill" -n 2 --dist loadgroup tests $(ARGS)
+	$(PY) -m pytest -q -m "not drill" -n 2 tests $(ARGS)
 
 drills: setup ## run the long tests: faults, notebooks, the benchmark, what README adds
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)

@@ -21,18 +21,8 @@ from train import train
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Fixtures of a module that take long to make: the tests that use one share a process.
-SHARED = ("compared", "straight")
 TINY = {"width": 4, "image_size": 32, "latent_dim": 8, "samples": 64, "epochs": 2,
         "batch_size": 16, "device": "cpu"}
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for name in SHARED:
-            if name in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(autouse=True)
