@@ -125,9 +125,9 @@ class Linear(nn.Linear):
             return few_rows(x, self.weight) + self.bias
 
 
-# The gradients of 3x3 convolutions' weights, for maps of many channels on a CPU in fp32. oneDNN
-# takes two to four times as long for them as for the convolution itself. What is saved was measured
-# at batch 8 with AVX2, and only there are they used; the whole step of a U-Net takes four fifths.
+# The gradients of 3x3 convolutions' weights, for maps of many channels on a CPU in fp32: oneDNN
+# takes two to four times as long for them as for the convolution itself. They are used where that
+# was measured, with AVX2; the whole step of a U-Net takes four fifths of the time.
 OWN_WEIGHT_GRADIENTS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 # Winograd's transforms of windows of 6x6, blocks of 4x4 and kernels of 3x3, as matrices that take
 # them flattened (Lavin and Gray, CVPR 2016, equations 8 and 14, for F(4x4, 3x3)). With them a
@@ -147,8 +147,8 @@ def winograd_weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     """The weight's gradient [out,in,3,3] of F.conv2d(x, weight, padding=1).
 
     x: float32 [B,in,H,W], gradient: that of the result, [B,out,H,W]; H and W multiples of 4.
-    A fourth of the multiplications of the sum over all pixels, and equal to it within some 1e-5 of
-    the deviation of what it holds.
+    A fourth of the multiplications of the sum over all pixels; it differs from that by rounding,
+    at most a ten-thousandth of the standard deviation of its numbers.
     """
     channels, h, w = x.shape[1], x.shape[2] // 4, x.shape[3] // 4
     images, rows = max(1, AT_ONCE // (h * w)), max(1, AT_ONCE // w)
