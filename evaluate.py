@@ -153,10 +153,8 @@ class Run:
         """What the model makes of uint8 images [n,1,H,W], their scores [n] by every scorer, and
         their anomaly maps [n,1,H,W] by `scorer`. An image's do not depend on the images beside
         it."""
-        readings, scores, maps = zip(*score_evenly(
-            self.model, self.scorer, images, self.device, self.precision, scorer), strict=True)
-        return (Reading(*(torch.cat(parts) for parts in zip(*readings, strict=True))),
-                {k: torch.cat([s[k] for s in scores]) for k in scores[0]}, torch.cat(maps))
+        return score_evenly(
+            self.model, self.scorer, images, self.device, self.precision, scorer)
 
     @contextlib.contextmanager
     def weights_kept(self) -> Iterator[None]:
@@ -416,7 +414,7 @@ class Scored:
 def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
                   trivial: TrivialScores | None) -> Scored:
     """Score images with every scorer; `scorer` gives the maps that are held against masks."""
-    stream = ImageStream(source, samples, run.config.image_size, 4 * READ_AT_ONCE,
+    stream = ImageStream(source, samples, run.config.image_size, 8 * READ_AT_ONCE,
                          memory=run.config.memory_bytes, cache=False)
     scores: dict[str, list] = {name: [] for name in SCORERS}
     baselines: dict[str, list] = {}

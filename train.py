@@ -1132,32 +1132,47 @@ def read_evenly(model: nn.Module, images: Tensor, device: torch.device,
 def score_evenly(
     model: nn.Module, scorer: AnomalyScorer, images: Tensor, device: torch.device, precision: str,
     map_by: str = DEFAULT_SCORER,
-) -> list[tuple[Reading, dict[str, Tensor], Tensor]]:
-    """Readings of uint8 images [n,1,H,W], READ_AT_ONCE or fewer each, their scores [count] by every
-    scorer, and their anomaly maps [count,1,H,W] by `map_by`.
+) -> tuple[Reading, dict[str, Tensor], Tensor]:
+    """The Reading of uint8 images [n,1,H,W], their scores [n] by every scorer, and their anomaly
+    maps [n,1,H,W] by `map_by`.
 
-    An image is read twice: as it is, and moved to where it is most like normal ones
-    (`AnomalyScorer.framing`). Each score is the lower of the two. The map is that of the reading
-    in which it has the lower score, moved back.
+    An image is read as it is, and once more moved to where it is most like normal ones
+    (`AnomalyScorer.framing`), unless that is where it is. Each score is the lower of the two. The
+    map is that of the reading in which it has the lower score, moved back.
     """
-    decides, result = map_name(map_by), []
+    def scored(images: Tensor) -> list[tuple[Reading, dict[str, Tensor], Tensor]]:
+        result = []
+        for reading, count in read_evenly(model, images, device, precision):
+            z = scorer.z("zscore", reading)
+            scores, map_ = scorer.scores(reading, z), scorer.anomaly_map(map_by, reading, z)
+            result.append((reading.first(count), {k: v[:count] for k, v in scores.items()},
+                           map_[:count]))
+        return result
+
     # The weights are cast once for all; what the scorers do is done in fp32.
     with autocast(device, precision), no_autocast(device):
-        for reading, count in read_evenly(model, images, device, precision):
-            shift = scorer.framing(reading.images)
-            with autocast(device, precision):
-                again = read(model, moved(reading.images, shift))
-            scores, maps = [], []
-            for each in (reading, again):
-                z = scorer.z("zscore", each)
-                scores.append(scorer.scores(each, z))
-                maps.append(scorer.anomaly_map(map_by, each, z))
-            lower = (scores[1][decides] < scores[0][decides]).to(device)[:, None, None, None]
-            map_ = torch.where(lower, moved(maps[1], -shift), maps[0])
-            found = scorer.lower(*scores)
-            result.append((reading.first(count), {name: v[:count] for name, v in found.items()},
-                           map_[:count]))
-    return result
+        reading, scores, map_ = joined(scored(images))
+        shift = scorer.framing(reading.images)
+        away = shift.any(1).nonzero()[:, 0]
+        if len(away):
+            shift = shift[away]
+            _, found, again = joined(scored(moved(images.to(device)[away], shift)))
+            others = {name: value.index_copy(0, away.cpu(), found[name])
+                      for name, value in scores.items()}
+            decides = map_name(map_by)
+            lower = (others[decides] < scores[decides]).to(device)[away, None, None, None]
+            map_[away] = torch.where(lower, moved(again, -shift), map_[away])
+            scores = scorer.lower(scores, others)
+    return reading, scores, map_
+
+
+def joined(
+    parts: list[tuple[Reading, dict[str, Tensor], Tensor]]
+) -> tuple[Reading, dict[str, Tensor], Tensor]:
+    """Readings, scores and maps of batches as those of all their images."""
+    readings, scores, maps = zip(*parts, strict=True)
+    return (Reading(*(torch.cat(each) for each in zip(*readings, strict=True))),
+            {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, torch.cat(maps))
 
 
 def regrouped(stream: ImageStream) -> Iterator[Tensor]:
@@ -1210,7 +1225,7 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
     scorer.finish()
     scores = []
     for images in regrouped(normals):
-        scores += [s for _, s, _ in score_evenly(model, scorer, images, device, precision)]
+        scores.append(score_evenly(model, scorer, images, device, precision)[1])
         bar.update(len(images))
     bar.close()
     scorer.refer_to(scores)

@@ -13,6 +13,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,6 +25,7 @@ from scipy.stats import betabinom
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import evaluate as evaluate_module
+import train as train_module
 from config import Config, UserError, parse_config
 from data import FolderSource, Sample, decode_image, draw_phantom, read_splits
 from evaluate import (
@@ -52,7 +54,7 @@ from evaluate import (
     wilson,
     worst,
 )
-from models import OWN_MAP, SCORERS, create_model, moved, read
+from models import OWN_MAP, SCORERS, Reading, create_model, moved, read
 from train import load_checkpoint, place, save_checkpoint, train
 
 
@@ -772,18 +774,25 @@ def test_a_run_in_which_lesions_leave_no_trace_says_so(
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_an_image_counts_as_in_the_framing_that_suits_it(runs: list[Path], which: int) -> None:
+def test_an_image_counts_as_in_the_framing_that_suits_it(
+    runs: list[Path], which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = load_run(runs[which])
-    films = np.stack([np.roll(draw_phantom(i, 32)[0], i - 4, (0, 1)) for i in range(8)])[:, None]
-    x = torch.from_numpy(films).float() / 255
+    films = torch.from_numpy(np.stack([
+        np.roll(draw_phantom(i, 32)[0], i % 8 - 4 if i % 3 else 0, (0, 1)) for i in range(24)]))
+    films = films[:, None]
+    x = films.float() / 255
+    shift = run.scorer.framing(x)
+    away = int(shift.any(1).sum())
+    assert 8 < away < 16
     with torch.no_grad():
-        first = read(run.model, x)
-        shift = run.scorer.framing(x)
-        second = read(run.model, moved(x, shift))
-    assert 0 < (shift != 0).any(1).sum() <= 8
+        in_eights = [[read(run.model, part) for part in y.split(8)] for y in (x, moved(x, shift))]
+    first, second = (Reading(*map(torch.cat, zip(*r, strict=True))) for r in in_eights)
+    calls = mock.Mock(wraps=read)
+    monkeypatch.setattr(train_module, "read", calls)
     two = [run.scorer.scores(r) for r in (first, second)]
     for name in ("zscore", "texture", "fused"):
-        _, scores, maps = run.read(torch.from_numpy(films), name)
+        _, scores, maps = run.read(films, name)
         for scorer in SCORERS:
             if scorer != "fused":
                 assert torch.equal(scores[scorer], torch.minimum(two[0][scorer], two[1][scorer]))
@@ -793,6 +802,9 @@ def test_an_image_counts_as_in_the_framing_that_suits_it(runs: list[Path], which
         expected = torch.where((two[1][decides] < two[0][decides])[:, None, None, None], back,
                                run.scorer.anomaly_map(name, first))
         assert torch.equal(maps, expected)
+    assert calls.call_count == 3 * (3 + 2)  # once more, and only those that lie elsewhere
+    _, scores, _ = run.read(films[~shift.any(1)])
+    assert torch.equal(scores["mse"], two[0]["mse"][~shift.any(1)]) and calls.call_count == 15 + 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
