@@ -1140,23 +1140,27 @@ def score_evenly(
     (`AnomalyScorer.framing`), unless that is where it is. Each score is the lower of the two. The
     map is that of the reading in which it has the lower score, moved back.
     """
-    def scored(images: Tensor) -> list[tuple[Reading, dict[str, Tensor], Tensor]]:
-        result = []
-        for reading, count in read_evenly(model, images, device, precision):
+    def scored(readings: list[tuple[Reading, int]]) -> tuple[Reading, dict[str, Tensor], Tensor]:
+        parts, scores, maps = [], [], []
+        for reading, count in readings:
             z = scorer.z("zscore", reading)
-            scores, map_ = scorer.scores(reading, z), scorer.anomaly_map(map_by, reading, z)
-            result.append((reading.first(count), {k: v[:count] for k, v in scores.items()},
-                           map_[:count]))
-        return result
+            scores.append({k: v[:count] for k, v in scorer.scores(reading, z).items()})
+            maps.append(scorer.anomaly_map(map_by, reading, z)[:count])
+            parts.append(reading.first(count))
+        return (Reading(*(torch.cat(each) for each in zip(*parts, strict=True))),
+                {name: torch.cat([s[name] for s in scores]) for name in scores[0]},
+                torch.cat(maps))
 
     # The weights are cast once for all; what the scorers do is done in fp32.
     with autocast(device, precision), no_autocast(device):
-        reading, scores, map_ = joined(scored(images))
-        shift = scorer.framing(reading.images)
+        readings = read_evenly(model, images, device, precision)
+        shift = torch.cat([scorer.framing(r.images)[:count] for r, count in readings])
+        reading, scores, map_ = scored(readings)
         away = shift.any(1).nonzero()[:, 0]
         if len(away):
             shift = shift[away]
-            _, found, again = joined(scored(moved(images.to(device)[away], shift)))
+            elsewhere = moved(images.to(device)[away], shift)
+            _, found, again = scored(read_evenly(model, elsewhere, device, precision))
             others = {name: value.index_copy(0, away.cpu(), found[name])
                       for name, value in scores.items()}
             decides = map_name(map_by)
@@ -1164,15 +1168,6 @@ def score_evenly(
             map_[away] = torch.where(lower, moved(again, -shift), map_[away])
             scores = scorer.lower(scores, others)
     return reading, scores, map_
-
-
-def joined(
-    parts: list[tuple[Reading, dict[str, Tensor], Tensor]]
-) -> tuple[Reading, dict[str, Tensor], Tensor]:
-    """Readings, scores and maps of batches as those of all their images."""
-    readings, scores, maps = zip(*parts, strict=True)
-    return (Reading(*(torch.cat(each) for each in zip(*readings, strict=True))),
-            {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, torch.cat(maps))
 
 
 def regrouped(stream: ImageStream) -> Iterator[Tensor]:
