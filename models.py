@@ -140,7 +140,8 @@ KERNELS = torch.kron(KERNELS, KERNELS) / 24**2  # [36,9], G
 BLOCKS = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0],
                        [0, 1, -1, 8, -8, 1.0]]).T
 BLOCKS = torch.kron(BLOCKS, BLOCKS)  # [36,16], A
-AT_ONCE = 128  # blocks, so that what is computed of them stays in the cache
+# So many blocks or pixels at a time, so that what is computed of them stays in the cache.
+BLOCKS_AT_ONCE, PIXELS_AT_ONCE = 128, 4096
 
 
 def winograd_weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ def winograd_weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     at most a ten-thousandth of the standard deviation of its numbers.
     """
     channels, h, w = x.shape[1], x.shape[2] // 4, x.shape[3] // 4
-    images, rows = max(1, AT_ONCE // (h * w)), max(1, AT_ONCE // w)
+    images, rows = max(1, BLOCKS_AT_ONCE // (h * w)), max(1, BLOCKS_AT_ONCE // w)
     result = x.new_zeros(36, gradient.shape[1], channels)
     for some, wrong in zip(x.split(images), gradient.split(images), strict=True):
         padded = F.pad(some.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
@@ -179,7 +180,7 @@ def strided_weight_gradient(wide: Tensor, small: Tensor) -> Tensor:
     result = wide.new_zeros(3, 3, small.shape[1], wide.shape[1])
     for i, j in itertools.product(range(3), range(3)):
         right = padded[:, i : i + 2 * h : 2, j : j + 2 * w : 2].flatten(0, 2)
-        for a, b in zip(left.split(4096), right.split(4096), strict=True):
+        for a, b in zip(left.split(PIXELS_AT_ONCE), right.split(PIXELS_AT_ONCE), strict=True):
             result[i, j].addmm_(a.T, b)
     return result.permute(2, 3, 0, 1)
 
@@ -247,7 +248,7 @@ class TransposedConv3x3(nn.ConvTranspose2d):
                          bias=False)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if self.bias is None and pays(x, self.weight):
+        if self.bias is None and output_size is None and pays(x, self.weight):
             return _TransposedConvolution.apply(x, self.weight)
         return super().forward(x, output_size)
 

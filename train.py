@@ -186,9 +186,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 def place(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
     """The model on the device, in the memory layout that its convolutions are fastest in."""
+    channels_last = device.type == "cuda" or precision == "bf16"
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda" or precision == "bf16" or OWN_WEIGHT_GRADIENTS:
+        channels_last |= OWN_WEIGHT_GRADIENTS
+    if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 

@@ -717,6 +717,7 @@ def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
                 train(tiny(tmp_path, **how))
         assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["unet"]
         assert (folder / "last.pt").read_bytes() == before
+    train(tiny(tmp_path, resume="auto", epochs=2))
 
 
 def test_a_run_goes_on_where_its_data_has_another_place_and_no_other_content(
