@@ -445,6 +445,9 @@ NORMAL_NAMES = {"normal", "normals", "good", "healthy", "no finding", "no_findin
                 "no", "false", "0"}
 ABNORMAL_NAMES = {"abnormal", "anomaly", "anomalous", "bad", "defect", "positive", "yes", "true",
                   "1"}
+# What says neither: not to be taken for a finding.
+UNKNOWN_NAMES = {"unknown", "unlabeled", "unlabelled", "uncertain", "todo", "none", "null", "nan",
+                 "na", "n/a", "?"}
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
                "validation": "val", "test": "test", "testing": "test"}
 
@@ -618,6 +621,9 @@ def read_class_folders(images: list[str], where: str, left_out: Counter) -> Layo
         parent = parents[name]
         if parent in normal_dirs:
             label, finding = NORMAL, ""
+        elif parent.name.lower() in UNKNOWN_NAMES:
+            left_out[f"in a folder called {parent.name}"] += 1
+            continue
         elif parent.name.lower() in ABNORMAL_NAMES or (
             parent.parent in beside_normal and parent not in beside_normal
             and parent.name.lower() not in ("mask", "masks", "ground_truth")
@@ -707,6 +713,9 @@ def read_csv_of_paths(
         if split and split not in SPLIT_NAMES:
             raise UserError(f"--data {where}: {file} row {number}: split {split!r} is not one of "
                             "train, val, test")
+        if label.lower() in UNKNOWN_NAMES:
+            raise UserError(f"--data {where}: {file} row {number}: label {label} says neither "
+                            "normal nor abnormal; give 0, 1 or a finding, or take the row out")
         normal = label.lower() in NORMAL_NAMES
         if not normal and re.fullmatch(r"[\d.+-]+", label) and label != "1":
             raise UserError(f"--data {where}: {file} row {number}: label {label} is neither 0 "

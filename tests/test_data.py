@@ -230,10 +230,11 @@ def test_runs_and_the_program_itself_are_no_data(tmp_path: Path) -> None:
         FolderSource(str(Path(__file__).parent.parent))
 
 
-def test_stray_images_and_masks_beside_a_normal_folder_are_not_abnormal() -> None:
-    found, left_out = layout(["overview.png", "normal/a.png", "sick/b.png", "masks/b.png"])
+def test_stray_images_masks_and_unlabelled_ones_beside_a_normal_folder_are_not_abnormal() -> None:
+    found, left_out = layout(["overview.png", "normal/a.png", "sick/b.png", "masks/b.png",
+                              "Unlabeled/c.png"])
     assert [s.key for s in found.samples] == ["normal/a.png", "sick/b.png"]
-    assert sum(left_out.values()) == 2
+    assert sum(left_out.values()) == 3 and left_out["in a folder called Unlabeled"] == 1
 
 
 def test_a_csv_header_in_quotes_is_read(tmp_path: Path) -> None:
@@ -278,6 +279,7 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     ("path,label\na.png,0\nb.png,0\n", "1 of the 2 files it lists are not there"),
     ("path,label\na.png,\n", "row 2: path or label is empty"),
     ("path,label\na.png,7\n", "label 7 is neither 0"),
+    ("path,label\na.png,Unknown\n", "row 2: label Unknown says neither normal nor abnormal"),
     ("path,label\na.png,0\na.png,0\n", "row 3: a.png is listed twice"),
     ("path,label,split\na.png,0,dev\n", "split 'dev' is not one of"),
     ("path,label,mask\na.png,1,gone.png\n", "1 of the 2 files it lists are not there"),
