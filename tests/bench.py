@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def step(scale: Scale, known: dict) -> Iterator[Row]:
             settings = {"model": model, "batch": batch, "sizes": scale.sizes}
             with Worker(scale, "our_training", PASSIVE, **settings) as ours, \
                     Worker(scale, "plain_training", **settings) as theirs:
-                in_turn([ours, theirs], 1, steps=1)  # to warm up
+                in_turn([ours, theirs], 1, steps=1, images=8)  # to warm up
                 a, b = in_turn([ours, theirs], 2 * scale.rounds, steps=1)
             known[model, batch] = rate(a)
             yield row(f"step.{model}.{batch}", f"{name}, batch {batch}: images/s trained", rate(a),
@@ -195,13 +196,17 @@ def loss(scale: Scale, known: dict) -> Iterator[Row]:
         return max(abs(p - q) / q for p, q in zip(*means, strict=True))
 
     for model, name in MODELS.items():
-        curves = []
-        for kind, settings in (("our_training", {"large": 1 << 8}),
-                               ("plain_training", {"weights": 0}),
-                               ("plain_training", {"weights": 1})):
-            with Worker(scale, kind, PASSIVE, model=model, batch=8, sizes=scale.curve_sizes,
-                        batches=8, **settings) as worker:
-                curves.append(worker.ask(steps=scale.curve_steps)["losses"])
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(
+                Worker(scale, kind, PASSIVE, model=model, batch=8, sizes=scale.curve_sizes,
+                       batches=8, **settings))
+                for kind, settings in (("our_training", {"large": 1 << 8}),
+                                       ("plain_training", {"weights": 0}),
+                                       ("plain_training", {"weights": 1}))]
+            # At the same time: here it does not matter how long one takes.
+            with ThreadPoolExecutor(1 if scale.quick else len(workers)) as pool:
+                curves = list(pool.map(lambda w: w.ask(steps=scale.curve_steps)["losses"],
+                                       workers))
         yield row(f"loss.{model}", f"{name}: loss curve, largest relative difference",
                   apart(curves[0], curves[1]), apart(curves[2], curves[1]),
                   "plain, other weights", at_most=0.05, curves=curves)

@@ -114,14 +114,15 @@ def plain_model(config: Config) -> torch.nn.Module:
 
 def stepping(step: Callable[[Tensor], float], batches: list[Tensor],
              device: torch.device) -> Answer:
-    """Answers with images a second, losses and peak memory of so many steps."""
+    """Answers with images a second, losses and peak memory of so many steps, of so many images of a
+    batch each, or all."""
     done = 0
 
-    def answer(steps: int) -> dict:
+    def answer(steps: int, images: int | None = None) -> dict:
         nonlocal done
         began, losses = time.perf_counter(), []
         for _ in range(steps):
-            losses.append(step(batches[done % len(batches)]))
+            losses.append(step(batches[done % len(batches)][:images]))
             done += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
