@@ -121,7 +121,7 @@ class Source:
         try:
             with Image.open(io.BytesIO(self.read_file(name))) as image:
                 mask = image.convert("L").point(lambda grey: 255 * (grey > 0))
-        except (OSError, ValueError, SyntaxError, BadImage) as error:
+        except (*DAMAGE, BadImage, Image.DecompressionBombError) as error:
             raise UserError(
                 f"--data {self.spec}: {name} cannot be read as a mask ({error})") from None
         # Any lesion pixel counts, so that a small lesion does not vanish.
@@ -130,6 +130,10 @@ class Source:
     def size_of(self, sample: Sample) -> int:
         """Bytes of the file; 0 if that is not known before it is read."""
         return 0
+
+    def glance(self, sample: Sample) -> bytes:
+        """A few bytes that are equal for files of equal size and content. OSError."""
+        return b""
 
     def digest(self, sample: Sample) -> bytes:
         """Equal for files of equal size and content. OSError if the file cannot be had."""
@@ -522,6 +526,11 @@ class FolderSource(Source):
         except OSError:  # a dangling link: found unreadable later on
             return 0
 
+    def glance(self, sample: Sample) -> bytes:
+        with open(self.root / sample.key, "rb") as f:  # the middle: borders are often black
+            f.seek(self.size_of(sample) // 2)
+            return f.read(1024)
+
     def digest(self, sample: Sample) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
         with open(self.root / sample.key, "rb") as f:  # a piece at a time: it may be large
@@ -574,6 +583,7 @@ def recognise_layout(
     where: what to call this place in messages. left_out: takes the counts of what is not used.
     UserError if the layout is not one of those known, with what was found instead.
     """
+    names = [n for n in names if not any(p.startswith(".") for p in PurePosixPath(n).parts)]
     # The Kermany archive holds itself a second time, and a Mac's shadow files.
     known = set(names)
     copies = [n for n in names if "__MACOSX/" in n
@@ -595,8 +605,16 @@ def recognise_layout(
         if _has_columns(text, ("finding",), ("filename",), ("view",)) and not _has_columns(
                 text, _LABEL):  # with a label it is the user's own
             return read_covid(images, tables["metadata.csv"], read_text, left_out)
-    top = [n for n in tables.values() if "/" not in n and n.lower().endswith(".csv")]
-    listing = [n for n in top if _has_columns(read_text(n), _PATH, _LABEL)]
+
+    def lists_images(table: str) -> bool:
+        try:
+            return _has_columns(read_text(table), _PATH, _LABEL)
+        except TooLarge:
+            left_out["tables, too large to be looked into"] += 1
+            return False
+
+    listing = [n for n in tables.values()
+               if "/" not in n and n.lower().endswith(".csv") and lists_images(n)]
     if len(listing) == 1:
         return read_csv_of_paths(listing[0], images, read_text, where)
     if listing:
@@ -616,9 +634,13 @@ def read_class_folders(images: list[str], where: str, left_out: Counter) -> Layo
     sets = {p.parent for p in beside_normal if p.name.lower() in SPLIT_NAMES}
     beside_normal |= {p.parent for p in parents.values()
                       if p.parent.name.lower() in SPLIT_NAMES and p.parent.parent in sets}
-    samples = []
+    samples, stems = [], {n.rpartition(".")[0] for n in images}
     for name in images:
         parent = parents[name]
+        mask_of = re.fullmatch(r"(.+)_mask(_\d+)?\.\w+", name)
+        if mask_of and mask_of[1] in stems:
+            left_out["masks beside their images"] += 1
+            continue
         if parent in normal_dirs:
             label, finding = NORMAL, ""
         elif parent.name.lower() in UNKNOWN_NAMES:
@@ -748,17 +770,20 @@ def read_nih(
     for list_name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
         if list_name in tables:
             split_of |= dict.fromkeys(read_text(tables[list_name]).split(), split)
-    samples = []
+    samples: dict[str, Sample] = {}
     for row in _rows(text):
         key = by_name.get(row["image index"])
         if key is None:
             left_out["listed in the table but not there"] += 1
             continue
+        if key in samples:
+            left_out["listed twice"] += 1
+            continue
         normal = row["finding labels"] == "No Finding"
-        samples.append(Sample(
+        samples[key] = Sample(
             key, row["patient id"], NORMAL if normal else ABNORMAL,
             "" if normal else row["finding labels"], row.get("view position", ""),
-            split_of.get(row["image index"], "")))
+            split_of.get(row["image index"], ""))
     boxes: dict[str, list[Box]] = {}
     if "BBox_List_2017.csv" in tables:
         # Image, finding, x, y, width, height, in pixels of the 1024 x 1024 films; the header has
@@ -769,7 +794,7 @@ def read_nih(
                 with contextlib.suppress(ValueError):  # the header
                     x, y, width, height = (float(n) / 1024 for n in numbers[:4])
                     boxes.setdefault(by_name[name], []).append((x, y, x + width, y + height))
-    return Layout("NIH ChestX-ray14", sorted(samples, key=lambda s: s.key), boxes=boxes)
+    return Layout("NIH ChestX-ray14", sorted(samples.values(), key=lambda s: s.key), boxes=boxes)
 
 
 def read_covid(
@@ -808,6 +833,7 @@ LONGEST_WAIT = 600  # seconds; a server that asks for more is not waited for
 # Neighbours in the archive are fetched together: at most so many bytes, over gaps of at most GAP
 # (a request costs about as much as so many bytes).
 BLOCK, GAP, CHUNK = 8 << 20, 64 << 10, 1 << 17
+ENCRYPTED = 255  # noted as the method of members that are
 LARGEST_FILE = 256 << 20  # of tables and masks, which are read whole
 
 
@@ -821,6 +847,10 @@ class Temporary(Exception):
 
 class RangeRefused(Exception):
     """The server does not give parts of a file."""
+
+
+class TooLarge(UserError):
+    """A table or mask of more than LARGEST_FILE."""
 
 
 def pause(seconds: float, halt: threading.Event | None) -> None:
@@ -1039,6 +1069,8 @@ class Wire:
                         raise Temporary("an answer without its range")
                     first, last, total = map(int, span.groups())
                     if start < 0:  # the first contact: now the size is known
+                        if total - first > -start:
+                            raise RangeRefused  # of suffixes
                         start, self.size = first, total
                         self.etag = response.headers.get("ETag", "")
                         data = _buffer(total - first)
@@ -1046,7 +1078,8 @@ class Wire:
                         raise Temporary("another range than was asked for")
                     while done <= last - start:
                         # Not response.iter_content, which would copy it several times over.
-                        chunk = response.raw.read(CHUNK, decode_content=False)
+                        rest = last - start + 1 - done
+                        chunk = response.raw.read(min(CHUNK, rest), decode_content=False)
                         if not chunk:
                             break
                         data[done : done + len(chunk)] = chunk
@@ -1124,7 +1157,7 @@ class ZipIndex:
                 continue
             name = name.decode("utf-8" if flags & 0x800 else "cp437", "replace").encode()
             rows[name] = len(fields[0])
-            entry = (start, packed, full, crc, 255 if flags & 1 else method)
+            entry = (start, packed, full, crc, ENCRYPTED if flags & 1 else min(method, 254))
             for column, value in zip(fields, entry, strict=True):
                 column.append(value)
         names = sorted(rows)
@@ -1221,9 +1254,13 @@ class KaggleSource(Source):
 
     def read_file(self, name: str) -> bytes:
         row = self.index.row(name)
-        if self.index.full[row] > LARGEST_FILE:
-            raise BadImage(f"larger than {LARGEST_FILE / 1e6:,.0f} MB")
+        self._refuse_large(name, int(self.index.full[row]))
         return self._member(row)
+
+    def _refuse_large(self, name: str, size: int) -> None:
+        if size > LARGEST_FILE:
+            raise TooLarge(f"--data {self.spec}: {name} cannot be read (larger than "
+                           f"{LARGEST_FILE / 1e6:,.0f} MB)")
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
         rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
@@ -1311,7 +1348,7 @@ class KaggleSource(Source):
             except zlib.error as error:
                 raise BadImage(f"damaged in the archive ({error})") from None
         else:
-            raise BadImage("encrypted" if method == 255 else f"packed by method {method}")
+            raise BadImage("encrypted" if method == ENCRYPTED else f"packed by method {method}")
         if len(data) > full:
             raise BadImage(f"longer than the {full:,} bytes that the archive declares")
         if len(data) < full or zlib.crc32(data) != int(self.index.crc[row]):
@@ -1359,6 +1396,7 @@ class KaggleFilesSource(KaggleSource):
     def read_file(self, name: str) -> bytes:
         if name not in self.sizes:
             raise FileNotFoundError(errno.ENOENT, "not in the data set", name)
+        self._refuse_large(name, self.sizes[name])
         return self.wire.download(name, self.sizes[name])
 
     def fetch(self, samples: list[Sample],
@@ -1531,25 +1569,25 @@ def read_splits(file: Path) -> Splits:
 def duplicates_across(source: Source, splits: Splits) -> list[tuple[str, str]]:
     """Pairs of files with identical bytes in two different splits (first key, second key).
 
-    Only files of equal size are looked into.
+    Only files of equal size are looked into, and read in full only if they are alike at a glance:
+    uncompressed films are all of one size.
     """
-    by_size = defaultdict(list)
-    for name in SPLITS:
-        for s in getattr(splits, name):
-            by_size[source.size_of(s)].append((name, s))
-    pairs = []
-    for size, group in by_size.items():
-        if not size or len({name for name, _ in group}) < 2:
-            continue
-        seen: dict[bytes, tuple[str, Sample]] = {}
+    def alike(group: list[tuple[str, Sample]],
+              mark: Callable[[Sample], object]) -> list[list[tuple[str, Sample]]]:
+        """Those of the group with equal marks, where they lie in more than one split."""
+        groups = defaultdict(list)
         for name, s in group:
-            try:
-                digest = source.digest(s)
-            except OSError:
-                continue
-            other_name, other = seen.setdefault(digest, (name, s))
-            if other_name != name:
-                pairs.append((other.key, s.key))
+            with contextlib.suppress(OSError):
+                groups[mark(s)].append((name, s))
+        return [g for g in groups.values() if len({name for name, _ in g}) > 1]
+
+    everything = [(name, s) for name in SPLITS for s in getattr(splits, name)]
+    pairs = []
+    for of_a_size in alike(everything, source.size_of):
+        if source.size_of(of_a_size[0][1]):
+            for similar in alike(of_a_size, source.glance):
+                for (first, one), *others in alike(similar, source.digest):
+                    pairs += [(one.key, s.key) for name, s in others if name != first]
     return pairs
 
 
@@ -1592,6 +1630,11 @@ class BadImage(Exception):
     """These bytes are no image that can be used; the message says why."""
 
 
+# What Pillow's decoders raise on damaged files.
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError,
+          struct.error)
+
+
 def decode_image(data: bytes, size: int, budget: "Budget | None" = None,
                  halt: threading.Event | None = None) -> np.ndarray:
     """An image file's bytes as grey values, uint8 [size,size].
@@ -1623,9 +1666,7 @@ def decode_image(data: bytes, size: int, budget: "Budget | None" = None,
         page = bytes(data[:100]).lstrip()[:1] == b"<"
         raise BadImage("a web page or XML, and no image" if page else
                        "no image of a known format" if data else "an empty file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError,
-            struct.error) as error:
-        # What Pillow's decoders raise on damaged files.
+    except DAMAGE as error:
         raise BadImage(str(error).split("<")[0].strip() or type(error).__name__) from None
 
 
@@ -1670,17 +1711,20 @@ def _decode_dicom(data: bytes, size: int, budget: "Budget | None",
         planes = int(dicom.get("NumberOfFrames") or 1) * int(dicom.get("SamplesPerPixel") or 1)
         with held(budget, dicom.Rows * dicom.Columns * planes * 24, halt):  # float64 on the way
             values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
-            inverted = dicom.PhotometricInterpretation == "MONOCHROME1"
+            kind = dicom.PhotometricInterpretation
             values = values.astype(np.float32)
             if values.ndim != 2:
                 raise BadImage(f"DICOM with {values.ndim} dimensions, not a single grey image")
+            if kind not in ("MONOCHROME1", "MONOCHROME2"):
+                raise BadImage(f"DICOM with {kind} pixels, not grey ones")
             low, high = values.min(), values.max()
             values = (values - low) * (255 / max(high - low, 1e-6))
-            return _stretch(Image.fromarray(255 - values if inverted else values), size)
+            return _stretch(
+                Image.fromarray(255 - values if kind == "MONOCHROME1" else values), size)
     except (BadImage, Halted):
         raise
     except Exception as error:  # pydicom answers damage with nearly every kind of error
-        raise BadImage(f"DICOM: {error}") from None
+        raise BadImage(f"DICOM: {' '.join(str(error).split())}") from None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1901,7 +1945,8 @@ class ImageStream(IterableDataset):
         """Go on where the state was taken; nothing is read of what is skipped."""
         mine = self.state_dict()
         changed = [f"{k} was {state[k]!r}, is {mine[k]!r}" for k in mine
-                   if k not in ("epoch", "next_batch") and state[k] != mine[k]]
+                   if k not in ("epoch", "next_batch") and state[k] != mine[k]
+                   and not (k == "version" and "" in (state[k], mine[k]))]  # not known everywhere
         if changed:
             raise UserError(f"--data {self.source.spec}: cannot go on within an epoch, because "
                             f"the stream has changed: {'; '.join(changed)}")
@@ -1916,11 +1961,19 @@ class ImageStream(IterableDataset):
     def every(self, step: int) -> "ImageStream":
         """A stream of every step-th image in order, whole for every rank, which shares what this
         one keeps in memory."""
+        self._make_room(self.divide()[1])
         other = copy.copy(self)
         other.seed, other.stop_on_bad, other.positions = None, False, self.positions[::step]
         other.next_batch = other._start = 0
         other.rank, other.world = 0, 1
         return other
+
+    def _make_room(self, images: int) -> None:
+        """Room for so many images that are kept, if there is none yet."""
+        if self._kept is None:
+            self._kept = torch.empty((images, 1, self.image_size, self.image_size),
+                                     dtype=torch.uint8)
+            self._is_kept = np.zeros(len(self.samples), dtype=bool)
 
     def __iter__(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         worker = get_worker_info()
@@ -1929,10 +1982,7 @@ class ImageStream(IterableDataset):
         room, kept = self.divide(workers if worker else 0)
         image_bytes = self.image_size**2
         waiting = Waiting(room, self.image_size, memory.whole)
-        if self._kept is None:  # in the process that will fill it
-            self._kept = torch.empty((kept, 1, self.image_size, self.image_size),
-                                     dtype=torch.uint8)
-            self._is_kept = np.zeros(len(self.samples), dtype=bool)
+        self._make_room(kept)  # in the process that will fill it
 
         order = self.positions
         if self.seed is not None:
@@ -2042,7 +2092,7 @@ class ImageStream(IterableDataset):
     def _decode(self, data: bytes | Exception, future: Future, memory: Memory, waiting: Waiting,
                 halt: threading.Event) -> None:
         if isinstance(data, Exception):
-            future.set_exception(data)
+            future.set_exception(BadImage(str(data)))
             return
         try:
             waiting.take(self.image_size**2, halt)
@@ -2052,6 +2102,10 @@ class ImageStream(IterableDataset):
                 waiting.give(self.image_size**2)
                 raise
             future.set_result(waiting.put(image))
+        except BadImage as error:
+            # A new one: the traceback of this one would keep file and pixels, which no budget
+            # counts any more, until the batch is made.
+            future.set_exception(BadImage(str(error)))
         except BaseException as error:  # the consumer raises it
             future.set_exception(error)
 
@@ -2111,7 +2165,7 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
     of `world` gets its slice of every batch. source: if it has been opened already.
     """
     source = source or open_source(config)
-    splits = split_for_training(source, config)
+    splits = split_for_training(source, config, rank)
     # Ranks on one machine share its memory. Test images are seen once: they need not be kept.
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     streams = {}
@@ -2140,8 +2194,9 @@ def describe_memory(loaders: Loaders) -> str:
             f"for later epochs {kept_mb} ({share} training and validation images)")
 
 
-def split_for_training(source: Source, config: Config) -> Splits:
-    """split_samples for the configuration; UserError if there are too few normals to learn from."""
+def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
+    """split_samples for the configuration; UserError if there are too few normals to learn from.
+    Of several processes the first one, which prints the notes, looks for identical files."""
     normals = sum(s.label == NORMAL for s in source.samples)
     if normals < MIN_NORMALS:
         raise UserError(
@@ -2158,7 +2213,8 @@ def split_for_training(source: Source, config: Config) -> Splits:
     if (config.batch_size or 0) > len(splits.train):
         splits.notes.append(f"--batch-size {config.batch_size}: more than there are training "
                             "images, which all make one step")
-    if not isinstance(source, PhantomSource) and (pairs := duplicates_across(source, splits)):
+    if rank == 0 and not isinstance(source, PhantomSource) and (
+            pairs := duplicates_across(source, splits)):
         splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
                             f"{pairs[0][0]} and {pairs[0][1]}")
     return splits

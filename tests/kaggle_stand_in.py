@@ -126,9 +126,10 @@ class StandIn(ThreadingHTTPServer):
     """Serves `archives` ("owner/name" -> Archive). Faults are taken from `faults`, one a request.
 
     A fault is the name of what happens to the next request for a range: status-429 (with
-    `retry_after`), status-500, drop (half of it), truncate (a shorter range), whole (200), expire
-    (403), change (another ETag), corrupt (a byte), stall (nothing until closed). `api_faults` are
-    statuses for the API.
+    `retry_after`), status-500, drop (half of it), truncate (a shorter range), long (more than the
+    range), prefix (the first bytes where the last are wanted), whole (200), expire (403), change
+    (another ETag), corrupt (a byte), stall (nothing until closed). `api_faults` are statuses for
+    the API.
     """
 
     daemon_threads = True
@@ -261,11 +262,15 @@ class Handler(BaseHTTPRequestHandler):
         end = min(archive.size, int(m[2]) + 1) if m[1] and m[2] else archive.size
         if fault == "truncate":
             end = start + (end - start) // 2
+        if fault == "prefix":
+            start, end = 0, end - start
         with server.lock:
             server.ranges.append((start, end))
         body = archive.read(start, end)
         if fault == "corrupt":
             body = body[:-20] + bytes([body[-20] ^ 1]) + body[-19:]
+        if fault == "long":
+            body += bytes(1000)
         self.send_response(206)
         for name, value in (("Content-Length", len(body)), ("ETag", etag),
                             ("Content-Range", f"bytes {start}-{end - 1}/{archive.size}"),

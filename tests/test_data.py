@@ -5,7 +5,9 @@ import io
 import os
 import sys
 import threading
+import zlib
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from data import (
     PhantomSource,
     Sample,
     Source,
+    Waiting,
     augment,
     create_dataloaders,
     decode_image,
@@ -144,13 +147,13 @@ def test_nih_is_read_by_column_name_with_its_official_lists() -> None:
     found, left_out = layout(
         ["images_001/images/00000001_000.png", "images_001/images/00000001_001.png",
          "images_002/images/00000002_000.png"],
-        {"Data_Entry_2017.csv": NIH, "test_list.txt": "00000002_000.png\n",
+        {"Data_Entry_2017.csv": NIH + NIH.splitlines()[1], "test_list.txt": "00000002_000.png\n",
          "train_val_list.txt": "00000001_000.png\n00000001_001.png\n"})
     rows = [(s.key[-16:], s.patient, s.label, s.finding, s.view, s.split) for s in found.samples]
     assert rows == [("00000001_000.png", "1", 1, "Cardiomegaly|Emphysema", "PA", "train"),
                     ("00000001_001.png", "1", 0, "", "AP", "train"),
                     ("00000002_000.png", "2", 0, "", "PA", "test")]
-    assert left_out == {"listed in the table but not there": 1}
+    assert left_out == {"listed in the table but not there": 1, "listed twice": 1}
     assert found.boxes == {}
 
 
@@ -235,6 +238,14 @@ def test_stray_images_masks_and_unlabelled_ones_beside_a_normal_folder_are_not_a
                               "Unlabeled/c.png"])
     assert [s.key for s in found.samples] == ["normal/a.png", "sick/b.png"]
     assert sum(left_out.values()) == 3 and left_out["in a folder called Unlabeled"] == 1
+
+
+def test_hidden_files_and_masks_beside_their_images_are_no_images() -> None:
+    found, left_out = layout(["normal/a (1).png", "normal/a (1)_mask.png", "sick/b.png",
+                              "sick/b_mask.png", "sick/b_mask_1.png", "sick/c_mask.png",
+                              "normal/._a (1).png", ".ipynb_checkpoints/a.png"])
+    assert [s.key for s in found.samples] == ["normal/a (1).png", "sick/b.png", "sick/c_mask.png"]
+    assert left_out == {"masks beside their images": 3}
 
 
 def test_a_csv_header_in_quotes_is_read(tmp_path: Path) -> None:
@@ -437,6 +448,25 @@ def test_identical_files_in_two_splits_are_reported(tmp_path: Path) -> None:
     assert any(n.startswith("1 pairs of identical files") and "11.png" in n for n in notes), notes
 
 
+def test_files_of_one_size_are_read_in_full_only_if_they_are_alike_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(60):
+        write_image(tmp_path / "train" / "normal" / f"{i}.bmp", i)
+    for name, i in (("copy", 11), ("other", 900), ("nearly", 12)):
+        write_image(tmp_path / "test" / "normal" / f"{name}.bmp", i)
+    nearly = tmp_path / "test" / "normal" / "nearly.bmp"
+    nearly.write_bytes(nearly.read_bytes()[:-1] + b"x")  # like 12.bmp but for the last pixel
+    source, read = FolderSource(str(tmp_path)), []
+    digest = source.digest
+    monkeypatch.setattr(source, "digest", lambda s: read.append(s.key) or digest(s))
+    splits = split_for_training(source, Config(data=str(tmp_path)))
+    [note] = [n for n in splits.notes if "identical" in n]
+    assert note.startswith("1 pairs") and "11.bmp and test/normal/copy.bmp" in note
+    assert sorted(read) == ["test/normal/copy.bmp", "test/normal/nearly.bmp",
+                            "train/normal/11.bmp", "train/normal/12.bmp"]
+
+
 def test_the_table_of_the_data_names_counts_and_sizes(xrays: Path) -> None:
     source = FolderSource(str(xrays))
     text = describe(source, split_for_training(source, Config(data=str(xrays))))
@@ -507,13 +537,18 @@ def test_a_jpeg_with_damaged_exif_is_a_bad_image_and_no_crash() -> None:
         decode_image(file.getvalue(), 32)
 
 
-def test_an_image_of_absurd_size_is_refused_before_it_is_decoded() -> None:
+def test_an_image_or_mask_of_absurd_size_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     png = bytearray(encoded(Image.fromarray(RAMP)))
     png[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in the header
-    import zlib
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     with pytest.raises(BadImage, match="pixels"):
         decode_image(bytes(png), 32)
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(RAMP)))
+    (tmp_path / "mask.png").write_bytes(png)
+    (tmp_path / "list.csv").write_text("path,label,mask\na.png,1,mask.png\n")
+    source = FolderSource(str(tmp_path))
+    with pytest.raises(UserError, match="mask.png cannot be read as a mask"):
+        source.mask(source.samples[0], 32)
 
 
 def dicom(photometric: str, **tags: object) -> bytes:
@@ -546,6 +581,22 @@ def test_dicom_is_scaled_inverted_and_windowed() -> None:
     low, high = (RAMP * 16.0 - 500 < 740), (RAMP * 16.0 - 500 > 1260)
     assert (windowed[low] == 0).all() and (windowed[high] == 255).all()
     assert 0 < windowed[~low & ~high].mean() < 255
+
+
+def test_dicom_with_colours_or_without_a_decoder_is_a_bad_image_in_one_line(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BadImage, match="DICOM with PALETTE COLOR pixels"):
+        decode_image(dicom("PALETTE COLOR"), 64)
+    content = dicom("MONOCHROME2")
+
+    def no_plugin(*_: object) -> None:
+        raise RuntimeError("Unable to decompress, because all plugins lack:\n\tgdcm\n\tpylibjpeg")
+
+    monkeypatch.setattr("pydicom.dcmread", no_plugin)
+    with pytest.raises(BadImage, match="DICOM: Unable to decompress, because all plugins lack: "
+                                       "gdcm pylibjpeg"):
+        decode_image(content, 64)
 
 
 def test_dicom_without_pydicom_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -643,6 +694,31 @@ def test_a_bad_image_is_skipped_counted_and_named_and_many_stop_the_run(tmp_path
         (tmp_path / "normal" / f"{i:02d}.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"3 of 40 images cannot be read, more than 5%"):
         list(ImageStream(source, source.samples, 32, 8))
+
+
+def test_what_could_not_be_read_is_not_held(tmp_path: Path) -> None:
+    write_image(tmp_path / "normal" / "a.png", 0)
+    source = FolderSource(str(tmp_path))
+    stream = ImageStream(source, source.samples, 32, 8)
+    whole = (tmp_path / "normal" / "a.png").read_bytes()
+    for content in (whole[: len(whole) // 2], OSError(5, "broken disk")):
+        future: Future = Future()
+        stream._decode(content, future, stream.memory, Waiting(8, 32, stream.memory.whole),
+                       threading.Event())
+        error = future.exception()
+        # Frames of a traceback would hold the file and its pixels.
+        assert isinstance(error, BadImage) and str(error)
+        assert error.__traceback__ is error.__context__ is error.__cause__ is None
+
+
+def test_images_that_calibration_keeps_are_kept_for_training_too() -> None:
+    Counting.reads = 0
+    source = Counting(40, 32)
+    stream = ImageStream(source, source.samples[:40], 32, 8, seed=0)
+    assert sum(len(x) for x, _ in stream.every(1)) == 40
+    before = stream.memory.whole.held
+    assert sum(len(x) for x, _ in stream) == 40
+    assert Counting.reads == 40 and stream.memory.whole.held == before == 40 * 32**2
 
 
 def test_loaders_in_two_lines(xrays: Path) -> None:

@@ -385,6 +385,39 @@ def test_a_whole_archive_sent_for_a_range_is_not_read(kaggle: StandIn) -> None:
     assert source.wire.traffic["bytes"] < 2 << 20
 
 
+def test_more_than_the_range_that_was_asked_for_does_no_harm(
+    faulty: tuple[StandIn, data.KaggleSource]
+) -> None:
+    server, source = faulty
+    server.faults.append("long")
+    archive = server.archives["someone/xrays"]
+    assert bytes(source.wire.read_range(100, 900)) == archive.data[100:900]
+
+
+def test_a_server_that_takes_the_last_bytes_for_the_first_is_asked_for_files(
+    kaggle: StandIn
+) -> None:
+    kaggle.archives["someone/xrays"] = Archive.of(images(400), zipfile.ZIP_STORED)
+    kaggle.faults.append("prefix")
+    assert isinstance(source := open_spec(), KaggleFilesSource) and len(source.samples) == 400
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_large_table_that_is_not_needed_is_left_alone(
+    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, ranges: bool
+) -> None:
+    monkeypatch.setattr(data, "LARGEST_FILE", 1000)
+    kaggle.archives["someone/xrays"] = Archive.of(images(40, **{"pixels.csv": b"1,2\n" * 500}))
+    kaggle.ranges_allowed = ranges
+    source = open_spec()
+    assert len(source.samples) == 40 and kaggle.calls["file"] == 0
+    assert source.left_out == {"tables, too large to be looked into": 1}
+    kaggle.archives["someone/xrays"] = Archive.of(
+        images(40, **{"Data_Entry_2017.csv": b"1,2\n" * 500}))
+    with pytest.raises(UserError, match=r"Data_Entry_2017.csv cannot be read \(larger"):
+        open_spec()
+
+
 def test_a_changed_data_set_stops_the_run(faulty: tuple[StandIn, data.KaggleSource]) -> None:
     server, source = faulty
     server.archives["someone/xrays"].etag = '"v2"'
@@ -460,6 +493,11 @@ def test_an_index_that_lies_or_is_damaged_is_refused(kaggle: StandIn) -> None:
     kaggle.archives["someone/xrays"] = Archive(bytes(broken), {})
     with pytest.raises(UserError, match="20 of 40 entries"):
         open_spec()
+    broken[at : at + 4], broken[at + 11] = b"PK\1\2", 0x7F  # a method that there is not
+    kaggle.archives["someone/xrays"] = Archive(bytes(broken), {})
+    source = open_spec()
+    with pytest.raises(data.BadImage, match="packed by method 254"):
+        source.read(source.samples[20])
     name = b"normal/a.png"
     huge = VirtualNIH._entry(name.decode(), 0xFFFFFFFF, 1, 0)  # its one Zip64 value is the size
     huge = huge[:42] + bytes(4) + huge[46:-8] + b"\xff" * 8
@@ -848,6 +886,7 @@ def test_going_on_in_mid_epoch_keeps_the_order_and_fetches_nothing_that_is_skipp
     for change in ({"seed": 8}, {"version": '"v2"'}, {"world": 2}, {"batch_size": 4}):
         with pytest.raises(UserError, match=next(iter(change))):
             fresh().load_state_dict(state | change)
+    fresh().load_state_dict(state | {"version": ""})  # the same data in a folder has none
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
