@@ -52,6 +52,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import hashlib
 import io
 import itertools
 import json
@@ -414,7 +415,10 @@ class Scored:
 def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
                   trivial: TrivialScores | None) -> Scored:
     """Score images with every scorer; `scorer` gives the maps that are held against masks."""
-    stream = ImageStream(source, samples, run.config.image_size, 8 * READ_AT_ONCE,
+    # Several batches of READ_AT_ONCE, so that what is read twice fills some; fewer of large images.
+    size = run.config.image_size
+    several = max(1, min(8, 8 * 128**2 // size**2))
+    stream = ImageStream(source, samples, size, several * READ_AT_ONCE,
                          memory=run.config.memory_bytes, cache=False)
     scores: dict[str, list] = {name: [] for name in SCORERS}
     baselines: dict[str, list] = {}
@@ -424,7 +428,7 @@ def score_samples(run: Run, source: Source, samples: list[Sample], scorer: str,
         _, found, maps = run.read(images, scorer)
         for name, values in found.items():
             scores[name].append(values.numpy())
-        masks = [lesion_mask(source, samples[i], run.config.image_size) for i in positions.tolist()]
+        masks = [lesion_mask(source, samples[i], size) for i in positions.tolist()]
         for map_, mask in zip(maps[:, 0].cpu().numpy(), masks, strict=True):
             if mask is not None and mask.any():
                 energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
@@ -514,33 +518,55 @@ def samples_to_score(run: Run, source: Source, split: str) -> tuple[list[Sample]
            or os.path.abspath(source.spec) == os.path.abspath(run.config.data))
     if own:
         wanted = getattr(splits, split)
-        there = {s.key for s in source.samples}
+        there = {s.key: s for s in source.samples}
         notes = []
         if gone := [s.key for s in wanted if s.key not in there]:
             notes.append(f"{len(gone)} images of split.csv are no longer there, e.g. {gone[0]}")
+        chosen = [there[s.key] for s in wanted if s.key in there]
+        then = {s.key: (s.patient, s.label) for s in wanted}
+        if other := [s.key for s in chosen if then[s.key] != (s.patient, s.label)]:
+            notes.append(f"{len(other)} images have another label or patient than at training, "
+                         f"e.g. {other[0]}; those of now count")
         if split == "val":
             notes.append("the thresholds come from these very validation normals")
-        return [s for s in wanted if s.key in there], False, notes
+        return chosen, False, notes
     if split == "val":
         raise UserError("--split val: only on the data that the run was trained on")
     chosen = [s for s in source.samples if s.split == "test"] or source.samples
     # The same data under another path, with a few images more or fewer: what was trained on
     # must not be tested on. Names that coincide by chance are far fewer than half.
-    seen = {(s.key, s.patient, s.label) for s in splits.train + splits.val}
+    learnt = splits.train + splits.val
+    notes, files = [], {file_of(run.config.data, s.key) for s in learnt}
+    others = [s for s in chosen if file_of(source.spec, s.key) not in files]
+    if same := len(chosen) - len(others):  # a folder in that of the training data, or above it
+        if not others:
+            raise UserError(f"--data {source.spec}: {run.folder} was trained or validated on all "
+                            f"{same} images that would be tested")
+        notes.append(f"{same} images left out: the run was trained or validated on them")
+        chosen = others
+    seen = {(s.key, s.patient, s.label) for s in learnt}
     fresh = [s for s in chosen if (s.key, s.patient, s.label) not in seen]
     known = len(chosen) - len(fresh)
     if known > len(seen) / 2:
-        return fresh, True, [f"{known} images left out: the run was trained or validated on images "
-                             "of these names"]
-    return chosen, True, [] if not known else [
-        f"{known} of these images have the names of images that the run was trained or validated "
-        "on: make sure that they are others"]
+        return fresh, True, [*notes, f"{known} images left out: the run was trained or validated "
+                             "on images of these names"]
+    if known:
+        notes.append(f"{known} of these images have the names of images that the run was trained "
+                     "or validated on: make sure that they are others")
+    return chosen, True, notes
+
+
+def file_of(spec: str, key: str) -> str:
+    """Where the image of that key lies; of data that is no folder something that no file has."""
+    root = os.path.realpath(spec)
+    return os.path.join(os.path.dirname(root) if root.lower().endswith(".csv") else root, key)
 
 
 def training_reference(run: Run, source: Source) -> np.ndarray:
     """Up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores. UserError
     if none can be read."""
-    train = read_splits(run.folder / "split.csv").train
+    there = {s.key for s in source.samples}
+    train = [s for s in read_splits(run.folder / "split.csv").train if s.key in there]
     stream = ImageStream(source, train[:: max(1, math.ceil(len(train) / 400))],
                          run.config.image_size, 16, memory=run.config.memory_bytes, cache=False,
                          stop_on_bad=False)
@@ -684,7 +710,7 @@ def evaluate(
         for run in (loaded[i] for i in positions if len(positions) > 1):
             run.name = f"{name}, seed {run.config.seed}"
     trivial, weights = None, None
-    compared: list[str] = []  # keys of the images
+    compared: list[tuple[str, str, int]] = []  # key, patient and label of the images
     opened: dict[tuple, Source] = {}
     for run in loaded:
         config = run.config if data is None else dataclasses.replace(
@@ -700,11 +726,12 @@ def evaluate(
         chosen = draw_evenly(chosen, samples)
         if not chosen:
             raise UserError(f"--data {source.spec}: no images to score in its {split} split")
-        if compared and [s.key for s in chosen] != compared:
+        these = [(s.key, s.patient, s.label) for s in chosen]
+        if compared and these != compared:
             raise UserError(f"{run.folder} and {paths[0]} cannot be compared: their test images "
                             "differ; name common data with --data")
         if not compared:
-            compared = [s.key for s in chosen]
+            compared = these
             print(f"testing   {source.title}")
             if external:
                 print(f"          External test: trained on {run.config.data}, nothing is fitted "
@@ -1270,7 +1297,8 @@ def draw_healing(run: Run, source: Source, scored: Scored, metrics: dict, file: 
     """Three validation normals, corrupted as in training, and what the model makes of them; below
     them a tested image with a finding. Whether there was anything to draw."""
     size, scorer = run.config.image_size, metrics["scorer"]
-    normals = read_splits(run.folder / "split.csv").normals("val")
+    there = {s.key for s in source.samples}
+    normals = [s for s in read_splits(run.folder / "split.csv").normals("val") if s.key in there]
     stream = ImageStream(source, normals[:: max(1, len(normals) // 8)][:8], size, 8,
                          memory=run.config.memory_bytes, cache=False, stop_on_bad=False)
     with contextlib.closing(iter(stream)) as batches:
@@ -1766,6 +1794,10 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     stems = [name.rpartition(".")[0].replace("/", "__") for name in names]
     if len(set(stems)) < len(stems):  # film.png and film.jpg: keep them apart
         stems = [name.replace("/", "__") for name in names]
+    # File systems take names of 255 bytes; those of DICOM's folders together may be longer.
+    stems = [stem if len(os.fsencode(stem)) <= 200 else
+             f"{stem[-40:]}-{hashlib.blake2b(os.fsencode(stem), digest_size=6).hexdigest()}"
+             for stem in stems]
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     bar = Progress(len(files), "scoring")

@@ -69,6 +69,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -157,6 +158,9 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     if wanted != "auto":
         try:
             autocast(device, wanted)
+            old = TorchVersion(torch.__version__) < "2.8"
+            if old and (wanted, device.type) == ("fp16", "mps"):
+                raise RuntimeError  # the gradient scaler would need float64, which MPS has not
         except RuntimeError:  # MPS, before PyTorch 2.5
             raise UserError(f"--precision {wanted}: not on {device.type} with PyTorch "
                             f"{torch.__version__}; use --precision auto") from None
@@ -311,9 +315,13 @@ class Ranks:
         self.device = device
         log.setLevel(logging.INFO if self.rank == 0 else logging.ERROR)
         if not dist.is_initialized():
-            # Hours: the others wait while the first one calibrates.
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(hours=3))
+            try:  # hours: the others wait while the first one calibrates
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                        timeout=datetime.timedelta(hours=3))
+            except ValueError as error:
+                raise UserError(f"WORLD_SIZE is {self.world}, but the other processes cannot be "
+                                f"found ({error}): start it with torchrun, or unset WORLD_SIZE"
+                                ) from None
         return device
 
     def _reduce(self, value: float, how: Any) -> float:

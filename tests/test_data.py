@@ -547,7 +547,7 @@ def test_an_image_or_mask_of_absurd_size_is_refused_before_it_is_decoded(tmp_pat
     (tmp_path / "mask.png").write_bytes(png)
     (tmp_path / "list.csv").write_text("path,label,mask\na.png,1,mask.png\n")
     source = FolderSource(str(tmp_path))
-    with pytest.raises(UserError, match="mask.png cannot be read as a mask"):
+    with pytest.raises(UserError, match=r"mask\.png cannot be read as a mask"):
         source.mask(source.samples[0], 32)
 
 

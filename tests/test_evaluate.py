@@ -680,6 +680,49 @@ def test_training_images_are_never_tested_on_under_another_path(
         (grown / s.key).unlink()
     chosen, external, (note,) = samples_to_score(load_run(folder), FolderSource(str(grown)), "test")
     assert external and len(chosen) > 12 and note.startswith("5 of these images have the names of")
+    # Named by a folder above that of the training data, their keys are others.
+    inside = tmp_path / "above" / "grown"
+    inside.parent.mkdir()
+    grown.rename(inside)
+    run = load_run(folder)
+    run.config = dataclasses.replace(run.config, data=str(inside))
+    chosen, external, (note,) = samples_to_score(run, FolderSource(str(inside.parent)), "test")
+    assert external and note.startswith("5 images left out: the run was trained or validated on")
+    assert not {s.key for s in chosen} & {f"grown/{s.key}" for s in parts.train[:5]}
+    for s in parts.test:
+        (inside / s.key).unlink()
+    (inside / "normal/new.png").unlink()
+    with pytest.raises(UserError, match="was trained or validated on all 5 images"):
+        samples_to_score(run, FolderSource(str(inside.parent)), "test")
+
+
+def test_data_that_has_changed_in_its_place_counts_as_it_is_now(
+    tmp_path: Path, xrays: Path
+) -> None:
+    (folder,) = train(tiny(tmp_path, data=str(xrays), samples=None, epochs=1))
+    parts, run = read_splits(folder / "split.csv"), load_run(folder)
+    source = FolderSource(str(xrays))
+    corrected, gone = parts.test[0], {s.key for s in parts.train[: len(parts.train) // 2]}
+    source.samples = [dataclasses.replace(s, label=1 - s.label) if s.key == corrected.key else s
+                      for s in source.samples if s.key not in gone]
+    chosen, external, (note,) = samples_to_score(run, source, "test")
+    assert not external and len(chosen) == len(parts.test)
+    assert chosen[0].key == corrected.key and chosen[0].label == 1 - corrected.label
+    assert note == (f"1 images have another label or patient than at training, e.g. "
+                    f"{corrected.key}; those of now count")
+    # A source of Kaggle's does not know what is gone.
+    known, read_one = {s.key: s for s in source.samples}, source.read
+    with mock.patch.object(source, "read", lambda s: read_one(known[s.key])):
+        assert len(evaluate_module.training_reference(run, source)) == len(parts.train) - len(gone)
+
+
+def test_large_images_are_scored_within_the_memory_that_they_were_trained_in(
+    runs: list[Path], xrays: Path
+) -> None:
+    run = load_run(runs[0])
+    run.config = dataclasses.replace(run.config, image_size=1024, memory_limit_gb=0.25)
+    with pytest.raises(UserError, match="none of the 0 images could be read"):
+        evaluate_module.score_samples(run, FolderSource(str(xrays)), [], "fused", None)
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -757,6 +800,16 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
     assert (images / rows[3]["image"]).read_bytes() == (
         xrays / "abnormal" / rows[3]["image"]).read_bytes()
     assert (runs[0] / "predictions" / rows[3]["image"].replace(".", "_heatmap.")).exists()
+
+
+def test_long_names_of_nested_folders_are_cut_and_stay_apart(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    deep = tmp_path / "new" / "1.2.840.113619" / ("1." * 40 + "7") / ("2." * 40 + "8")
+    for last in ("a", "b"):
+        write_image(deep / last / ("9." * 40 + "1.png"))
+    rows = predict(runs[0], tmp_path / "new", tmp_path / "out")
+    assert len(rows) == 2 and len(list((tmp_path / "out").glob("*_heatmap.png"))) == 2
 
 
 def test_a_run_in_which_lesions_leave_no_trace_says_so(

@@ -25,7 +25,15 @@ import train as train_module
 from config import Config, UserError
 from data import create_dataloaders
 from evaluate import evaluate, load_run
-from train import Ranks, Stop, claimed, load_checkpoint, save_checkpoint, train
+from train import (
+    Ranks,
+    Stop,
+    choose_precision,
+    claimed,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -780,6 +788,25 @@ def test_a_compiler_that_does_not_work_is_one_line(
     monkeypatch.setattr(train_module, "train_all", broken)
     with pytest.raises(UserError, match=r"^--compile does not work here .*no C compiler[^\n]*$"):
         train(tiny(tmp_path))
+
+
+def test_a_world_size_without_a_launcher_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 4.*start it with torchrun, or unset"):
+        Ranks().meet(torch.device("cpu"))
+
+
+def test_fp16_on_an_apple_gpu_is_refused_where_its_scaler_would_fail(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "autocast", lambda *_: None)
+    monkeypatch.setattr(torch, "__version__", "2.7.1")
+    with pytest.raises(UserError, match=r"--precision fp16: not on mps with PyTorch 2\.7\.1"):
+        choose_precision("fp16", torch.device("mps"))
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    assert choose_precision("fp16", torch.device("mps")) == ("fp16", "as asked")
 
 
 def test_fewer_images_than_processes_are_refused(
