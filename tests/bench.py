@@ -244,8 +244,8 @@ def stream(scale: Scale, known: dict) -> Iterator[Row]:
         memory = mega(ours.ask(memory=True, **request)["memory"])
         streamed = rate([ours.ask(**request) for _ in range(scale.rounds)])
     yield row("stream", "JPEG streamed from a server here: images/s", streamed, 50,
-              "promised: 10 to 50", at_least=50)
-    yield row("stream.memory", "  memory in MB above the imports", memory, 500, "promised: 500",
+              "first aim: 10 to 50", at_least=50)
+    yield row("stream.memory", "  memory in MB above the imports", memory, 500, "first aim: 500",
               at_most=500)
 
 
@@ -357,7 +357,7 @@ def promises(scale: Scale, known: dict) -> Iterator[Row]:
         if trained := known.get((model, scale.batch)):
             most, told = (30, "15 to 30") if model == "unet" else (60, "30 to 60")
             yield row(f"promise.{model}", f"{name}: minutes for 2,000 images x 10 epochs",
-                      20_000 / trained / 60, most, f"promised: {told}", at_most=most)
+                      20_000 / trained / 60, most, f"first aim: {told}", at_most=most)
 
 
 GROUPS: dict[str, Callable[[Scale, dict], Iterator[Row]]] = {
