@@ -84,6 +84,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return train(tiny(tmp_path_factory.mktemp("runs"), model="both", data="synthetic"))
 
 
+@pytest.fixture(scope="session")
+def xrays_run(tmp_path_factory: pytest.TempPathFactory, xrays: Path) -> Path:
+    """The folder of a run trained a little on `xrays`."""
+    (folder,) = train(tiny(tmp_path_factory.mktemp("xrays_run"), data=str(xrays), samples=None,
+                           epochs=1))
+    return folder
+
+
 @pytest.fixture
 def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     """A stand-in that the official client is pointed at; waiting is noted instead of done."""

@@ -631,9 +631,9 @@ def test_normals_alone_give_no_auroc_but_a_specificity(
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_own_data_is_tested_on_the_test_split_of_split_csv_alone(
-    tmp_path: Path, xrays: Path
+    xrays_run: Path, tmp_path: Path, xrays: Path
 ) -> None:
-    (folder,) = train(tiny(tmp_path, data=str(xrays), samples=None, epochs=1))
+    folder = xrays_run
     (metrics,) = evaluate(folder)
     parts = read_splits(folder / "split.csv")
     with open(folder / "eval" / "xrays" / "scores.csv", newline="") as f:
@@ -664,9 +664,9 @@ def test_runs_that_could_not_read_the_same_images_are_not_compared(
 
 
 def test_training_images_are_never_tested_on_under_another_path(
-    tmp_path: Path, xrays: Path, capsys: pytest.CaptureFixture
+    xrays_run: Path, tmp_path: Path, xrays: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (folder,) = train(tiny(tmp_path, data=str(xrays), samples=None, epochs=1))
+    folder = xrays_run
     grown = tmp_path / "grown"
     shutil.copytree(xrays, grown)
     write_image(grown / "normal" / "new.png", 1000)
@@ -697,10 +697,9 @@ def test_training_images_are_never_tested_on_under_another_path(
 
 
 def test_data_that_has_changed_in_its_place_counts_as_it_is_now(
-    tmp_path: Path, xrays: Path
+    xrays_run: Path, xrays: Path
 ) -> None:
-    (folder,) = train(tiny(tmp_path, data=str(xrays), samples=None, epochs=1))
-    parts, run = read_splits(folder / "split.csv"), load_run(folder)
+    parts, run = read_splits(xrays_run / "split.csv"), load_run(xrays_run)
     source = FolderSource(str(xrays))
     corrected, gone = parts.test[0], {s.key for s in parts.train[: len(parts.train) // 2]}
     source.samples = [dataclasses.replace(s, label=1 - s.label) if s.key == corrected.key else s
@@ -752,12 +751,9 @@ def test_runs_of_one_model_and_of_different_sizes_can_be_compared(
     assert f"U-Net ({runs[0]})" in capsys.readouterr().out
 
 
-def test_runs_on_different_data_are_not_compared(
-    runs: list[Path], tmp_path: Path, xrays: Path
-) -> None:
-    other = train(tiny(tmp_path, data=str(xrays), samples=None, epochs=1))
+def test_runs_on_different_data_are_not_compared(runs: list[Path], xrays_run: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be compared.*--data"):
-        evaluate([runs[0], *other])
+        evaluate([runs[0], xrays_run], samples=40)
 
 
 def test_prediction_gives_score_percentile_verdict_and_maps(
