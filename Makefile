@@ -4,8 +4,11 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 DATA   ?= synthetic
 OUT    ?= runs
-# What one comparison trains with; ARGS come after it and so win.
-QUICK  := $(if $(filter synthetic,$(DATA)),--samples 150 --epochs 2 --batch-size 4 --no-augment,)
+# What one comparison on the phantom trains with; ARGS come after it and so win.
+QUICK  :=
+ifeq ($(DATA),synthetic)
+QUICK  := --samples 150 --epochs 2 --batch-size 4 --no-augment
+endif
 ARGS   ?=
 EVAL_ARGS ?=
 
@@ -19,10 +22,13 @@ help: ## this list
 	@echo '  ARGS="--epochs 5 --seeds 3"   more flags for train.py;  EVAL_ARGS="..." for evaluate.py'
 	@echo '  OUT=runs  PYTHON=python3  VENV=.venv'
 
-# The stamp is made only once pip has succeeded, so that a broken install is tried again.
+# The stamp is made only once pip has succeeded, so that a broken install is tried again. It does not
+# count where the environment's Python has gone, as after an upgrade of Python: then all is made anew.
+$(shell $(PY) -c '' 2>/dev/null || rm -f $(VENV)/.installed)
 # config.py alone does nothing but refuse a Python that is too old.
 $(VENV)/.installed: requirements.txt
-	@$(PY) -m pip --version >/dev/null 2>&1 || { $(PYTHON) config.py && $(PYTHON) -m venv $(VENV); }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { $(PYTHON) config.py && \
+	  $(PYTHON) -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV); }
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

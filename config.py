@@ -149,6 +149,8 @@ class Config:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name), flag(f.name)))
+        # No shell has done so where make or a file gives it.
+        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
 
     @property
     def memory_bytes(self) -> int:

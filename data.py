@@ -583,11 +583,12 @@ def recognise_layout(
     where: what to call this place in messages. left_out: takes the counts of what is not used.
     UserError if the layout is not one of those known, with what was found instead.
     """
+    # Hidden files are no data, such as a Mac's shadows of files. The Kermany archive holds itself a
+    # second time.
     names = [n for n in names if not any(p.startswith(".") for p in PurePosixPath(n).parts)]
-    # The Kermany archive holds itself a second time, and a Mac's shadow files.
     known = set(names)
-    copies = [n for n in names if "__MACOSX/" in n
-              or (n.startswith("chest_xray/") and n.removeprefix("chest_xray/") in known)
+    copies = [n for n in names
+              if (n.startswith("chest_xray/") and n.removeprefix("chest_xray/") in known)
               or ("/chest_xray/chest_xray/" in n
                   and n.replace("/chest_xray/chest_xray/", "/chest_xray/", 1) in known)]
     if copies:

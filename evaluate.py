@@ -38,6 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
     if arguments["samples"] is not None and arguments["samples"] < 1:
         raise UserError(f"--samples: {arguments['samples']} is less than 1")
+    arguments["runs"] = [os.path.expanduser(run) for run in arguments["runs"]]
     return arguments
 
 

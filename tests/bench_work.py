@@ -114,15 +114,14 @@ def plain_model(config: Config) -> torch.nn.Module:
 
 def stepping(step: Callable[[Tensor], float], batches: list[Tensor],
              device: torch.device) -> Answer:
-    """Answers with images a second, losses and peak memory of so many steps, of so many images of a
-    batch each, or all."""
+    """Answers with images a second, losses and peak memory of so many steps."""
     done = 0
 
-    def answer(steps: int, images: int | None = None) -> dict:
+    def answer(steps: int) -> dict:
         nonlocal done
         began, losses = time.perf_counter(), []
         for _ in range(steps):
-            losses.append(step(batches[done % len(batches)][:images]))
+            losses.append(step(batches[done % len(batches)]))
             done += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -247,7 +246,7 @@ def their_folder(sizes: dict) -> Answer:
     from torchvision import datasets, transforms
 
     size = Config(**sizes).image_size
-    road = transforms.Compose([transforms.Resize((size, size)), transforms.Grayscale(),
+    road = transforms.Compose([transforms.Grayscale(), transforms.Resize((size, size)),
                                transforms.ToTensor()])
 
     def passing(data: str) -> int:

@@ -39,6 +39,7 @@ The five modules, written into the folder `imgae_dx`. You may change them here: 
 again, and then the last one of this section and all that follow.""", "", """\
 import contextlib
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,10 +160,12 @@ elif not IMAGE:
     print(f"an abnormal test image: {describe_sample(sample)}\\n")
 image = Path(IMAGE)
 if IMAGE in ("upload", ""):
-    image = OUT / name
+    image = OUT / "images" / name
+    image.parent.mkdir(parents=True, exist_ok=True)
     image.write_bytes(content)
 for run in folders:
     predictions = run / "predictions" / image.stem
+    shutil.rmtree(predictions, ignore_errors=True)  # of other images of that name
     predict(run, image, predictions)
     for heatmap in sorted(predictions.glob("*_heatmap.png"))[:10]:
         display(Image(str(heatmap), width=800))

@@ -1,5 +1,6 @@
 """Small things that several test files need. Nothing here touches the network or shared data."""
 
+import functools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -22,7 +23,16 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = {"width": 4, "image_size": 32, "latent_dim": 8, "samples": 64, "epochs": 2,
-        "batch_size": 16, "device": "cpu"}
+        "batch_size": 16, "device": "cpu", "precision": "fp32"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu() -> Iterator[None]:
+    """Runs are tested where they were trained, whatever machine this is."""
+    no = functools.cache(lambda: False)  # PyTorch itself looks at what it wraps
+    with mock.patch("torch.cuda.is_available", no), mock.patch(
+            "torch.backends.mps.is_available", no):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +105,7 @@ def xrays_run(tmp_path_factory: pytest.TempPathFactory, xrays: Path) -> Path:
 @pytest.fixture
 def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
     """A stand-in that the official client is pointed at; waiting is noted instead of done."""
+    pytest.importorskip("kagglesdk", reason="the client of Kaggle needs Python 3.11")
     server = StandIn()
     for name in [n for n in os.environ if n.startswith("KAGGLE_") or n.lower().endswith("proxy")]:
         monkeypatch.delenv(name)

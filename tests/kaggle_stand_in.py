@@ -144,6 +144,7 @@ class StandIn(ThreadingHTTPServer):
         self.ranges_allowed, self.delay, self.empty_page = True, 0.0, False
         self.calls: Counter = Counter()  # "api", "range", "whole", "file", "list"
         self.ranges: list[tuple[int, int]] = []
+        self.versions: set[int | None] = set()  # of the data set that were asked for
         self.whole_sent = 0  # bytes given away in answers with status 200
         self.served = None  # called with the number of ranges so far, before each
         self.signature = 0
@@ -193,6 +194,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.json(401, {"code": 401, "message": f"bad {KEY}"})
         method = urlsplit(self.path).path.rpartition("/")[2]
         name = f"{body['ownerSlug']}/{body['datasetSlug']}"
+        server.versions.add(body.get("datasetVersionNumber"))
         server.calls["list" if method == "ListDatasetFiles" else
                      "file" if body.get("fileName") else "api"] += 1
         if server.api_faults:

@@ -31,7 +31,8 @@ def test_every_row_can_be_computed(rows: dict[str, bench.Row]) -> None:
     for name, row in rows.items():
         if "memory" not in name:  # which not every system tells
             assert math.isfinite(row.ours) and row.ours >= 0, name
-            assert row.target or name in ("growth.list", "data.jpg.limit"), name
+            assert row.target or name in ("growth.list", "data.jpg.limit") or name.endswith(
+                (".probe", ".ceiling")), name
 
 
 def test_the_fast_step_learns_what_the_plain_one_learns(rows: dict[str, bench.Row]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import config as config_module
 from config import PACKAGES, Config, UserError, command, flag, load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +143,10 @@ def test_help_and_mistakes_are_answered_without_loading_torch(script: str) -> No
 
 
 def test_config_is_importable_without_torch_and_numpy() -> None:
-    assert not {"torch", "numpy"} & set(vars(config_module))
+    done = subprocess.run([sys.executable, "-c", "import config, sys; print("
+                           "sorted({'torch', 'numpy'} & set(sys.modules)))"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_an_old_python_is_refused_in_one_line() -> None:
@@ -209,3 +211,31 @@ def test_what_to_type_next_names_the_python_and_the_place_of_this_program(
     assert command("train.py") == f"{own} train.py"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert command("train.py") == "torchrun --nproc_per_node=4 train.py"
+
+
+def test_a_home_folder_that_no_shell_has_put_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert Config(output_dir="~/x-rays/runs").output_dir == "/home/someone/x-rays/runs"
+    from evaluate import parse_arguments
+
+    assert parse_arguments(["~/x-rays/runs"])["runs"] == ["/home/someone/x-rays/runs"]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@pytest.mark.parametrize(("data", "quick"), [("synthetic", True), ("my synthetic", False)])
+def test_make_compare_trains_and_compares_what_is_named(
+    tmp_path: Path, data: str, quick: bool
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    (tmp_path / ".installed").touch()
+    done = subprocess.run(["make", "-n", "compare", f"DATA={data}", "OUT=c d", f"VENV={tmp_path}",
+                           "ARGS=--epochs 9"], cwd=ROOT, capture_output=True, text=True)
+    first, second = (shlex.split(x) for x in done.stdout.splitlines()[-2:])
+    python = str(tmp_path / "bin/python")
+    fixed = ["train.py", "--model", "both", "--data", data, "--output-dir", "c d", "--reuse"]
+    assert first[:9] == [python, *fixed] and first[-2:] == ["--epochs", "9"]
+    assert ("--samples" in first) == quick and second == [python, "evaluate.py", "c d"]
+    (tmp_path / "bin/python").unlink()  # as an upgrade may: the stamp does not count
+    subprocess.run(["make", "-n", "compare", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True)
+    assert not (tmp_path / ".installed").exists()

@@ -1,6 +1,7 @@
 """Sources, layouts, splits, decoding, the stream, and the phantom's frozen difficulty."""
 
 import hashlib
+import importlib.util
 import io
 import os
 import sys
@@ -129,7 +130,7 @@ def test_kermany_is_recognised_with_patients_findings_and_split() -> None:
     assert sorted(rows) == [
         ("IM-0115", 0, "", "train"), ("NORMAL2-IM-0115", 0, "", "train"),
         ("person7_bacteria", 1, "bacteria", "train"), ("person7_virus", 1, "virus", "test")]
-    assert left_out == {"copies inside the archive": 2}
+    assert left_out == {"copies inside the archive": 1}
     deeper, left_out = layout(["raw/chest_xray/train/NORMAL/IM-0115-0001.jpeg",
                                "raw/chest_xray/chest_xray/train/NORMAL/IM-0115-0001.jpeg"])
     assert len(deeper.samples) == 1 and left_out == {"copies inside the archive": 1}
@@ -512,6 +513,37 @@ def test_exif_orientation_is_applied() -> None:
     assert np.array_equal(turned, RAMP[:, ::-1])
 
 
+@pytest.mark.parametrize("turn", [2, 3, 4, 5, 6, 7, 8])
+def test_a_turned_jpeg_comes_out_upright(turn: int) -> None:
+    picture = np.zeros((64, 64), np.uint8)
+    picture[:32, :16], picture[40:, 48:] = 250, 120
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    file = encoded(Image.fromarray(picture), "JPEG", exif=exif, quality=95)
+    by = {2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: np.transpose,
+          6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).T, 8: np.rot90}
+    assert np.abs(decode_image(file, 64).astype(int) - by[turn](picture)).max() < 30
+
+
+def test_every_format_of_the_list_is_found_in_a_folder_and_read(tmp_path: Path) -> None:
+    wide = RAMP.astype(np.uint16) * 257
+    folder = tmp_path / "normal"
+    folder.mkdir()
+    for name, image, kind in (
+            ("a.png", RAMP, "PNG"), ("b.jpg", RAMP, "JPEG"), ("c.jpeg", RAMP, "JPEG"),
+            ("d.bmp", RAMP, "BMP"), ("e.pgm", RAMP, "PPM"), ("f.pgm", wide, "PPM"),
+            ("g.tif", RAMP, "TIFF"), ("h.TIFF", wide, "TIFF"), ("j.png", wide, "PNG"),
+            ("i.tif", wide.astype(">u2"), "TIFF")):
+        (folder / name).write_bytes(encoded(Image.fromarray(image), kind))
+    if importlib.util.find_spec("pydicom"):
+        (folder / "k.dcm").write_bytes(dicom("MONOCHROME2"))
+    source = FolderSource(str(tmp_path))
+    assert len(source.samples) == len(list(folder.iterdir())) >= 10
+    for sample in source.samples:
+        found = decode_image(source.read(sample), 64).astype(int)
+        assert np.abs(found - RAMP).max() <= (4 if sample.key.endswith(".dcm") else 2), sample.key
+
+
 def test_a_non_square_image_is_stretched_whole() -> None:
     wide = np.zeros((50, 200), np.uint8)
     wide[:, :100], wide[:, -4:] = 80, 255  # a bright right edge that a crop would lose
@@ -658,6 +690,7 @@ class Counting(PhantomSource):
 
 
 def test_what_fits_in_memory_is_read_once() -> None:
+    Counting.reads = 0
     source = Counting(40, 32)
     stream = ImageStream(source, source.samples[:40], 32, 8, seed=0)
     for epoch in range(3):

@@ -27,7 +27,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import evaluate as evaluate_module
 import train as train_module
 from config import Config, UserError, parse_config
-from data import FolderSource, Sample, decode_image, draw_phantom, read_splits
+from data import FolderSource, ImageStream, Sample, decode_image, draw_phantom, read_splits
 from evaluate import (
     PixelCounts,
     Run,
@@ -546,6 +546,7 @@ def test_seeds_of_a_model_are_averaged_and_compared_as_one(
     for line in ("U-Net, seed 1  ", "Reversed AE, seed 0  ", "Their seeds overlap: ",
                  "and not what other seeds would give"):
         assert (line in text) == (line in (tmp_path / "comparison.md").read_text())
+        assert line in text or line.startswith("Their seeds")  # which depends on the figures
         assert (line.strip() in text) == (line.strip() in page.text)
     row = re.search(r"U-Net, mean of 2 seeds +(0\.\d+)  (0\.\d+) to (0\.\d+)", text)
     assert float(row[1]) == pytest.approx(one, abs=6e-4) and row[2] < row[1] < row[3]
@@ -718,10 +719,21 @@ def test_data_that_has_changed_in_its_place_counts_as_it_is_now(
 def test_large_images_are_scored_within_the_memory_that_they_were_trained_in(
     runs: list[Path], xrays: Path
 ) -> None:
-    run = load_run(runs[0])
+    run, source, streams = load_run(runs[0]), FolderSource(str(xrays)), []
     run.config = dataclasses.replace(run.config, image_size=1024, memory_limit_gb=0.25)
-    with pytest.raises(UserError, match="none of the 0 images could be read"):
-        evaluate_module.score_samples(run, FolderSource(str(xrays)), [], "fused", None)
+
+    def stream(*arguments: object, **settings: object) -> ImageStream:
+        streams.append(ImageStream(*arguments, **settings))
+        return streams[-1]
+
+    def read_small(images: torch.Tensor, scorer: str) -> tuple:
+        return load_run(runs[0]).read(images[..., ::32, ::32].contiguous(), scorer)
+
+    with mock.patch.object(evaluate_module, "ImageStream", stream), mock.patch.object(
+            run, "read", read_small, create=True):
+        scored = evaluate_module.score_samples(run, source, source.samples[:12], "fused", None)
+    assert len(scored.samples) == 12 and streams[0].memory.limit == 0.25 * 2**30
+    assert 0 < streams[0].memory.whole.peak <= streams[0].memory.limit
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -796,6 +808,23 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
     assert (images / rows[3]["image"]).read_bytes() == (
         xrays / "abnormal" / rows[3]["image"]).read_bytes()
     assert (runs[0] / "predictions" / rows[3]["image"].replace(".", "_heatmap.")).exists()
+
+
+def test_the_command_scores_an_image_into_the_folder_that_is_named(
+    runs: list[Path], xrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture
+) -> None:
+    film = next(iter(sorted((xrays / "abnormal").iterdir())))
+    flags = ["--image", str(film), "--out", str(tmp_path / "out"), "--scorer", "peak"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(runs[0]), *flags, "--device", "cpu"])
+    evaluate_module.main()
+    (row,) = csv.DictReader((tmp_path / "out" / "predictions.csv").open())
+    assert (tmp_path / "out" / f"{film.stem}_heatmap.png").exists()
+    assert predict(runs[0], film, tmp_path / "again", "peak")[0]["score"] == float(row["score"])
+    assert f"{film.name}  score " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, runs), *flags])
+    with pytest.raises(UserError, match="--image: give one run"):
+        evaluate_module.main()
 
 
 def test_long_names_of_nested_folders_are_cut_and_stay_apart(

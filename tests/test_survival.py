@@ -682,6 +682,7 @@ def test_three_processes_stopped_in_validation_end_as_if_they_had_not_been(tmp_p
 
 
 @pytest.mark.drill
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc")
 def test_a_process_that_dies_ends_the_run_and_leaves_its_checkpoint(tmp_path: Path) -> None:
     config = tiny(tmp_path, epochs=200)
     program = start(config, launcher=TWO)

@@ -535,7 +535,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert says in said and len(said.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_cuda_where_there_is_none_is_refused() -> None:
     with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA device"):
         train(Config(device="cuda"))
