@@ -224,11 +224,13 @@ def test_a_home_folder_that_no_shell_has_put_in_is_found(monkeypatch: pytest.Mon
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 @pytest.mark.parametrize(("data", "quick"), [("synthetic", True), ("my synthetic", False)])
 def test_make_compare_trains_and_compares_what_is_named(
-    tmp_path: Path, data: str, quick: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, quick: bool
 ) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
     (tmp_path / ".installed").touch()
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the make that runs the tests
+        monkeypatch.delenv(name, raising=False)
     done = subprocess.run(["make", "-n", "compare", f"DATA={data}", "OUT=c d", f"VENV={tmp_path}",
                            "ARGS=--epochs 9"], cwd=ROOT, capture_output=True, text=True)
     first, second = (shlex.split(x) for x in done.stdout.splitlines()[-2:])

@@ -200,7 +200,7 @@ def test_copies_in_the_kermany_archive_are_left_out(kaggle: StandIn, chest: Path
     kaggle.archives["someone/xrays"] = Archive.of(files)
     source = open_spec()
     assert source.samples == FolderSource(str(chest)).samples
-    assert source.left_out["copies inside the archive"] == 101
+    assert source.left_out == {"copies inside the archive": 100}  # hidden files are not counted
 
 
 def test_tables_in_the_archive_give_labels_and_splits(kaggle: StandIn, tmp_path: Path) -> None:
