@@ -47,12 +47,13 @@ evaluate: setup ## test and compare what was trained last
 colab: ## write a notebook, and one cell to paste, for Google Colab to build/
 	$(PYTHON) tests/colab.py
 
-# What only tests need: DICOM files, a real kernel of a notebook, two processes at a time.
+# What only tests need: DICOM files, a real kernel of a notebook, several processes at a time (three:
+# some wait for programs that they start).
 TEST_PACKAGES := 'pydicom>=3.0' 'ipykernel>=6' 'nbformat>=5' 'pytest-xdist>=3.5'
 
 test: setup ## run the tests
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
-	$(PY) -m pytest -q -m "not drill" -n 2 tests $(ARGS)
+	$(PY) -m pytest -q -m "not drill" -n 3 --dist worksteal tests $(ARGS)
 
 drills: setup ## run the long tests: faults, notebooks, the benchmark, what README adds
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
