@@ -92,7 +92,7 @@ class Source:
     version = ""  # tells a set from a later one of the same name, where the source knows
 
     def read_file(self, name: str) -> bytes:
-        """A file's bytes. OSError or BadImage if they cannot be had."""
+        """A file's bytes. OSError, BadImage or TooLarge if they cannot be had."""
         raise NotImplementedError
 
     def read(self, sample: Sample) -> bytes:

@@ -563,11 +563,16 @@ def file_of(spec: str, key: str) -> str:
     return os.path.join(os.path.dirname(root) if root.lower().endswith(".csv") else root, key)
 
 
+def still_there(samples: list[Sample], source: Source) -> list[Sample]:
+    """Those of the samples that the source has."""
+    there = {s.key for s in source.samples}
+    return [s for s in samples if s.key in there]
+
+
 def training_reference(run: Run, source: Source) -> np.ndarray:
     """Up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores. UserError
     if none can be read."""
-    there = {s.key for s in source.samples}
-    train = [s for s in read_splits(run.folder / "split.csv").train if s.key in there]
+    train = still_there(read_splits(run.folder / "split.csv").train, source)
     stream = ImageStream(source, train[:: max(1, math.ceil(len(train) / 400))],
                          run.config.image_size, 16, memory=run.config.memory_bytes, cache=False,
                          stop_on_bad=False)
@@ -1298,8 +1303,7 @@ def draw_healing(run: Run, source: Source, scored: Scored, metrics: dict, file: 
     """Three validation normals, corrupted as in training, and what the model makes of them; below
     them a tested image with a finding. Whether there was anything to draw."""
     size, scorer = run.config.image_size, metrics["scorer"]
-    there = {s.key for s in source.samples}
-    normals = [s for s in read_splits(run.folder / "split.csv").normals("val") if s.key in there]
+    normals = still_there(read_splits(run.folder / "split.csv").normals("val"), source)
     stream = ImageStream(source, normals[:: max(1, len(normals) // 8)][:8], size, 8,
                          memory=run.config.memory_bytes, cache=False, stop_on_bad=False)
     with contextlib.closing(iter(stream)) as batches:

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -197,17 +196,13 @@ def loss(scale: Scale, known: dict) -> Iterator[Row]:
         return max(abs(p - q) / q for p, q in zip(*means, strict=True))
 
     for model, name in MODELS.items():
-        with contextlib.ExitStack() as stack:
-            workers = [stack.enter_context(
-                Worker(scale, kind, PASSIVE, model=model, batch=8, sizes=scale.curve_sizes,
-                       batches=8, **settings))
-                for kind, settings in (("our_training", {"large": 1 << 8}),
-                                       ("plain_training", {"weights": 0}),
-                                       ("plain_training", {"weights": 1}))]
-            # At the same time: here it does not matter how long one takes.
-            with ThreadPoolExecutor(1 if scale.quick else len(workers)) as pool:
-                curves = list(pool.map(lambda w: w.ask(steps=scale.curve_steps)["losses"],
-                                       workers))
+        curves = []
+        for kind, settings in (("our_training", {"large": 1 << 8}),
+                               ("plain_training", {"weights": 0}),
+                               ("plain_training", {"weights": 1})):
+            with Worker(scale, kind, PASSIVE, model=model, batch=8, sizes=scale.curve_sizes,
+                        batches=8, **settings) as worker:
+                curves.append(worker.ask(steps=scale.curve_steps)["losses"])
         yield row(f"loss.{model}", f"{name}: loss curve, largest relative difference",
                   apart(curves[0], curves[1]), apart(curves[2], curves[1]),
                   "plain, other weights", at_most=0.05, curves=curves)

@@ -39,7 +39,6 @@ The five modules, written into the folder `imgae_dx`. You may change them here: 
 again, and then the last one of this section and all that follow.""", "", """\
 import contextlib
 import importlib
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,7 +164,8 @@ if IMAGE in ("upload", ""):
     image.write_bytes(content)
 for run in folders:
     predictions = run / "predictions" / image.stem
-    shutil.rmtree(predictions, ignore_errors=True)  # of other images of that name
+    for earlier in predictions.glob("*_heatmap.png"):  # of other images, in a folder of that name
+        earlier.unlink()
     predict(run, image, predictions)
     for heatmap in sorted(predictions.glob("*_heatmap.png"))[:10]:
         display(Image(str(heatmap), width=800))
