@@ -12,7 +12,9 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -668,7 +670,8 @@ def map_name(scorer: str) -> str:
     return scorer if scorer in OWN_MAP else "zscore"
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
     """What a model makes of a batch of images: all that the scorers look at. fp32."""
 
     images: Tensor  # [B,1,H,W] in [0,1]
@@ -680,9 +683,22 @@ class Reading(NamedTuple):
         """The model's first view, [B,1,H,W]."""
         return self.views[:, :1]
 
+    @cached_property
+    def contrast(self) -> list[Tensor]:
+        """log_contrast of the images and of each view, [B,1+V,H,W], for each of TEXTURE_SCALES."""
+        both = torch.cat([self.images, self.views], dim=1)
+        return [log_contrast(both, scale) for scale in TEXTURE_SCALES]
+
     def first(self, count: int) -> "Reading":
         """Of the first so many images."""
-        return Reading(*(part[:count] for part in self))
+        return Reading(self.images[:count], self.views[:count], self.features[:count])
+
+    @staticmethod
+    def joined(parts: list["Reading"]) -> "Reading":
+        """Of the images of all parts, in order."""
+        return Reading(torch.cat([part.images for part in parts]),
+                       torch.cat([part.views for part in parts]),
+                       torch.cat([part.features for part in parts]))
 
 
 def read(model: Any, images: Tensor) -> Reading:
@@ -971,9 +987,7 @@ def texture(reading: Reading) -> Tensor:
     there, keeps it; residuals, which mean grey values, hardly see it. As the reconstruction
     follows its image, much of where a film lies in the frame and how it was exposed cancels out.
     """
-    logs = [log_contrast(torch.cat([reading.images, reading.views], dim=1), scale)
-            for scale in TEXTURE_SCALES]
-    return torch.cat([log[:, :1] - log[:, 1:] for log in logs], dim=1)
+    return torch.cat([log[:, :1] - log[:, 1:] for log in reading.contrast], dim=1)
 
 
 def contrast(reading: Reading) -> Tensor:
@@ -981,7 +995,7 @@ def contrast(reading: Reading) -> Tensor:
 
     Of the images alone: a reconstruction may follow its film in haze, and so hide it.
     """
-    return torch.cat([log_contrast(reading.images, scale) for scale in TEXTURE_SCALES], dim=1)
+    return torch.cat([log[:, :1] for log in reading.contrast], dim=1)
 
 
 def log_contrast(maps: Tensor, scale: float) -> Tensor:
@@ -989,7 +1003,8 @@ def log_contrast(maps: Tensor, scale: float) -> Tensor:
     share of the side; same shape."""
     maps = maps - maps.mean((2, 3), keepdim=True)  # of squares of small numbers less is lost
     side = window(scale, maps.shape[-1])
-    variance = box_filter(maps.square(), side) - box_filter(maps, side).square()
+    squares, means = box_filter(torch.cat([maps.square(), maps]), side).chunk(2)
+    variance = squares - means.square()
     return (variance.clamp(min=0).sqrt() + 1 / 255).log()  # flat areas: one grey level
 
 
@@ -1000,7 +1015,7 @@ def regional_contrast(reading: Reading) -> Tensor:
     tells that change best from how normal images differ is Fisher's linear discriminant: the
     inverse covariance of normal images times the mean change.
     """
-    log = log_contrast(reading.reconstruction, TEXTURE_SCALES[0])
+    log = reading.contrast[0][:, 1:2]
     return F.adaptive_avg_pool2d(log.cpu(), 3).flatten(1).double()  # MPS can't do uneven regions
 
 

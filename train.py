@@ -1151,13 +1151,12 @@ def score_evenly(
     map is that of the reading in which it has the lower score, moved back.
     """
     def scored(readings: list[tuple[Reading, int]]) -> tuple[Reading, dict[str, Tensor], Tensor]:
-        parts, scores, maps = [], [], []
+        scores, maps = [], []
         for reading, count in readings:
             z = scorer.z("zscore", reading)
             scores.append({k: v[:count] for k, v in scorer.scores(reading, z).items()})
             maps.append(scorer.anomaly_map(map_by, reading, z)[:count])
-            parts.append(reading.first(count))
-        return (Reading(*(torch.cat(each) for each in zip(*parts, strict=True))),
+        return (Reading.joined([reading.first(count) for reading, count in readings]),
                 {name: torch.cat([s[name] for s in scores]) for name in scores[0]},
                 torch.cat(maps))
 

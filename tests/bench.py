@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = ROOT / "build" / "bench"
 MODELS = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
-ENOUGH = 20  # seconds of turns, after which no further one begins
+ENOUGH = 12  # seconds of turns, after which no further one begins
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # what train.py and evaluate.py set as they start
 TINY = {"width": 2, "image_size": 32, "latent_dim": 8}
 
@@ -37,16 +37,16 @@ class Scale:
 
     quick: bool = False  # in this process, where nothing has to be started
     sizes: dict = field(default_factory=dict)  # of the networks: those of Config
-    batch: int = 32  # and the default, 8, beside it
+    batch: int = 32  # and the default, 8, before it
     rounds: int = 2
     curve_sizes: dict = field(default_factory=lambda: {"width": 8, "image_size": 64,
                                                        "latent_dim": 64})
-    curve_steps: int = 240
+    curve_steps: int = 120
     films: int = 60  # different ones; each lies there five times
     side: int = 1024
     small_films: tuple[int, ...] = (1_000, 10_000, 100_000)
     trained: int = 16  # images, in two epochs
-    scored: int = 32
+    scored: int = 24
     scores: int = 10_000
 
 
@@ -169,22 +169,19 @@ def step(scale: Scale, known: dict) -> Iterator[Row]:
     """Training steps, and the memory that they take."""
     # Without matrix units the products themselves are not five times as fast in bf16.
     wanted = 5 if "amx_bf16" in known["machine"]["flags"] else 1
-    for batch in (scale.batch, 8):
-        large = batch == scale.batch
-        for model, name in MODELS.items():
-            settings = {"model": model, "batch": batch, "sizes": scale.sizes}
-            with Worker(scale, "our_training", PASSIVE, **settings) as ours, \
-                    Worker(scale, "plain_training", **settings) as theirs:
-                in_turn([ours, theirs], 1, steps=1)  # to warm up
-                a, b = in_turn([ours, theirs], 2 * scale.rounds, steps=1)
-            known[model, batch] = rate(a)
-            yield row(f"step.{model}.{batch}", f"{name}, batch {batch}: images/s trained", rate(a),
-                      rate(b), "plain fp32 loop", ratio_from=wanted if large else 1)
-            if large:
-                ours, theirs = (x[-1]["memory"] / 1e9 for x in (a, b))
-                yield row(f"memory.{model}", "  peak memory in GB", ours, theirs,
-                          "plain fp32 loop", at_most=3 if model == "unet" else 4,
-                          imports=a[0]["imported"] / 1e9)
+    for model, name in MODELS.items():
+        settings = {"model": model, "batch": scale.batch, "sizes": scale.sizes}
+        with Worker(scale, "our_training", PASSIVE, **settings) as ours, \
+                Worker(scale, "plain_training", **settings) as theirs:
+            in_turn([ours, theirs], 1, steps=1, batch=8)  # to warm up
+            for batch, bound in ((8, 1), (scale.batch, wanted)):
+                a, b = in_turn([ours, theirs], 2 * scale.rounds, steps=1, batch=batch)
+                known[model, batch] = rate(a)
+                yield row(f"step.{model}.{batch}", f"{name}, batch {batch}: images/s trained",
+                          rate(a), rate(b), "plain fp32 loop", ratio_from=bound)
+        ours, theirs = (answers[-1]["memory"] / 1e9 for answers in (a, b))
+        yield row(f"memory.{model}", "  peak memory in GB", ours, theirs, "plain fp32 loop",
+                  at_most=3 if model == "unet" else 4, imports=a[0]["imported"] / 1e9)
 
 
 def loss(scale: Scale, known: dict) -> Iterator[Row]:
@@ -196,13 +193,12 @@ def loss(scale: Scale, known: dict) -> Iterator[Row]:
         return max(abs(p - q) / q for p, q in zip(*means, strict=True))
 
     for model, name in MODELS.items():
-        curves = []
-        for kind, settings in (("our_training", {"large": 1 << 8}),
-                               ("plain_training", {"weights": 0}),
-                               ("plain_training", {"weights": 1})):
-            with Worker(scale, kind, PASSIVE, model=model, batch=8, sizes=scale.curve_sizes,
-                        batches=8, **settings) as worker:
-                curves.append(worker.ask(steps=scale.curve_steps)["losses"])
+        settings = {"model": model, "batch": 8, "sizes": scale.curve_sizes, "batches": 8}
+        with Worker(scale, "our_training", PASSIVE, large=1 << 8, **settings) as ours, \
+                Worker(scale, "plain_training", PASSIVE, weights=0, **settings) as theirs, \
+                Worker(scale, "plain_training", PASSIVE, weights=1, **settings) as others:
+            curves = [worker.ask(steps=scale.curve_steps)["losses"]
+                      for worker in (ours, theirs, others)]
         yield row(f"loss.{model}", f"{name}: loss curve, largest relative difference",
                   apart(curves[0], curves[1]), apart(curves[2], curves[1]),
                   "plain, other weights", at_most=0.05, curves=curves)
@@ -262,7 +258,6 @@ def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
     for model, name in MODELS.items():
         with Worker(scale, "evaluation", PASSIVE, model=model, sizes=scale.sizes,
                     images=scale.scored) as worker:
-            worker.ask(part="forward")
             a, b, c = in_turn([worker] * 3, 2 * scale.rounds, [
                 {"part": "scoring"}, {"part": "forward"}, {"part": "twice"}])
         yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),

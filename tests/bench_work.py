@@ -82,7 +82,8 @@ def our_training(model: str, batch: int, sizes: dict, device: str = "cpu", compi
         objective = torch.compile(objective)
 
     def step(images: Tensor) -> float:
-        loss, _ = train.train_step(run, objective, images, config, batch, where, precision, ranks)
+        loss, _ = train.train_step(run, objective, images, config, len(images), where, precision,
+                                   ranks)
         run.step += 1
         return loss
 
@@ -114,19 +115,22 @@ def plain_model(config: Config) -> torch.nn.Module:
 
 def stepping(step: Callable[[Tensor], float], batches: list[Tensor],
              device: torch.device) -> Answer:
-    """Answers with images a second, losses and peak memory of so many steps."""
+    """Answers with images a second, losses and peak memory so far of so many steps of whole
+    batches, or of their first images alone."""
     done = 0
 
-    def answer(steps: int) -> dict:
+    def answer(steps: int, batch: int | None = None) -> dict:
         nonlocal done
-        began, losses = time.perf_counter(), []
+        began, losses, seen = time.perf_counter(), [], 0
         for _ in range(steps):
-            losses.append(step(batches[done % len(batches)]))
+            images = batches[done % len(batches)][:batch]
+            losses.append(step(images))
+            seen += len(images)
             done += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        return {"rate": steps * len(batches[0]) / seconds, "losses": losses,
+        return {"rate": seen / seconds, "losses": losses,
                 "memory": train.process_memory(), "imported": IMPORTED,
                 "device_memory": train.device_memory(device)}
     return answer

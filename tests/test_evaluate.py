@@ -865,7 +865,7 @@ def test_an_image_counts_as_in_the_framing_that_suits_it(
     assert 8 < away < 16
     with torch.no_grad():
         in_eights = [[read(run.model, part) for part in y.split(8)] for y in (x, moved(x, shift))]
-    first, second = (Reading(*map(torch.cat, zip(*r, strict=True))) for r in in_eights)
+    first, second = map(Reading.joined, in_eights)
     calls = mock.Mock(wraps=read)
     monkeypatch.setattr(train_module, "read", calls)
     two = [run.scorer.scores(r) for r in (first, second)]

@@ -1,6 +1,7 @@
 """The two networks, the objectives, and the scorers' arithmetic."""
 
 import copy
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from unittest import mock
@@ -215,7 +216,7 @@ def test_a_folded_model_is_the_model_without_its_batchnorms(name: str) -> None:
     small, images = folded(model), torch.rand(3, 1, 32, 32)
     with torch.no_grad():
         ours, theirs = read(small, images), read(model.eval(), images)
-    torch.testing.assert_close(tuple(ours), tuple(theirs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vars(ours), vars(theirs), atol=1e-5, rtol=1e-5)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in small.modules())
     assert not any(m.training for m in small.modules())
     # The model stays what it was, and its large matrices are not held twice.
@@ -402,7 +403,7 @@ def faded(reading: Reading) -> Reading:
     views = reading.views.clone()
     left = views[..., : views.shape[-1] // 3]
     left += 0.1 * (left.mean((2, 3), keepdim=True) - left)
-    return reading._replace(views=views)
+    return dataclasses.replace(reading, views=views)
 
 
 def calibrated(size: int = 16, n: int = 50) -> AnomalyScorer:
@@ -540,7 +541,7 @@ def test_trace_is_what_lesions_do_to_the_reconstruction_less_what_is_usual() -> 
         assert np.allclose(scorer.scores(r)["trace"].numpy(), expected, atol=1e-3 * expected.std())
     # A lesion that is far smaller than what contrasts differ by raises it; less contrast does not.
     usual = film(31)
-    whole = usual._replace(views=0.5 + 0.9 * (usual.views - 0.5))
+    whole = dataclasses.replace(usual, views=0.5 + 0.9 * (usual.views - 0.5))
     normal, sick, dull = (scorer.scores(r)["trace"] for r in (usual, faded(usual), whole))
     assert ((sick - normal) > 5 * (dull - normal).abs()).all()
     assert (sick > normal.max()).all()
@@ -582,7 +583,7 @@ def test_lost_contrast_is_seen_where_residuals_hardly_change() -> None:
     assert percent["texture"] == percent["haze"] == percent["fused"] == 100
     assert percent["zscore"] < 50
     followed = read_film(0.5, 200)
-    followed = followed._replace(views=0.5 + 0.5 * (followed.views - 0.5))
+    followed = dataclasses.replace(followed, views=0.5 + 0.5 * (followed.views - 0.5))
     followed = scorer.scores(followed)  # a reconstruction as hazy as its film
     assert scorer.percentile("texture", followed["texture"]) < 100
     assert followed["haze"] == hazy["haze"]
@@ -659,11 +660,11 @@ def test_any_part_raises_the_fused_score() -> None:
     scorer = calibrated()
     usual = reading(normal_residual(1, 16, 7), 7)
     before = scorer.scores(usual)["fused"]
-    focal = usual._replace(images=usual.images.clone())
+    focal = dataclasses.replace(usual, images=usual.images.clone())
     focal.images[..., 4:7, 4:7] += 0.2
     assert scorer.scores(focal)["fused"] > before + 1
     # A part that finds the image more normal than normal takes nothing away from the other.
-    hazy = usual._replace(images=0.1 + 0.2 * (usual.images - 0.1))
+    hazy = dataclasses.replace(usual, images=0.1 + 0.2 * (usual.images - 0.1))
     assert scorer.scores(hazy)["peak"] < scorer.normal_scores["peak"].min()
     assert scorer.scores(hazy)["fused"] > before + 1
 
@@ -715,7 +716,8 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(model_name: str) -> No
             assert torch.allclose(together[name], one_by_one, rtol=1e-4, atol=1e-6), name
         # What the network gave once is scored bitwise the same in any company.
         whole = read(model, x)
-        alone = [scorer.scores(Reading(*(t[i : i + 1] for t in whole))) for i in range(6)]
+        alone = [scorer.scores(Reading(whole.images[[i]], whole.views[[i]], whole.features[[i]]))
+                 for i in range(6)]
         for name in SCORERS:
             assert torch.equal(torch.cat([a[name] for a in alone]), together[name]), name
 
