@@ -684,7 +684,7 @@ class Reading:
         return self.views[:, :1]
 
     @cached_property
-    def contrast(self) -> list[Tensor]:
+    def log_contrasts(self) -> list[Tensor]:
         """log_contrast of the images and of each view, [B,1+V,H,W], for each of TEXTURE_SCALES."""
         both = torch.cat([self.images, self.views], dim=1)
         return [log_contrast(both, scale) for scale in TEXTURE_SCALES]
@@ -987,7 +987,7 @@ def texture(reading: Reading) -> Tensor:
     there, keeps it; residuals, which mean grey values, hardly see it. As the reconstruction
     follows its image, much of where a film lies in the frame and how it was exposed cancels out.
     """
-    return torch.cat([log[:, :1] - log[:, 1:] for log in reading.contrast], dim=1)
+    return torch.cat([log[:, :1] - log[:, 1:] for log in reading.log_contrasts], dim=1)
 
 
 def contrast(reading: Reading) -> Tensor:
@@ -995,7 +995,7 @@ def contrast(reading: Reading) -> Tensor:
 
     Of the images alone: a reconstruction may follow its film in haze, and so hide it.
     """
-    return torch.cat([log[:, :1] for log in reading.contrast], dim=1)
+    return torch.cat([log[:, :1] for log in reading.log_contrasts], dim=1)
 
 
 def log_contrast(maps: Tensor, scale: float) -> Tensor:
@@ -1015,7 +1015,7 @@ def regional_contrast(reading: Reading) -> Tensor:
     tells that change best from how normal images differ is Fisher's linear discriminant: the
     inverse covariance of normal images times the mean change.
     """
-    log = reading.contrast[0][:, 1:2]
+    log = reading.log_contrasts[0][:, 1:2]
     return F.adaptive_avg_pool2d(log.cpu(), 3).flatten(1).double()  # MPS can't do uneven regions
 
 

@@ -1,6 +1,6 @@
 """Measure the product against the loops that one would otherwise write, here and now, in turn.
 
-    make bench                               all of it; ten to fifteen minutes on two cores
+    make bench                               all of it; about ten minutes on two cores
     python tests/bench.py --only step data   a part of it
     python tests/bench.py --quick            in miniature: its figures mean nothing
 
