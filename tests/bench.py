@@ -258,6 +258,7 @@ def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
     for model, name in MODELS.items():
         with Worker(scale, "evaluation", PASSIVE, model=model, sizes=scale.sizes,
                     images=scale.scored) as worker:
+            worker.ask(part="forward")  # which the calibration has not warmed up
             a, b, c = in_turn([worker] * 3, 2 * scale.rounds, [
                 {"part": "scoring"}, {"part": "forward"}, {"part": "twice"}])
         yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),
