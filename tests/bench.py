@@ -259,8 +259,9 @@ def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
         with Worker(scale, "evaluation", PASSIVE, model=model, sizes=scale.sizes,
                     images=scale.scored) as worker:
             worker.ask(part="forward")  # which the calibration has not warmed up
-            a, b, c = in_turn([worker] * 3, 2 * scale.rounds, [
-                {"part": "scoring"}, {"part": "forward"}, {"part": "twice"}])
+            a, b = in_turn([worker] * 2, 2 * scale.rounds, [
+                {"part": "scoring"}, {"part": "forward"}])
+            [c] = in_turn([worker], scale.rounds, part="twice")
         yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),
                   "bare forward pass", ratio_from=0.9)
         yield row(f"evaluation.{model}.twice", "  if all are read twice", rate(c), rate(b) / 2,
