@@ -203,6 +203,8 @@ class PhantomSource(Source):
         self.spec = self.name = "synthetic"
         self.title = "built-in phantom (drawn chest films, not real X-rays)"
         self.left_out, self.image_size = Counter(), image_size
+        if image_size <= 128:  # threads that draw with small arrays wait for one another
+            self.threads = 1
         self.masks, self.boxes = {}, {}
         self._drawn: dict[str, np.ndarray] = {}  # masks of the films read so far, 8 pixels a byte
         kinds = [None] * 100 + list(PHANTOM_KINDS) * 20
