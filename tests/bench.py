@@ -41,7 +41,7 @@ class Scale:
     rounds: int = 2
     curve_sizes: dict = field(default_factory=lambda: {"width": 8, "image_size": 64,
                                                        "latent_dim": 64})
-    curve_steps: int = 120
+    curve_steps: int = 96
     films: int = 60  # different ones; each lies there five times
     side: int = 1024
     small_films: tuple[int, ...] = (1_000, 10_000, 100_000)
@@ -141,13 +141,13 @@ class Worker:
 
 
 def in_turn(workers: list[Worker], rounds: int, requests: list[dict] | None = None,
-            **request: object) -> list[list[dict]]:
+            enough: float = ENOUGH, **request: object) -> list[list[dict]]:
     """Each worker's answers to the request, or to one of its own; they are asked in turn.
 
     What takes long is asked less often: noise is short beside it.
     """
     began, answers = time.monotonic(), []
-    while len(answers) < rounds and (not answers or time.monotonic() - began < ENOUGH):
+    while len(answers) < rounds and (not answers or time.monotonic() - began < enough):
         answers.append([worker.ask(**request, **own) for worker, own in
                         zip(workers, requests or [{}] * len(workers), strict=True)])
     return [list(a) for a in zip(*answers, strict=True)]
@@ -261,7 +261,7 @@ def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
             worker.ask(part="forward")  # which the calibration has not warmed up
             a, b = in_turn([worker] * 2, 2 * scale.rounds, [
                 {"part": "scoring"}, {"part": "forward"}])
-            [c] = in_turn([worker], scale.rounds, part="twice")
+            [c] = in_turn([worker], scale.rounds, enough=ENOUGH / 2, part="twice")
         yield row(f"evaluation.{model}", f"{name}: phantom images/s scored", rate(a), rate(b),
                   "bare forward pass", ratio_from=0.9)
         yield row(f"evaluation.{model}.twice", "  if all are read twice", rate(c), rate(b) / 2,
@@ -305,7 +305,7 @@ def growth(scale: Scale, known: dict) -> Iterator[Row]:
                                               cache=False, sizes=scale.sizes)) for count in counts]
         watched: list[list[dict]] = [[] for _ in counts]
         for i in (0, 1, 2, 1, 0):
-            watched[i].append(workers[i].ask(epochs=max(1, 2 * counts[1] // counts[i]),
+            watched[i].append(workers[i].ask(epochs=max(1, counts[1] // counts[i]),
                                              memory=True))
     held = [all(a["held"] for a in answers) and max(a["held"] for a in answers)
             for answers in watched]
