@@ -305,7 +305,7 @@ def growth(scale: Scale, known: dict) -> Iterator[Row]:
                                               cache=False, sizes=scale.sizes)) for count in counts]
         watched: list[list[dict]] = [[] for _ in counts]
         for i in (0, 1, 2, 1, 0):
-            watched[i].append(workers[i].ask(epochs=max(1, counts[1] // counts[i]),
+            watched[i].append(workers[i].ask(epochs=max(1, 2 * counts[1] // counts[i]),
                                              memory=True))
     held = [all(a["held"] for a in answers) and max(a["held"] for a in answers)
             for answers in watched]
