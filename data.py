@@ -2002,8 +2002,10 @@ class ImageStream(IterableDataset):
         sequence = np.concatenate([*batches, rest]).astype(np.int64)
         blocks = self.blocks[sequence]
         by_block = np.argsort(blocks, kind="stable")  # places in the sequence, block by block
-        first = np.searchsorted(blocks[by_block], blocks)  # of each place's block, in by_block
-        last = np.searchsorted(blocks[by_block], blocks, "right")
+        sorted_blocks = blocks[by_block]
+        # Where in by_block the block of each place begins, and where it ends.
+        first = np.searchsorted(sorted_blocks, blocks)
+        last = np.searchsorted(sorted_blocks, blocks, "right")
 
         # Images that wait are those of the batch, `ahead` places after it, and up to `reach` places
         # after those: neighbours of one of them, fetched with it. So they never need more than
