@@ -70,7 +70,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
@@ -874,7 +873,7 @@ def fit_into_memory(run: Run, config: Config, loaders: Loaders, device: torch.de
                     precision: str, ranks: Ranks) -> None:
     """Take fewer images at a time, if the whole batch would take too much memory."""
     free = memory_for_steps(device, loaders)
-    batch = math.ceil(loaders.train.dataset.batch_size / ranks.world)
+    batch = math.ceil(loaders.train.batch_size / ranks.world)
     run.micro_batch = min(batch, config.micro_batch or batch)
     if (free is None and device.type != "cpu") or config.micro_batch:
         return
@@ -895,7 +894,7 @@ def memory_for_steps(device: torch.device, loaders: Loaders | None) -> int | Non
     take there; None if that is not known."""
     free = free_memory(device)
     if free is not None and loaders and device.type == "cpu":
-        free -= sum(loader.dataset.allotted for loader in loaders[:3])
+        free -= sum(stream.bound for stream in loaders[:3])
     return free
 
 
@@ -1077,7 +1076,7 @@ class Stop:
             raise Stopped(self.message, self.number or signal.SIGTERM)
 
 
-def timed(loader: DataLoader, run: Run, stop: Stop) -> Iterator[Tensor]:
+def timed(loader: ImageStream, run: Run, stop: Stop) -> Iterator[Tensor]:
     """The loader's images; counts the seconds that are spent waiting for them."""
     batches = iter(loader)
     while True:
@@ -1179,7 +1178,7 @@ def score_evenly(
     return reading, scores, map_
 
 
-def regrouped(stream: ImageStream) -> Iterator[Tensor]:
+def regrouped(stream: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
     """A stream's images, uint8 [n,1,H,W], n a multiple of READ_AT_ONCE but for the last: so that
     smaller batches are not filled up, which would cost as much as whole ones."""
     held = torch.empty(0, dtype=torch.uint8)
@@ -1207,12 +1206,14 @@ def calibrate(model: nn.Module, loaders: Loaders, device: torch.device,
     scores of the validation normals."""
     model = folded(model)
     scorer = AnomalyScorer()
-    stream: ImageStream = loaders.train.dataset
-    some = stream.every(math.ceil(len(stream.samples) / CALIBRATION_IMAGES))
-    normals = loaders.val.dataset.every(1)  # all, also where this process has but a slice
+    stream = loaders.train
+    step = math.ceil(len(stream.samples) / CALIBRATION_IMAGES)
+    some = stream.every(step)
+    normals = loaders.val.every(1)  # all, also where this process has but a slice
+    count = math.ceil(len(stream.samples) / step)
 
-    bar = Progress(len(some.positions) + len(normals.positions), "calibrating")
-    batches, step = 0, max(1, len(some.positions) // LESIONED)
+    bar = Progress(count + len(loaders.val.samples), "calibrating")
+    batches, step = 0, max(1, count // LESIONED)
     for images in regrouped(some):
         readings = read_evenly(model, images, device, precision)
         for clean, (reading, count) in zip(images.split(READ_AT_ONCE), readings, strict=True):
@@ -1409,7 +1410,7 @@ def train_one(config: Config, loaders: Loaders, device: torch.device, ranks: Ran
         else:
             precision, why_precision = state["precision"], "as before"
     run = start_run(config, device, precision)
-    stream: ImageStream = loaders.train.dataset
+    stream = loaders.train
     stream.seed = config.seed  # the loaders may have been another seed's
     stream.set_epoch(0)
     if state:
@@ -1468,7 +1469,7 @@ def train_epochs(run: Run, config: Config, loaders: Loaders, device: torch.devic
                  ranks: Ranks, common: dict[str, object], asked: Config) -> Path:
     """The loop, and what comes after it. common: what every checkpoint holds besides weights."""
     folder, last = run_folder(config), run_folder(config) / "last.pt"
-    stream: ImageStream = loaders.train.dataset
+    stream = loaders.train
     objective: Any = Objective(run.model)
     if ranks.world > 1:
         # find_unused_parameters: there are none, but without it gradients are grouped anew after
@@ -1626,12 +1627,12 @@ def command_to_resume(config: Config) -> str:
 
 def report_data(loaders: Loaders) -> None:
     """Say what the data cost, and which images could not be read."""
-    peak = loaders.train.dataset.memory.whole.peak / 1e6
+    peak = loaders.train.memory.peak / 1e6
     log.info(f"memory    images took {peak:,.1f} MB at the most")
     if isinstance(loaders.source, KaggleSource):
         log.info(loaders.source.report())
     for name, loader in (("train", loaders.train), ("validation", loaders.val)):
-        for key, reason in loader.dataset.bad.items():
+        for key, reason in loader.bad.items():
             log.warning(f"skipped   {key} ({name}): {reason}")
 
 
@@ -1829,7 +1830,7 @@ def check(config: Config) -> list[str]:
     images = torch.randint(256, shape, dtype=torch.uint8)
     with on("images"):
         if loaders:
-            stream, began, count = loaders.train.dataset, time.monotonic(), 0
+            stream, began, count = loaders.train, time.monotonic(), 0
             with contextlib.closing(iter(stream)) as batches:
                 for images, _ in batches:
                     count += len(images)
@@ -1860,8 +1861,8 @@ def check(config: Config) -> list[str]:
             training, validation = speeds[each.model]
             if loaders:
                 epochs = each.epochs - (found[1]["epoch"] if found else 0)
-                n, n_val = (len(loader.dataset.samples) for loader in loaders[:2])
-                kept = sum(loader.dataset.divide()[1] for loader in loaders[:2])
+                n, n_val = (len(stream.samples) for stream in loaders[:2])
+                kept = sum(stream.cached for stream in loaders[:2])
                 again = epochs * (n + n_val - kept)
                 seconds += reading * (again if seconds else again + kept) + (
                     epochs * (n * training + n_val * validation)
