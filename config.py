@@ -160,7 +160,7 @@ def kind_of(name: str) -> type:
     return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
 
 
-def checked(name: str, value: typing.Any, where: str) -> object:
+def checked(name: str, value: typing.Any, where: str) -> typing.Any:
     """The value, in the setting's own type. UserError that says what is legal."""
     kind, meta = kind_of(name), FIELDS[name].metadata
     choices, low, high = meta["choices"], meta["low"], meta["high"]

@@ -56,7 +56,7 @@ import threading
 import time
 import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +205,10 @@ def write_text(file: Path, text: str) -> None:
 def written(path: Path, mode: str) -> Iterator[Any]:
     """A file to write into. It gets its name when all is on the disk. UserError if that fails."""
     temporary = path.with_suffix(".tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    text = "b" not in mode
     try:
-        with open(temporary, mode, **text) as f:
+        with open(temporary, mode, encoding="utf-8" if text else None,
+                  newline="" if text else None) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -577,8 +578,8 @@ def train_step(state: TrainingState, objective: Any, images: Tensor, config: Con
     while True:
         try:
             # .item() waits for the device: little beside a step of these models.
-            loss = accumulate_gradients(state, objective, inputs, images, weight, config, setup)
-            loss = setup.sum(loss.item()) / setup.world
+            mine = accumulate_gradients(state, objective, inputs, images, weight, config, setup)
+            loss = setup.sum(mine.item()) / setup.world
             break
         except Exception as error:
             if not is_out_of_memory(error):
@@ -733,10 +734,11 @@ def calibrate(model: nn.Module, loaders: Loaders, setup: Setup) -> AnomalyScorer
     scores of the validation normals."""
     model.eval()
     scorer = AnomalyScorer()
-    some = loaders.train.every(math.ceil(len(loaders.train.samples) / CALIBRATION_IMAGES))
-    normals = loaders.val.every(1)  # all, also where this process has but a slice
-    step = max(1, len(some.positions) // LESIONED)
-    with progress(len(some.positions) + len(normals.positions), "calibrating") as bar:
+    training, stride = loaders.train, math.ceil(len(loaders.train.samples) / CALIBRATION_IMAGES)
+    some, normals = training.every(stride), loaders.val.every(1)  # not a slice of them
+    n_some = math.ceil(len(training.samples) / stride)
+    step = max(1, n_some // LESIONED)
+    with progress(n_some + len(loaders.val.samples), "calibrating") as bar:
         for number, images in enumerate(in_groups(some, READ_AT_ONCE)):
             [(output, count)] = reconstruct_evenly(model, images, setup)
             lesioned = None
@@ -757,7 +759,7 @@ def calibrate(model: nn.Module, loaders: Loaders, setup: Setup) -> AnomalyScorer
     return scorer
 
 
-def in_groups(stream: ImageStream, size: int) -> Iterator[Tensor]:
+def in_groups(stream: Iterable[tuple[Tensor, Any]], size: int) -> Iterator[Tensor]:
     """A stream's images, uint8 [size,1,H,W]; fewer in the last group."""
     rest = torch.empty(0, dtype=torch.uint8)
     for images, _ in stream:
@@ -1068,7 +1070,7 @@ def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Se
                         folder / "best.pt")
     write_log(state.log, folder / "log.csv")  # also where nothing was left to train
     draw_curves(state.log, folder / "curves.png", folder.name)
-    log.info(f"memory    images took {loaders.train.peak_bytes / 1e6:,.1f} MB at the most")
+    log.info(f"memory    images took {loaders.train.memory.peak / 1e6:,.1f} MB at the most")
     if isinstance(loaders.source, KaggleSource):
         log.info(loaders.source.report())
     for name, stream in (("train", loaders.train), ("validation", loaders.val)):
