@@ -16,7 +16,6 @@ import email.utils
 import errno
 import hashlib
 import io
-import json
 import math
 import mmap
 import os
@@ -24,7 +23,6 @@ import queue
 import random
 import re
 import struct
-import sys
 import threading
 import time
 import zipfile
@@ -2094,81 +2092,3 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
         splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
                             f"{pairs[0][0]} and {pairs[0][1]}")
     return splits
-
-
-NO_KAGGLE_KEY = """no Kaggle credentials found. On kaggle.com: Settings, API, Create New Token. Then
-    export KAGGLE_API_TOKEN=your_token                          (the newer kind, one text)
-    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind)
-or put {{"username": "your_name", "key": "your_key"}} in {file} (chmod 600);
-in Colab add the same names under Secrets. Images of your own need no account: --data FOLDER"""
-
-
-def kaggle_credentials() -> dict[str, str]:
-    """{"api_token": ...} or {"username": ..., "password": ...}, as kagglesdk's client takes them.
-
-    Looked for in the order of the official client: access token (environment, files), then
-    KAGGLE_USERNAME and KAGGLE_KEY, each overriding that part of kaggle.json; then Colab's
-    secrets. UserError that says what to put where if there is none.
-    """
-    if not os.environ.get("KAGGLE_API_TOKEN", "unset").strip():
-        del os.environ["KAGGLE_API_TOKEN"]  # blank: the client would send it all the same
-    try:
-        from kagglesdk import get_access_token_from_env
-
-        token, _ = get_access_token_from_env()
-    except ImportError:
-        raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
-                        "pip install -U kaggle") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = type(error).__name__
-        raise UserError(f"the Kaggle access token cannot be read ({reason})") from None
-    if token and token.strip():
-        return _plain({"api_token": token.strip()})
-    file = kaggle_folder() / "kaggle.json"
-    found = {}
-    if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            found = {k: str(found[k]) for k in ("username", "key")}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f'{file}: wanted is {{"username": "your_name", "key": "your_key"}}; '
-                            "download it again from kaggle.com, Settings, API") from None
-    names = {"username": "KAGGLE_USERNAME", "key": "KAGGLE_KEY"}
-    found |= {k: os.environ[name] for k, name in names.items() if os.environ.get(name)}
-    if not found and "google.colab" in sys.modules:
-        if token := _colab_secret("KAGGLE_API_TOKEN"):
-            return _plain({"api_token": token})
-        found = {k: v for k, name in names.items() if (v := _colab_secret(name))}
-    if len(found) == 1:
-        missing = next(name for k, name in names.items() if k not in found)
-        raise UserError(f"Kaggle credentials: {missing} is missing beside its other half")
-    if not found:
-        raise UserError(NO_KAGGLE_KEY.format(file=file))
-    return _plain({"username": found["username"], "password": found["key"]})
-
-
-def _plain(credentials: dict[str, str]) -> dict[str, str]:
-    """The credentials, if an HTTP header can hold them."""
-    if not all(value.isascii() and value.isprintable() for value in credentials.values()):
-        raise UserError("the Kaggle credentials hold characters that no key has (typographic "
-                        "quotes?); copy them again from kaggle.com, Settings, API")
-    return credentials
-
-
-def kaggle_folder() -> Path:
-    """Where the Kaggle client keeps kaggle.json."""
-    if folder := os.environ.get("KAGGLE_CONFIG_DIR"):
-        return Path(folder)
-    home = Path.home() / ".kaggle"
-    if home.exists() or sys.platform != "linux":
-        return home
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
-
-
-def _colab_secret(name: str) -> str | None:
-    try:
-        from google.colab import userdata
-
-        return userdata.get(name).strip()
-    except Exception:  # not there, or this notebook has not been granted access to it
-        return None
