@@ -833,7 +833,7 @@ def read_covid(
 
 NO_KAGGLE_KEY = """no Kaggle credentials found. On kaggle.com: Settings, API, Create New Token. Then
     export KAGGLE_API_TOKEN=your_token                          (the newer kind, one text)
-    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind)
+    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind, both)
 or put {{"username": "your_name", "key": "your_key"}} in {file} (chmod 600);
 in Colab add the same names under Secrets. Images of your own need no account: --data FOLDER"""
 
@@ -841,15 +841,15 @@ in Colab add the same names under Secrets. Images of your own need no account: -
 def kaggle_credentials() -> dict[str, str]:
     """Return {"api_token": ...} or {"username": ..., "password": ...} for kagglesdk's client.
 
-    Looks where the official client looks: for an access token, then for a name and key, where the
-    environment overrides kaggle.json; and last in Colab's secrets. UserError says what to do.
+    Looks where the official client looks: for a token, then for a name and key, in the environment
+    before kaggle.json; and last in Colab's secrets. UserError says what to do.
     """
     if not os.environ.get("KAGGLE_API_TOKEN", "unset").strip():
         del os.environ["KAGGLE_API_TOKEN"]  # blank: the client would send it all the same
     try:
         from kagglesdk import get_access_token_from_env
 
-        token = (get_access_token_from_env()[0] or "").strip()
+        token = (get_access_token_from_env()[0] or _colab_secret("KAGGLE_API_TOKEN")).strip()
     except ImportError:
         raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
                         "pip install -U kaggle") from None
@@ -859,24 +859,18 @@ def kaggle_credentials() -> dict[str, str]:
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
     if not folder.exists() and sys.platform == "linux":
         folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
-    file, found = folder / "kaggle.json", dict[str, str]()
-    if not token and file.is_file():
+    file, found = folder / "kaggle.json", {"api_token": token}
+    if not token:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            found = {"username": str(content["username"]), "password": str(content["key"])}
-        except (OSError, ValueError, LookupError, TypeError):
+            there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            found = {part: str(os.environ.get(name) or there.get(key) or _colab_secret(name))
+                     for part, name, key in (("username", "KAGGLE_USERNAME", "username"),
+                                             ("password", "KAGGLE_KEY", "key"))}
+        except (OSError, ValueError, AttributeError):
             raise UserError(f'{file}: wanted is {{"username": "your_name", "key": "your_key"}}; '
                             "download it again from kaggle.com, Settings, API") from None
-    names = {"username": "KAGGLE_USERNAME", "password": "KAGGLE_KEY"}
-    found |= {part: os.environ[name] for part, name in names.items() if os.environ.get(name)}
-    if not token and not found and "google.colab" in sys.modules:
-        token = _colab_secret("KAGGLE_API_TOKEN")
-        found = {part: v for part, name in names.items() if (v := _colab_secret(name))}
-    if not token and len(found) < 2:
-        raise UserError("Kaggle credentials: KAGGLE_USERNAME or KAGGLE_KEY is missing beside its "
-                        "other half" if found else NO_KAGGLE_KEY.format(file=file))
-    if token:
-        found = {"api_token": token}
+    if not all(found.values()):
+        raise UserError(NO_KAGGLE_KEY.format(file=file))
     if not all(value.isascii() and value.isprintable() for value in found.values()):
         raise UserError("the Kaggle credentials hold characters that no key has (typographic "
                         "quotes?); copy them again from kaggle.com, Settings, API")
@@ -884,12 +878,12 @@ def kaggle_credentials() -> dict[str, str]:
 
 
 def _colab_secret(name: str) -> str:
-    try:
-        from google.colab import userdata
+    with contextlib.suppress(Exception):  # not there, or not granted to this notebook
+        if "google.colab" in sys.modules:
+            from google.colab import userdata
 
-        return userdata.get(name).strip()
-    except Exception:  # not there, or this notebook has not been granted access to it
-        return ""
+            return userdata.get(name).strip()
+    return ""
 
 
 TIMEOUT = (10, 30)  # seconds: to connect; without a byte
@@ -946,26 +940,30 @@ class KaggleApi:
         """Make the error that ends the run."""
         return UserError(f"--data {self.spec}: {reason}")
 
-    def call(self, method: str, kind: str, **fields: object) -> Any:
-        """Call a method of the API, with a request of this kind. Its errors are for `retry`."""
+    def call(self, method: str, request: str, **fields: object) -> Any:
+        """Call a method of the API with the client's class of requests. Errors are for `retry`."""
         from kagglesdk.datasets.types import dataset_api_service
 
-        request = getattr(dataset_api_service, kind)()
-        for name, value in {"owner_slug": self.owner, "dataset_slug": self.name,
-                            "dataset_version_number": self.version, **fields}.items():
-            setattr(request, name, value)
+        fields |= {"ownerSlug": self.owner, "datasetSlug": self.name,
+                   "datasetVersionNumber": self.version}
+        message = getattr(dataset_api_service, request).from_dict(fields)
+        send = getattr(self.connections.api, method)
         self.traffic["API calls"] += 1
-        return getattr(self.connections.api, method)(request)
+        try:
+            return send(message)
+        except (TypeError, ValueError, LookupError, AttributeError):
+            raise ConnectionError("an answer that Kaggle's client does not understand") from None
 
-    def retry(self, cancelled: threading.Event, attempt: Callable, *args: Any,
-              **named: Any) -> Any:
-        """Return attempt(...), called again after growing, random waits while it fails in passing.
+    def retry(self, cancelled: threading.Event, attempt: Callable, *args: Any, **named: Any) -> Any:
+        """Return attempt(...), called again after growing, random waits while its error may pass.
 
         Not by urllib3's Retry: its waits cannot be cancelled, it does not see bodies that are cut
         short, and `report` tells what was tried again.
         """
         for failures in itertools.count(1):
             after = None
+            if cancelled.is_set():
+                raise Cancelled
             try:
                 result = attempt(*args, **named)
                 self.worked = True
@@ -990,7 +988,7 @@ class KaggleApi:
             pause(after, cancelled)
 
     def _judge(self, response: requests.Response) -> tuple[str, float | None]:
-        """Return (reason, seconds to wait if told) of an error that may pass, or raise UserError."""
+        """Return (reason, seconds to wait if told) of an error that may pass, else UserError."""
         status, after = response.status_code, None
         if status < 400:  # the client also raises for an error told in the body
             status = int(response.json()["code"])
@@ -998,10 +996,9 @@ class KaggleApi:
             with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
                 after = urllib3.Retry().get_retry_after(response.raw)
             return f"Kaggle answers {status}" + " (too many requests)" * (status == 429), after
-        means = {401: "it refuses the credentials; make a new token: Settings, API, Create New "
-                      "Token",
-                 403: "this account may not read it; it may be private, or have terms to be "
-                      "accepted", 404: "there is no such data set"}.get(status, "an error")
+        means = {401: "the credentials are refused; make new ones: Settings, API, Create New Token",
+                 403: "not for this account; it may be private, or have terms to be accepted",
+                 404: "there is no such data set"}.get(status, "it refuses")
         raise self.stop(f"Kaggle answers {status}: {means}. See "
                         f"https://www.kaggle.com/datasets/{self.owner}/{self.name}") from None
 
@@ -1072,24 +1069,22 @@ class RemoteFile(io.RawIOBase):
             etag = response.headers.get("ETag") or self.etag
             if status == 206 and not self.size:
                 self.size, self.etag = total, etag
-            if status == 416 or (status == 206 and (total, etag) != (self.size, self.etag)):
+            if (status == 416 and self.size) or (
+                    status == 206 and (total, etag) != (self.size, self.etag)):
                 raise self.api.stop("the data set was changed on Kaggle meanwhile. Start over, or "
                                     "name a version that stays: kaggle:owner/name/versions/N")
             response.raise_for_status()
             if status != 206 or first != start or not start <= last < start + len(into):
                 raise ConnectionError("another part of the archive than was asked for")
-            try:
+            with contextlib.suppress(*NO_CONNECTION):
                 while chunk := response.raw.read(min(CHUNK, last + 1 - start - done)):
                     into[done : done + len(chunk)] = chunk
                     done += len(chunk)
                     self.api.traffic["bytes"] += len(chunk)
                     if cancelled.is_set():
                         raise Cancelled
-            except NO_CONNECTION:
-                if not done:
-                    raise
         if not done:
-            raise ConnectionError("an empty answer")
+            raise ConnectionError("an answer that broke before its content")
         return done
 
 
@@ -1128,11 +1123,11 @@ class KaggleSource(Source):
             with zipfile.ZipFile(self.file) as archive:
                 infos = archive.infolist()
             starts = sorted({archive.start_dir, *(i.header_offset for i in infos)})
-            for i in infos:
+            for i in infos:  # whose names are copied: they would hold on to the infos' memory
                 end = starts[bisect.bisect_right(starts, i.header_offset)]
                 method = -1 if i.flag_bits & 1 else i.compress_type
                 if not i.is_dir():
-                    self.members[i.filename] = MEMBER.pack(
+                    self.members[i.filename.encode().decode()] = MEMBER.pack(
                         i.header_offset, end, i.compress_size, i.file_size, i.CRC, method)
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, LookupError,
                 OverflowError, struct.error) as error:
@@ -1180,12 +1175,11 @@ class KaggleSource(Source):
 
     def cost(self, samples: list[Sample]) -> int:
         runs = self._runs(samples)
-        members = [member for run in runs for _, member in run]
         # One request's bytes; a member that is fetched once more; and unpacked, which zlib does
         # in pieces that it joins, beside the one before.
         return (max((run[-1][1].end - run[0][1].start for run in runs), default=0)
-                + max((m.end - m.start for m in members), default=0)
-                + 3 * max((m.size for m in members), default=0))
+                + max((m.end - m.start for run in runs for _, m in run), default=0)
+                + 3 * max((m.size for run in runs for _, m in run), default=0))
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
@@ -1225,7 +1219,9 @@ def unpack(member: Member, span: memoryview) -> bytes | Exception:
         return BadImage(f"damaged in the archive ({error})")
     if len(data) > member.size:
         return BadImage(f"longer than the {member.size:,} bytes that the archive declares")
-    return data if zlib.crc32(data) == member.crc else BadImage("its checksum is wrong")
+    if len(data) < member.size or zlib.crc32(data) != member.crc:
+        return BadImage("its checksum is wrong")
+    return data
 
 
 class KaggleFilesSource(KaggleSource):
@@ -1240,7 +1236,7 @@ class KaggleFilesSource(KaggleSource):
         token = ""
         while True:
             page = self.api.retry(NEVER, self.api.call, "list_dataset_files",
-                                  "ApiListDatasetFilesRequest", page_size=200, page_token=token)
+                                  "ApiListDatasetFilesRequest", pageSize=200, pageToken=token)
             for f in page.dataset_files or []:  # CHUNK: what `_download` holds beyond the file
                 self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, 0, 0)
             if not (token := page.next_page_token):  # an empty page does not mean the end
@@ -1260,7 +1256,7 @@ class KaggleFilesSource(KaggleSource):
     def _download(self, name: str) -> bytes:
         size = self.member(name).size
         try:
-            answer = self.api.call("download_dataset", "ApiDownloadDatasetRequest", file_name=name)
+            answer = self.api.call("download_dataset", "ApiDownloadDatasetRequest", fileName=name)
         except requests.HTTPError as error:
             if error.response.status_code == 404:
                 raise BadImage("listed by Kaggle, but not there (404)") from None
