@@ -1066,11 +1066,11 @@ class RemoteFile(io.RawIOBase):
             span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)",
                                 response.headers.get("Content-Range", ""))
             first, last, total = map(int, span.groups()) if span else (-1, -1, self.size)
-            etag = response.headers.get("ETag") or self.etag
+            etag = response.headers.get("ETag", "")
             if status == 206 and not self.size:
                 self.size, self.etag = total, etag
-            if (status == 416 and self.size) or (
-                    status == 206 and (total, etag) != (self.size, self.etag)):
+            if (status == 416 and self.size) or (status == 206 and (
+                    total != self.size or len({etag, self.etag} - {""}) > 1)):
                 raise self.api.stop("the data set was changed on Kaggle meanwhile. Start over, or "
                                     "name a version that stays: kaggle:owner/name/versions/N")
             response.raise_for_status()

@@ -5,7 +5,6 @@ for http://localhost, and serves the archives itself. Nothing else is touched.
 """
 
 import base64
-import email.utils
 import io
 import json
 import re
@@ -127,8 +126,8 @@ class StandIn(ThreadingHTTPServer):
 
     A fault is the name of what happens to the next request for a range: status-429 (with
     `retry_after`), status-500, drop (half of it), truncate (a shorter range), long (more than the
-    range), prefix (the first bytes where the last are wanted), whole (200), expire (403), change
-    (another ETag), corrupt (a byte), stall (nothing until closed). `api_faults` are statuses for
+    range), prefix (the first bytes instead), no-range (it does not say which), empty, whole (200),
+    expire (403), corrupt (a byte), stall (nothing until closed). `api_faults` are statuses for
     the API.
     """
 
@@ -233,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
         if url.path == "/file":
             content = archive.files[query["file"]]
             return self.answer(200, content, Content_Type="application/octet-stream")
-        m = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        m = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not m:
             server.calls["whole"] += 1
             return self.give_whole(archive)
@@ -246,7 +245,6 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")
         with server.lock:
             fault = server.faults.popleft() if server.faults else ""
-        etag = '"v2"' if fault == "change" else archive.etag
         if fault.startswith("status-"):
             extra = {"Retry_After": server.retry_after} if server.retry_after else {}
             return self.answer(int(fault[7:]), **extra)
@@ -257,11 +255,11 @@ class Handler(BaseHTTPRequestHandler):
             server.closing.wait(60)
             self.close_connection = True
             return None
-        if_range = self.headers.get("If-Range")
-        if not server.ranges_allowed or fault == "whole" or (if_range and if_range != etag):
-            return self.give_whole(archive, etag)
-        start = int(m[1]) if m[1] else max(0, archive.size - int(m[2]))
-        end = min(archive.size, int(m[2]) + 1) if m[1] and m[2] else archive.size
+        if not server.ranges_allowed or fault == "whole":
+            return self.give_whole(archive)
+        start, end = int(m[1]), min(archive.size, int(m[2]) + 1)
+        if start >= end:
+            return self.answer(416)
         if fault == "truncate":
             end = start + (end - start) // 2
         if fault == "prefix":
@@ -274,20 +272,20 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "long":
             body += bytes(1000)
         self.send_response(206)
-        for name, value in (("Content-Length", len(body)), ("ETag", etag),
-                            ("Content-Range", f"bytes {start}-{end - 1}/{archive.size}"),
-                            ("Date", email.utils.formatdate(usegmt=True))):
-            self.send_header(name, str(value))
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", archive.etag)
+        if fault != "no-range":
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{archive.size}")
         self.end_headers()
-        if fault == "drop":
-            body, self.close_connection = body[: len(body) // 2], True
+        if fault in ("drop", "empty"):
+            body, self.close_connection = body[: len(body) // 2 * (fault == "drop")], True
         self.wfile.write(body)
         return None
 
-    def give_whole(self, archive: Archive, etag: str | None = None) -> None:
+    def give_whole(self, archive: Archive) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(archive.size))
-        self.send_header("ETag", etag or archive.etag)
+        self.send_header("ETag", archive.etag)
         self.end_headers()
         self.close_connection = True
         for start in range(0, archive.size, 1 << 16):
