@@ -1155,16 +1155,18 @@ class KaggleSource(Source):
             raise content
         return content
 
-    def _runs(self, samples: list[Sample]) -> list[list[tuple[int, Member]]]:
+    def _runs(self, samples: list[Sample]) -> Iterator[list[tuple[int, Member]]]:
         """Group the places in `samples`, with their members, so that a request serves a group."""
-        members = [(place, self.member(s.key)) for place, s in enumerate(samples)]
-        runs: list[list[tuple[int, Member]]] = []
-        for place, member in sorted(members, key=lambda each: each[1].start):
-            if (not runs or member.start - runs[-1][-1][1].end > GAP
-                    or member.end - runs[-1][0][1].start > BLOCK):
-                runs.append([])
-            runs[-1].append((place, member))
-        return runs
+        run: list[tuple[int, Member]] = []
+        for place in sorted(range(len(samples)), key=lambda i: self.member(samples[i].key).start):
+            member = self.member(samples[place].key)
+            if run and (member.start - run[-1][1].end > GAP
+                        or member.end - run[0][1].start > BLOCK):
+                yield run
+                run = []
+            run.append((place, member))
+        if run:
+            yield run
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
         # Groups of the shuffle are wanted at different times: their images are fetched apart.
@@ -1174,7 +1176,7 @@ class KaggleSource(Source):
         return numbers
 
     def cost(self, samples: list[Sample]) -> int:
-        runs = self._runs(samples)
+        runs = list(self._runs(samples))
         # One request's bytes; a member that is fetched once more; and unpacked, which zlib does
         # in pieces that it joins, beside the one before.
         return (max((run[-1][1].end - run[0][1].start for run in runs), default=0)

@@ -10,7 +10,6 @@ import json
 import re
 import struct
 import threading
-import time
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -59,39 +58,32 @@ class VirtualNIH:
         # Bytes after the end of a PNG are ignored: padding, and a number that makes it unique.
         self.body = buffer.getvalue().ljust(member_bytes - 8, b"\0")
         crc = zlib.crc32(self.body)
-        names = [f"images_{1 + i // 9400:03d}/images/{i // 4:08d}_{i % 4:03d}.png"
-                 for i in range(images)]
-        self.record = 30 + len(names[0]) + member_bytes
-        findings = ["No Finding" if i // 4 % 100 < 54 else "Effusion" for i in range(images)]
-        base = [name.rpartition("/")[2] for name in names]
+        self.names = [f"images_{1 + i // 9400:03d}/images/{i // 4:08d}_{i % 4:03d}.png"
+                      for i in range(images)]
+        self.record = 30 + len(self.names[0]) + member_bytes
+        members = [(name, member_bytes, zlib.crc32(i.to_bytes(8, "little"), crc), i * self.record)
+                   for i, name in enumerate(self.names)]
+        base = [name.rpartition("/")[2] for name in self.names]
+        rows = [f"{b},{'No Finding' if i // 4 % 100 < 54 else 'Effusion'},0,{i // 4},50,M,PA\n"
+                for i, b in enumerate(base)]
         tables = {
             "Data_Entry_2017.csv": "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,"
-            "Patient Gender,View Position\n" + "".join(
-                f"{b},{f},0,{i // 4},50,M,PA\n" for i, (b, f) in enumerate(
-                    zip(base, findings, strict=True))),
+            "Patient Gender,View Position\n" + "".join(rows),
             "train_val_list.txt": "\n".join(b for i, b in enumerate(base) if i // 4 % 5),
-            "test_list.txt": "\n".join(b for i, b in enumerate(base) if not i // 4 % 5),
-        }
-        directory = bytearray()
-        for i, name in enumerate(names):
-            tail = i.to_bytes(8, "little")
-            directory += self._entry(name, member_bytes, zlib.crc32(tail, crc), i * self.record)
-        self.names, self.after = names, b""
+            "test_list.txt": "\n".join(b for i, b in enumerate(base) if not i // 4 % 5)}
+        films, self.after = images * self.record, b""
         for name, text in tables.items():
-            content = text.encode()
-            start = images * self.record + len(self.after)
-            directory += self._entry(name, len(content), zlib.crc32(content), start)
-            self.after += self._header(name, len(content), zlib.crc32(content)) + content
-        start = images * self.record + len(self.after)
-        n = images + len(tables)
-        self.after += bytes(directory)
-        end64 = start + len(directory)
-        self.after += struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, n, n, len(directory),
-                                  start)
-        self.after += struct.pack("<4sIQI", b"PK\6\7", 0, end64, 1)
-        self.after += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF,
-                                  0xFFFFFFFF, 0)
-        self.size = images * self.record + len(self.after)
+            entry = name, len(text), zlib.crc32(text.encode())
+            members.append((*entry, films + len(self.after)))
+            self.after += self._header(*entry) + text.encode()
+        start, n = films + len(self.after), len(members)
+        directory = b"".join(self._entry(*member) for member in members)
+        # Zip64's record of the end, what says where it is, and the old record with no numbers.
+        self.after += directory + struct.pack(
+            "<4sQ2H2I4Q4sIQI4s4H2IH", b"PK\6\6", 44, 45, 45, 0, 0, n, n, len(directory), start,
+            b"PK\6\7", 0, start + len(directory), 1,
+            b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+        self.size = films + len(self.after)
 
     @staticmethod
     def _header(name: str, size: int, crc: int) -> bytes:
@@ -140,7 +132,7 @@ class StandIn(ThreadingHTTPServer):
         self.faults: deque[str] = deque()
         self.api_faults: deque[int] = deque()
         self.retry_after: str | None = None
-        self.ranges_allowed, self.delay, self.empty_page = True, 0.0, False
+        self.ranges_allowed, self.empty_page = True, False
         self.calls: Counter = Counter()  # "api", "range", "whole", "file", "list"
         self.ranges: list[tuple[int, int]] = []
         self.versions: set[int | None] = set()  # of the data set that were asked for
@@ -149,11 +141,15 @@ class StandIn(ThreadingHTTPServer):
         self.signature = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def patience(self) -> dict[str, str]:
+        return {"Retry_After": self.retry_after} if self.retry_after else {}
 
     def environment(self) -> dict[str, str]:
         """What points the official client here."""
@@ -198,8 +194,7 @@ class Handler(BaseHTTPRequestHandler):
                      "file" if body.get("fileName") else "api"] += 1
         if server.api_faults:
             status = server.api_faults.popleft()
-            extra = {"Retry_After": server.retry_after} if server.retry_after else {}
-            return self.json(status, {"code": status, "message": "no"}, **extra)
+            return self.json(status, {"code": status, "message": "no"}, **server.patience)
         archive = server.archives.get(name)
         if archive is None:
             return self.json(404, {"code": 404, "message": "no such data set"})
@@ -239,15 +234,12 @@ class Handler(BaseHTTPRequestHandler):
         server.calls["range"] += 1
         if server.served:
             server.served(server.calls["range"])
-        if server.delay:
-            time.sleep(server.delay)
         if int(query["signature"]) < server.signature:
             return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")
         with server.lock:
             fault = server.faults.popleft() if server.faults else ""
         if fault.startswith("status-"):
-            extra = {"Retry_After": server.retry_after} if server.retry_after else {}
-            return self.answer(int(fault[7:]), **extra)
+            return self.answer(int(fault[7:]), **server.patience)
         if fault == "expire":
             server.signature += 1
             return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")

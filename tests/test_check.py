@@ -82,7 +82,7 @@ def test_packages_that_are_too_old_are_named_with_what_is_wanted(
 
 @pytest.mark.parametrize(("key", "says"), [
     (KEY, "ok a name and key found, and accepted"),
-    ("wrong-key-98765", "FAILS --data kaggle:someone/xrays: Kaggle answers 401: the credentials are"),
+    ("wrong-key-98765", "FAILS --data kaggle:someone/xrays: Kaggle answers 401: the cred"),
     (None, "FAILS no Kaggle credentials found. On kaggle.com: Settings, API")])
 def test_kaggle_credentials_are_tried_and_never_shown(
     found: Found, monkeypatch: pytest.MonkeyPatch, kaggle: StandIn,
