@@ -853,9 +853,8 @@ def kaggle_credentials() -> dict[str, str]:
     except ImportError:
         raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
                         "pip install -U kaggle") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = type(error).__name__
-        raise UserError(f"the Kaggle access token cannot be read ({reason})") from None
+    except (OSError, UnicodeDecodeError):
+        raise UserError("the Kaggle access token cannot be read from its file") from None
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
     if not folder.exists() and sys.platform == "linux":
         folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
@@ -996,7 +995,7 @@ class KaggleApi:
             with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
                 after = urllib3.Retry().get_retry_after(response.raw)
             return f"Kaggle answers {status}" + " (too many requests)" * (status == 429), after
-        means = {401: "the credentials are refused; make new ones: Settings, API, Create New Token",
+        means = {401: "the credentials are refused; get new ones: Settings, API, Create New Token",
                  403: "not for this account; it may be private, or have terms to be accepted",
                  404: "there is no such data set"}.get(status, "it refuses")
         raise self.stop(f"Kaggle answers {status}: {means}. See "
@@ -1241,7 +1240,8 @@ class KaggleFilesSource(KaggleSource):
                                   "ApiListDatasetFilesRequest", pageSize=200, pageToken=token)
             for f in page.dataset_files or []:  # CHUNK: what `_download` holds beyond the file
                 self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, 0, 0)
-            if not (token := page.next_page_token):  # an empty page does not mean the end
+            token = page.next_page_token
+            if not token:  # an empty page does not mean the end
                 return
 
     def digest(self, sample: Sample) -> bytes:
@@ -1266,12 +1266,10 @@ class KaggleFilesSource(KaggleSource):
         with answer:
             data = answer.raw.read(size + CHUNK, decode_content=True)
         self.api.traffic["bytes"] += len(data)
-        if data[:4] == b"PK\3\4" and not name.endswith(".zip"):  # Kaggle zips large files
-            try:
-                with zipfile.ZipFile(io.BytesIO(data)) as packed:
-                    data = packed.open(packed.infolist()[0]).read(size + 1)
-            except (zipfile.BadZipFile, zlib.error, RuntimeError, IndexError, EOFError):
-                raise BadImage("a zip file that cannot be unpacked") from None
+        if len(data) != size and data[:4] == b"PK\3\4":  # Kaggle zips large files
+            with contextlib.suppress(zipfile.BadZipFile, zlib.error, RuntimeError, LookupError,
+                                     EOFError), zipfile.ZipFile(io.BytesIO(data)) as packed:
+                data = packed.open(packed.infolist()[0]).read(size + 1)
         if len(data) != size:
             raise BadImage(f"{len(data):,} bytes long instead of {size:,} as listed")
         return data

@@ -674,8 +674,11 @@ def test_a_file_that_kaggle_zipped_is_unpacked(by_file: tuple[StandIn, data.Kagg
     server, source = by_file
     key = source.samples[5].key
     content = server.archives["someone/xrays"].files[key]
-    server.archives["someone/xrays"].files[key] = Archive.of({"x.jpeg": content}).data
+    server.archives["someone/xrays"].files[key] = packed = Archive.of({"x.jpeg": content}).data
     assert source.read(source.samples[5]) == content
+    server.archives["someone/xrays"].files[key] = packed.replace(b"PK\1\2", b"PK\1\1")
+    with pytest.raises(data.BadImage, match="instead of"):
+        source.read(source.samples[5])
 
 
 # ----------------------------------------------------------------------------------------------
