@@ -10,6 +10,7 @@ One road for every source: Source.fetch(samples) -> bytes -> decode_image -> uin
 import bisect
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import email.utils
@@ -23,6 +24,7 @@ import queue
 import random
 import re
 import struct
+import sys
 import threading
 import time
 import zipfile
@@ -200,6 +202,8 @@ class PhantomSource(Source):
         self.spec = self.name = "synthetic"
         self.title = "built-in phantom (drawn chest films, not real X-rays)"
         self.left_out, self.image_size = Counter(), image_size
+        # One large array freed makes glibc keep the memory of later ones: up to twice the speed.
+        np.empty(1 << 22, np.uint8)
         if image_size <= 128:  # threads that draw with small arrays wait for one another
             self.threads = 1
         self.masks, self.boxes = {}, {}
@@ -1728,43 +1732,52 @@ class Cancelled(Exception):
 
 
 class Memory:
-    """Counts the bytes that images take in all streams that share it. Safe among threads.
+    """The bytes that images may take in all streams that share it. Safe among threads.
 
-    Files in flight may take an eighth of the limit, pixels being decoded a quarter: a thread that
-    wants more waits until others have done. The rest is for images that wait for their batch and
-    for cached ones. Each stream takes a fixed part of it (of `left`) when it is made, and keeps to
-    that by itself, so that images never wait for room.
+    Files in flight may take an eighth, pixels being decoded a quarter: a thread that wants more
+    waits until others have done. `left` is for decoded images, cached or waiting for their batch:
+    each stream takes a fixed part of it when it is made, and keeps to that by itself.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.most = {"files": limit // 8, "pixels": limit // 4}
+        self.limit, self.most = limit, {"files": limit // 8, "pixels": limit // 4}
         self.left = limit - sum(self.most.values())
-        self.held = {"files": 0, "pixels": 0, "images": 0}
-        self.peak = 0
+        self.held, self.peak = {"files": 0, "pixels": 0}, 0
         self._change = threading.Condition()
-
-    def count(self, use: str, change: int) -> None:
-        """Count bytes of this use as held, or with a negative number as released."""
-        with self._change:
-            self.held[use] += change
-            self.peak = max(self.peak, sum(self.held.values()))
-            self._change.notify_all()
+        share_one_heap()
 
     @contextlib.contextmanager
     def hold(self, use: str, count: int) -> Iterator[None]:
-        """Hold bytes for files or pixels while inside. BadImage if there is never room for them."""
+        """Hold bytes for "files" or "pixels" while inside. BadImage if they are too many."""
         most = self.most[use]
         if count > most:
             raise BadImage(f"needs {count / 1e6:,.1f} MB at once, more than the {most / 1e6:,.1f} "
                            "MB that --memory-limit-gb leaves for it")
         with self._change:
             self._change.wait_for(lambda: self.held[use] + count <= most)
-            self.count(use, count)
+            self.held[use] += count
+            self.peak = max(self.peak, sum(self.held.values()))
         try:
             yield
         finally:
-            self.count(use, -count)
+            with self._change:
+                self.held[use] -= count
+                self._change.notify_all()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes taken so far: files and pixels, and what streams have set aside for images."""
+        return self.peak + self.limit - sum(self.most.values()) - self.left
+
+
+def share_one_heap() -> None:
+    """Let all threads take memory from one heap (Linux with glibc; elsewhere nothing happens).
+
+    Each of 8 threads would keep what it freed for itself: four times the bytes that are counted.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_arena_max = -8
+        libc.mallopt(m_arena_max, 1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1786,7 +1799,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-Batch = tuple[Tensor, Tensor]  # images uint8 [B,1,H,W], positions int64 [B]
+Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class ImageStream(IterableDataset):
@@ -1796,14 +1809,13 @@ class ImageStream(IterableDataset):
     incomplete last batch is dropped; without one it is the order of `samples`, and complete.
     Rank r of `world` gets the r-th of as many slices of each batch (perhaps an empty one).
 
-    Threads read and decode ahead, and end when the iteration does. What all of it takes stays
-    within `memory` (bytes, or a Memory shared with other streams), of which this stream takes at
-    most the part `share` of what is left. If `cache`, the first of `samples` are cached for later
-    epochs, as many as fit; the rest is read again each time. One iteration at a time: a second
-    one is possible, but loads its batches beyond the bound.
+    Threads read and decode ahead, and end when the iteration does. One iteration at a time stays
+    within `memory` (bytes, or a Memory that streams share; `share` is the most that this one takes
+    of what is left for images). If `cache`, the first of `samples` are cached for later epochs, as
+    many as fit; the others are read again each time.
 
-    Unreadable images are skipped, counted and named in `bad`; more than 5 % of them (and more than
-    one) end the run with a UserError if `stop_on_bad`.
+    Unreadable images are skipped, and named in `bad` with the reason. More than 5 % of them (and
+    more than one) end the run with a UserError if `stop_on_bad`.
     """
 
     def __init__(self, source: Source, samples: list[Sample], image_size: int, batch_size: int,
@@ -1817,40 +1829,37 @@ class ImageStream(IterableDataset):
         self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
         self.blocks = source.blocks(samples)
+        # Neighbours that are wanted within so many images (`_reach`) are fetched together.
+        alone = len(np.unique(self.blocks)) == len(samples)
+        self._reach, group = (1, 1) if alone else (SHUFFLE_WINDOW, SHUFFLE_GROUP)
 
-        # Room, in images: for a batch that is made while the consumer has the one before it, for
-        # those in the window, and for cached ones. The window holds the next batch, the neighbours
-        # of its images, which may be wanted a window of the shuffle later, and a few for each
-        # thread. With less memory it shrinks, down to one image more than a batch.
-        together = len(np.unique(self.blocks)) < len(self.blocks)
-        ahead = max(batch_size, 4 * source.threads * (SHUFFLE_GROUP if together else 1))
-        wanted = 3 * self.batch_size + (SHUFFLE_WINDOW if together else 1) + ahead
-        least, pixels = 3 * self.batch_size + 1, image_size**2
+        # What is set aside, in images: two batches, as one is made while the consumer has the one
+        # before it; a window for those on their way, which are a batch, what is fetched together
+        # with it, and a few groups a thread; and the cache.
+        pixels, least = image_size**2, 3 * self.batch_size + 1
+        wanted = least + self._reach + max(batch_size, 4 * source.threads * group)
         room = int(share * self.memory.left) // pixels
         if room < least:
             raise UserError(
                 f"--memory-limit-gb: {self.memory.limit / 2**30:.4f} is too little for batches of "
                 f"{self.batch_size} images of {image_size}x{image_size} pixels; "
                 f"{7 * least * pixels / 2**30 + 5e-5:.4f} is enough")
-        uncached = min(wanted, max(least, room // 2))
-        self.cached = min(len(samples), room - uncached) if cache else 0
+        self.cached = min(len(samples), room - min(wanted, max(least, room // 2))) if cache else 0
         self.window = min(wanted, room - self.cached) - 2 * self.batch_size
         self.bound = (2 * self.batch_size + self.window + self.cached) * pixels  # bytes
         self.memory.left -= self.bound
         self._cache = np.empty((self.cached, image_size, image_size), np.uint8)
         self._is_cached = np.zeros(len(samples), dtype=bool)
-        # Images that are wanted so close together are fetched together. A batch and all that is
-        # fetched with it fit into the window.
-        most = SHUFFLE_WINDOW if together else 1
-        self._reach = min(most, (self.window - self.batch_size + 1) // 2)
+        # A batch fits into the window beside all that is fetched before its last image.
+        self._reach = min(self._reach, (self.window - self.batch_size + 1) // 2)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         n = len(self.samples)
         return math.ceil(n / self.batch_size) if self.seed is None else n // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch's order the next iteration takes, from its beginning."""
+        """Choose which epoch's order the next iteration takes, from its beginning."""
         self.epoch, self.next_batch, self._start = epoch, 0, 0
 
     def state_dict(self) -> dict[str, object]:
@@ -1868,107 +1877,89 @@ class ImageStream(IterableDataset):
         if changed:
             raise UserError(f"--data {self.source.spec}: cannot go on within an epoch, because "
                             f"the stream has changed: {'; '.join(changed)}")
-        self.set_epoch(state["epoch"])
-        self.next_batch = self._start = state["next_batch"]
+        self.epoch, self.next_batch, self._start = (
+            state["epoch"], state["next_batch"], state["next_batch"])
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def __iter__(self) -> Batches:
         if get_worker_info():
             raise RuntimeError("an ImageStream has threads of its own: num_workers must be 0")
         n, size = len(self.samples), self.batch_size
         order = np.arange(n) if self.seed is None else epoch_order(n, self.seed, self.epoch)
-        first, self._start = self._start, 0
-        self.next_batch = first
+        self.next_batch, self._start = self._start, 0
+        numbers = range(self.next_batch, len(self))
         batches = [np.array_split(order[i * size : (i + 1) * size], self.world)[self.rank]
-                   for i in range(first, len(self))]
+                   for i in numbers]
         # What training leaves over is loaded all the same if it will be cached, so that no later
         # epoch need read it.
         rest = order[len(self) * size :] if self.world == 1 else order[:0]
         batches.append(rest[(rest < self.cached) & ~self._is_cached[rest]])
         with contextlib.closing(self._load(batches, self.stop_on_bad)) as loaded:
-            for number, (images, positions) in enumerate(loaded, first):
-                if number == len(self):  # the rest
-                    return
+            for number, batch in zip(numbers, loaded, strict=False):
                 self.next_batch = number + 1
-                if len(positions) or self.world > 1:  # where every batch is counted on
-                    yield images, positions
+                if len(batch[0]) or self.world > 1:  # where every batch is counted on
+                    yield batch
+            next(loaded)  # the rest
 
-    def every(self, step: int) -> Generator[Batch, None, None]:
-        """Iterate over every step-th image in the order of `samples`, whole for every rank,
-        however many are unreadable. Shares the cache."""
+    def every(self, step: int) -> Batches:
+        """Iterate over every step-th of `samples`, whole for every rank. Shares the cache."""
         positions = np.arange(0, len(self.samples), step)
         return self._load([positions[i : i + self.batch_size]
                            for i in range(0, len(positions), self.batch_size)], False)
 
     def _groups(self, batches: list[np.ndarray]) -> Iterator[list[int]]:
-        """Split the positions that must be read into those that are fetched together, the first
-        one wanted first."""
-        wanted = np.concatenate(batches).astype(np.int64)
+        """Yield the positions that must be read, in the order in which they are wanted, but
+        neighbours together."""
+        wanted = np.concatenate(batches)
         wanted = wanted[~self._is_cached[wanted]]
         for start in range(0, len(wanted), self._reach):
-            together: dict[int, list[int]] = {}
+            blocks: dict[int, list[int]] = {}
             for i in wanted[start : start + self._reach].tolist():
-                if self.samples[i].key not in self.bad:  # as found in an earlier epoch
-                    together.setdefault(int(self.blocks[i]), []).append(i)
-            yield from together.values()
+                if self.samples[i].key not in self.bad:  # found in an earlier epoch
+                    blocks.setdefault(int(self.blocks[i]), []).append(i)
+            yield from blocks.values()
 
-    def _load(self, batches: list[np.ndarray],
-              stop_on_bad: bool) -> Generator[Batch, None, None]:
-        """Yield the readable images of each batch of positions, and their positions.
-
-        This thread alone counts images, before it hands their groups to the threads that load
-        them. A group has room if all images before it have been delivered up to the batch that is
-        wanted, because the window holds a batch and `_reach` images: so nothing can lock up.
-        """
-        groups, group = self._groups(batches), list[int]()
-        futures: dict[int, Future] = {}  # of images that are handed over and not yet delivered
+    def _load(self, batches: list[np.ndarray], stop_on_bad: bool) -> Batches:
+        """Yield the images of each batch of positions that can be read, and their positions."""
+        groups = self._groups(batches)
+        group = next(groups, [])
+        loading: dict[int, Future] = {}  # images on their way, those of a group by one future
         jobs, cancelled = queue.SimpleQueue[Any](), threading.Event()
+        # Daemons: an iteration that is left early waits for no network, nor does Python's end.
         threads = [threading.Thread(target=self._work, args=(jobs, cancelled), daemon=True,
                                     name=f"decode-{i}") for i in range(self.source.threads)]
-        held = lent = 0  # images counted; those of the batch that the consumer has
-
-        def count(change: int) -> None:
-            nonlocal held
-            held += change
-            self.memory.count("images", change * self.image_size**2)
 
         def hand_over() -> None:
+            """Give groups to the threads while there is room for their images."""
             nonlocal group
-            group = group or next(groups, [])
-            while group and len(futures) + len(group) <= self.window:
-                count(len(group))
+            while group and len(loading) + len(group) <= self.window:
                 future: Future = Future()
-                futures.update(dict.fromkeys(group, future))
+                loading.update(dict.fromkeys(group, future))
                 jobs.put((group, future))
                 group = next(groups, [])
 
         try:
             hand_over()
-            for thread in threads if futures else ():
+            for thread in threads:
                 thread.start()
             for batch in batches:
-                count(len(batch))
+                # Woken once, and not for every image: each time costs a decoding thread its core.
+                wait([loading[i] for i in batch.tolist() if i in loading],
+                     return_when=FIRST_EXCEPTION)
                 images = np.empty((len(batch), 1, self.image_size, self.image_size), np.uint8)
                 positions: list[int] = []
-                # Woken once, and not for every image: each time costs a decoding thread its core.
-                mine = {i: futures[i] for i in batch.tolist() if i in futures}
-                wait(mine.values(), return_when=FIRST_EXCEPTION)
                 for i in batch.tolist():
-                    if i in mine:
-                        found = futures.pop(i).result().pop(i)
-                        if isinstance(found, str):
-                            self._note_bad(self.samples[i].key, found, stop_on_bad)
-                            continue
-                        if i < self.cached and not self._is_cached[i]:
-                            self.memory.count("images", found.size)
+                    key = self.samples[i].key
+                    if i in loading:
+                        found = loading.pop(i).result().pop(key)
+                        if i < self.cached and not isinstance(found, str):
                             self._cache[i], self._is_cached[i] = found, True
-                    elif self._is_cached[i]:
-                        found = self._cache[i]
-                    else:  # found unreadable in an earlier epoch
+                    else:
+                        found = self._cache[i] if self._is_cached[i] else self.bad[key]
+                    if isinstance(found, str):
+                        self._note_bad(key, found, stop_on_bad)
                         continue
                     images[len(positions), 0] = found
                     positions.append(i)
-                count(-lent - len(mine))
-                lent = len(batch)
                 hand_over()
                 yield (torch.from_numpy(images[: len(positions)]),
                        torch.tensor(positions, dtype=torch.int64))
@@ -1976,36 +1967,31 @@ class ImageStream(IterableDataset):
             cancelled.set()
             for _ in threads:
                 jobs.put(None)
-            count(-held)
-            # Soon they have ended; only one that waits for the network is left to itself.
-            deadline = time.monotonic() + 1
-            for thread in threads:
+            for thread in threads:  # soon they have ended, but for one that waits for the network
                 if thread.ident:
-                    thread.join(max(0.0, deadline - time.monotonic()))
+                    thread.join(1 / len(threads))
 
     def _work(self, jobs: queue.SimpleQueue, cancelled: threading.Event) -> None:
-        while (job := jobs.get()) is not None and not cancelled.is_set():
+        while (job := jobs.get()) and not cancelled.is_set():
             group, future = job
             try:
-                future.set_result(self._load_group(group, cancelled))
+                future.set_result(self._load_group([self.samples[i] for i in group], cancelled))
             except BaseException as error:  # the consumer raises it
                 future.set_exception(error)
 
-    def _load_group(self, group: list[int],
-                    cancelled: threading.Event) -> dict[int, np.ndarray | str]:
-        """Map each position to its image, uint8 [H,W], or to what is wrong with it."""
-        position = {self.samples[i].key: i for i in group}
-        samples, found = [self.samples[i] for i in group], {}
-        cost = self.source.cost(samples)
+    def _load_group(self, group: list[Sample],
+                    cancelled: threading.Event) -> dict[str, np.ndarray | str]:
+        """Map each sample's key to its image, uint8 [H,W], or to what is wrong with it."""
+        cost, found = self.source.cost(group), {}
         if cost > self.memory.most["files"] and len(group) > 1:  # together they are too many
-            return {i: self._load_group([i], cancelled)[i] for i in group}
+            return {s.key: self._load_group([s], cancelled)[s.key] for s in group}
         try:
             with self.memory.hold("files", cost):
-                for sample, data in self.source.fetch(samples, cancelled):
-                    found[position[sample.key]] = self._decode(data)
+                for sample, data in self.source.fetch(group, cancelled):
+                    found[sample.key] = self._decode(data)
                     del data
         except BadImage as error:  # too large a file
-            found[group[0]] = str(error)
+            found[group[0].key] = str(error)
         return found
 
     def _decode(self, data: bytes | Exception) -> np.ndarray | str:
@@ -2016,9 +2002,9 @@ class ImageStream(IterableDataset):
         except BadImage as error:
             return str(error)
 
-    def _note_bad(self, key: str, reason: str, stop: bool) -> None:
+    def _note_bad(self, key: str, reason: str, stop_on_bad: bool) -> None:
         self.bad[key] = reason
-        if stop and len(self.bad) > max(1, MAX_BAD_SHARE * len(self.samples)):
+        if stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * len(self.samples)):
             raise UserError(
                 f"--data {self.source.spec}: {len(self.bad)} of {len(self.samples)} images cannot "
                 f"be read, more than {MAX_BAD_SHARE:.0%}; the last is {key}: {reason}. Replace "
@@ -2048,26 +2034,24 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     size, batch = config.image_size, config.batch_size
     test = ImageStream(source, splits.test, size, batch, None, memory, 1 / 4, cache=False)
-    val = ImageStream(source, splits.normals("val"), size, batch, None, memory, 1 / 3,
-                      rank=rank, world=world)
-    train = ImageStream(source, splits.train, size, batch, config.seed, memory, rank=rank,
-                        world=world)
+    val, train = (ImageStream(source, samples, size, batch, seed, memory, share, True, rank, world)
+                  for samples, seed, share in ((splits.normals("val"), None, 1 / 3),
+                                               (splits.train, config.seed, 1)))
     return Loaders(train, val, test, source, splits)
 
 
 def describe_memory(loaders: Loaders) -> str:
-    """The bound on what the streams hold, and what it is made of."""
-    streams, memory = loaders[:3], loaders.train.memory
-    cached = sum(stream.cached for stream in streams)
-    cached_bytes = cached * loaders.train.image_size**2
-    waiting = sum(stream.bound for stream in streams) - cached_bytes
+    """The bound on what the streams hold, and what it is made of, in one or two lines."""
+    memory, streams = loaders.train.memory, loaders[:3]
+    cached, pixels = sum(stream.cached for stream in streams), loaders.train.image_size**2
     there = len(loaders.train.samples) + len(loaders.val.samples)
-    parts = (memory.limit, memory.most["files"], memory.most["pixels"], waiting, cached_bytes)
-    limit, files, pixels, waiting_mb, cached_mb = (f"{math.ceil(p / 1e6):,}" for p in parts)
-    return (f"memory    images never take more than {limit} MB: files in flight at most {files}, "
-            f"decoding {pixels},\n          waiting {waiting_mb}, and {cached_mb} for "
-            f"{'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
-            "validation images, which are cached for later epochs")
+    waiting = sum(stream.bound for stream in streams) - cached * pixels
+    files, decoding, images, cache = (f"{math.ceil(count / 1e6):,}" for count in (
+        *memory.most.values(), waiting, cached * pixels))
+    return (f"memory    images never take more than {memory.limit / 1e6:,.0f} MB: files in flight "
+            f"{files}, decoding {decoding}, waiting {images},\n          cached for later epochs "
+            f"{cache} ({'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
+            "validation images)")
 
 
 def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:

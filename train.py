@@ -1627,7 +1627,7 @@ def command_to_resume(config: Config) -> str:
 
 def report_data(loaders: Loaders) -> None:
     """Say what the data cost, and which images could not be read."""
-    peak = loaders.train.memory.peak / 1e6
+    peak = loaders.train.memory.peak_bytes / 1e6
     log.info(f"memory    images took {peak:,.1f} MB at the most")
     if isinstance(loaders.source, KaggleSource):
         log.info(loaders.source.report())

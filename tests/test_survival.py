@@ -245,7 +245,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a
     for i in range(100):
         write_image(films / "normal" / f"{i:03d}.png", i, (32, 32))
     settings = {"data": str(films), "samples": 60, "batch_size": 2, "epochs": 2}
-    stream = create_dataloaders(tiny(tmp_path, **settings)).train.dataset
+    stream = create_dataloaders(tiny(tmp_path, **settings)).train
     stream.set_epoch(0)
     batch = [p.tolist() for _, p in stream][3]
     for position in batch:
