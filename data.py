@@ -32,7 +32,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -78,7 +78,7 @@ Box = tuple[float, float, float, float]
 
 
 class Source:
-    """A set of labelled images. Subclasses fill the fields and say how to read one."""
+    """A set of labelled images. Subclasses fill the fields and say how to read a file."""
 
     spec: str  # what --data said
     name: str  # short name, used for folders of results
@@ -91,15 +91,15 @@ class Source:
     version = ""  # tells a set from a later one of the same name, where the source knows
 
     def read_file(self, name: str) -> bytes:
-        """A file's bytes. OSError, BadImage or TooLarge if they cannot be had."""
+        """Read a file. OSError, BadImage or TooLarge if it cannot be had."""
         raise NotImplementedError
 
     def read(self, sample: Sample) -> bytes:
-        """The image file's bytes. OSError or BadImage if they cannot be had."""
+        """Read an image's file. OSError or BadImage if it cannot be had."""
         return self.read_file(sample.key)
 
     def read_text(self, name: str) -> str:
-        """A CSV or list among the files."""
+        """Read a CSV or a list. UserError if it cannot be had."""
         try:
             return self.read_file(name).decode("utf-8-sig", errors="replace")
         except (OSError, BadImage) as error:
@@ -127,25 +127,23 @@ class Source:
         return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
 
     def file_bytes(self, sample: Sample) -> int:
-        """Bytes of the file; 0 if that is not known before it is read."""
+        """Size of the file; 0 if that is not known before it is read."""
         return 0
 
     def glance(self, sample: Sample) -> bytes:
-        """A few bytes that are equal for files of equal size and content. OSError."""
+        """A few bytes that are equal for equal files of one size. OSError."""
         return b""
 
     def digest(self, sample: Sample) -> bytes:
-        """Equal for files of equal size and content. OSError if the file cannot be had."""
+        """A digest that is equal for equal files of one size alone. OSError."""
         return hashlib.blake2b(self.read(sample), digest_size=16).digest()
 
     def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
         """(width, height) from the file's header; None if it is not known before it is read."""
         return None
 
-    # What is fetched together: for sources where one request for several files is cheaper.
-
     def blocks(self, samples: list[Sample]) -> np.ndarray:
-        """Number of the block that each sample is in, int64 [n]; each its own if it is all one."""
+        """Number of each sample's block, int64 [n]: one request fetches a block's samples."""
         return np.arange(len(samples))
 
     def cost(self, samples: list[Sample]) -> int:
@@ -154,10 +152,8 @@ class Source:
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
-        """Each of the samples, in any order, with its bytes or with what is wrong with it.
-
-        Ends early by Cancelled once `cancelled` is set.
-        """
+        """Yield each sample, in any order, with its bytes or with what is wrong with it. Raises
+        Cancelled soon after that is set."""
         for sample in samples:
             if cancelled.is_set():
                 raise Cancelled
@@ -167,8 +163,7 @@ class Source:
                 yield sample, error
 
     def fingerprint(self) -> str:
-        """A short digest of names, patients, labels and prescribed splits: equal for equal data,
-        wherever it lies."""
+        """A digest of names, patients, labels and prescribed splits, wherever the data lies."""
         digest = hashlib.blake2b(digest_size=8)
         for s in self.samples:
             digest.update(f"{s.key}\t{s.patient}\t{s.label}\t{s.split}\n".encode())
@@ -1873,12 +1868,12 @@ class ImageStream(IterableDataset):
         mine = self.state_dict()
         changed = [f"{k} was {state[k]!r}, is {mine[k]!r}" for k in mine
                    if k not in ("epoch", "next_batch") and state[k] != mine[k]
-                   and not (k == "version" and "" in (state[k], mine[k]))]  # not known everywhere
+                   and not (k == "version" and "" in (state[k], mine[k]))]  # not always known
         if changed:
             raise UserError(f"--data {self.source.spec}: cannot go on within an epoch, because "
                             f"the stream has changed: {'; '.join(changed)}")
-        self.epoch, self.next_batch, self._start = (
-            state["epoch"], state["next_batch"], state["next_batch"])
+        self.set_epoch(state["epoch"])
+        self.next_batch = self._start = state["next_batch"]
 
     def __iter__(self) -> Batches:
         if get_worker_info():
@@ -1942,9 +1937,6 @@ class ImageStream(IterableDataset):
             for thread in threads:
                 thread.start()
             for batch in batches:
-                # Woken once, and not for every image: each time costs a decoding thread its core.
-                wait([loading[i] for i in batch.tolist() if i in loading],
-                     return_when=FIRST_EXCEPTION)
                 images = np.empty((len(batch), 1, self.image_size, self.image_size), np.uint8)
                 positions: list[int] = []
                 for i in batch.tolist():
@@ -2034,9 +2026,10 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     size, batch = config.image_size, config.batch_size
     test = ImageStream(source, splits.test, size, batch, None, memory, 1 / 4, cache=False)
-    val, train = (ImageStream(source, samples, size, batch, seed, memory, share, True, rank, world)
-                  for samples, seed, share in ((splits.normals("val"), None, 1 / 3),
-                                               (splits.train, config.seed, 1)))
+    val = ImageStream(source, splits.normals("val"), size, batch, None, memory, 1 / 3,
+                      rank=rank, world=world)
+    train = ImageStream(source, splits.train, size, batch, config.seed, memory,
+                        rank=rank, world=world)
     return Loaders(train, val, test, source, splits)
 
 
