@@ -222,7 +222,7 @@ def test_zip64_archives_of_many_gigabytes_are_read(kaggle: StandIn) -> None:
     source = open_spec()
     last = source.samples[-1]
     assert source.read(last) == nih._member(nih.images - 1)[30 + len(nih.names[0]) :]
-    assert source.size_of(last) == 375_000
+    assert source.file_bytes(last) == 375_000
 
 
 def test_names_beyond_ascii_and_a_comment_are_understood(kaggle: StandIn) -> None:
