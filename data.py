@@ -1952,6 +1952,7 @@ class ImageStream(IterableDataset):
                         continue
                     images[len(positions), 0] = found
                     positions.append(i)
+                found = None  # nor held any longer, as its room is given to others
                 hand_over()
                 yield (torch.from_numpy(images[: len(positions)]),
                        torch.tensor(positions, dtype=torch.int64))
@@ -1983,7 +1984,7 @@ class ImageStream(IterableDataset):
                     found[sample.key] = self._decode(data)
                     del data
         except BadImage as error:  # too large a file
-            found[group[0].key] = str(error)
+            found |= {s.key: str(error) for s in group if s.key not in found}
         return found
 
     def _decode(self, data: bytes | Exception) -> np.ndarray | str:

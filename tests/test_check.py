@@ -162,7 +162,7 @@ def test_memory_too_small_fails_without_a_step_that_would_end_the_program(
     def free(count: float) -> None:
         monkeypatch.setattr(train_module, "free_memory", lambda device: int(count))
 
-    free(4e6)  # of which the images may take 3.4
+    free(1e6)  # of which the images may take 0.4
     failed, told = found()
     assert failed == ["unet"] and "weights and their moments alone take 1." in told["unet"]
     monkeypatch.setattr(train_module, "memory_of_a_step", lambda *_: lambda count: count * 10**12)
