@@ -1824,15 +1824,15 @@ class ImageStream(IterableDataset):
         self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
         self.blocks = source.blocks(samples)
-        # Neighbours that are wanted within so many images (`_reach`) are fetched together.
-        alone = len(np.unique(self.blocks)) == len(samples)
-        self._reach, group = (1, 1) if alone else (SHUFFLE_WINDOW, SHUFFLE_GROUP)
+        # Images of one block that are wanted within `_span` images are fetched together.
+        grouped = len(np.unique(self.blocks)) < len(samples)
+        self._span, ahead = (SHUFFLE_WINDOW,) * 2 if grouped else (1, 4 * source.threads)
 
         # What is set aside, in images: two batches, as one is made while the consumer has the one
         # before it; a window for those on their way, which are a batch, what is fetched together
-        # with it, and a few groups a thread; and the cache.
+        # with it, and some ahead of it; and the cache.
         pixels, least = image_size**2, 3 * self.batch_size + 1
-        wanted = least + self._reach + max(batch_size, 4 * source.threads * group)
+        wanted = least + self._span + max(batch_size, ahead)
         room = int(share * self.memory.left) // pixels
         if room < least:
             raise UserError(
@@ -1846,7 +1846,7 @@ class ImageStream(IterableDataset):
         self._cache = np.empty((self.cached, image_size, image_size), np.uint8)
         self._is_cached = np.zeros(len(samples), dtype=bool)
         # A batch fits into the window beside all that is fetched before its last image.
-        self._reach = min(self._reach, (self.window - self.batch_size + 1) // 2)
+        self._span = min(self._span, (self.window - self.batch_size + 1) // 2)
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -1906,9 +1906,9 @@ class ImageStream(IterableDataset):
         neighbours together."""
         wanted = np.concatenate(batches)
         wanted = wanted[~self._is_cached[wanted]]
-        for start in range(0, len(wanted), self._reach):
+        for start in range(0, len(wanted), self._span):
             blocks: dict[int, list[int]] = {}
-            for i in wanted[start : start + self._reach].tolist():
+            for i in wanted[start : start + self._span].tolist():
                 if self.samples[i].key not in self.bad:  # found in an earlier epoch
                     blocks.setdefault(int(self.blocks[i]), []).append(i)
             yield from blocks.values()

@@ -11,6 +11,7 @@ import threading
 import weakref
 import zipfile
 from concurrent.futures import Future, wait
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
@@ -26,13 +27,12 @@ from config import Config, UserError
 from data import NORMAL, ImageStream, Memory, PhantomSource, create_dataloaders
 
 
-def archive(count: int, rng: random.Random | None = None) -> Archive:
-    """Stored PNGs of noise, 40x40 or of random sizes."""
+def archive(count: int) -> Archive:
+    """Stored PNGs of noise, of many sizes."""
     files = {}
     for i in range(count):
-        buffer = io.BytesIO()
-        height, width = (rng.randint(8, 90), rng.randint(8, 90)) if rng else (40, 40)
-        noise = np.random.RandomState(i).randint(0, 256, (height, width)).astype(np.uint8)
+        buffer, rng = io.BytesIO(), np.random.RandomState(i)
+        noise = rng.randint(0, 256, rng.randint(8, 90, 2)).astype(np.uint8)
         Image.fromarray(noise).save(buffer, "PNG")
         files[f"normal/{i:03d}.png"] = buffer.getvalue()
     return Archive.of(files, zipfile.ZIP_STORED)
@@ -64,7 +64,7 @@ def test_the_bound_is_never_exceeded_and_nothing_locks_up(
     """Random sizes, limits and orders, down to the smallest limit that is accepted, with up to
     three streams at a time."""
     rng, refused = random.Random(5), 0
-    source = opened(kaggle, archive(80, rng))
+    source = opened(kaggle, archive(80))
     largest = 4 * max(source.file_bytes(s) for s in source.samples) + (64 << 10)
     there, most, real = [0], [0], data.decode_image
 
@@ -86,11 +86,11 @@ def test_the_bound_is_never_exceeded_and_nothing_locks_up(
         low, cache, parts = trial % 3 == 0, rng.random() < 0.5, rng.choice([1, 3])
         limit = rng.randint(10_000, 60_000) if low else rng.randint(1 << 18, 1 << 22)
 
+        settings = (parts, size, batch, seed, cache)
         try:
-            streams = make(limit, parts, size, batch, seed, cache)
+            streams = make(limit, *settings)
         except UserError as error:
-            limit = int(least(error) * 2**30)
-            streams = make(limit, parts, size, batch, seed, cache)
+            streams = make(limit := int(least(error) * 2**30), *settings)
             refused += 1
         memory, most[0] = streams[0].memory, 0
         for _ in range(2):
@@ -110,13 +110,7 @@ def test_all_that_is_planned_ahead_finds_room_without_the_consumer(
 ) -> None:
     """A consumer that never comes back for more leaves no thread waiting for room."""
     source, planned = opened(kaggle, archive(300)), []
-
-    class Noted(Future):
-        def __init__(self) -> None:
-            super().__init__()
-            planned.append(self)
-
-    monkeypatch.setattr(data, "Future", Noted)
+    monkeypatch.setattr(data, "Future", lambda: planned.append(Future()) or planned[-1])
     for limit in (400_000, 1 << 20):
         stream = ImageStream(source, source.samples, 32, 16, seed=1, memory=limit, cache=False)
         seen = 0
@@ -130,7 +124,6 @@ def test_all_that_is_planned_ahead_finds_room_without_the_consumer(
 def test_no_part_of_the_memory_is_promised_twice() -> None:
     config = Config(samples=200, image_size=16, memory_limit_gb=0.002)
     loaders = create_dataloaders(config)
-    assert loaders.source.samples[:200] == PhantomSource(200, 16).samples[:200]
     memory = loaders.train.memory
     promised = sum(memory.most.values()) + sum(stream.bound for stream in loaders[:3])
     assert promised <= memory.limit == config.memory_bytes
@@ -200,11 +193,10 @@ def test_going_on_in_mid_epoch_keeps_the_order_and_fetches_nothing_that_is_skipp
     whole.set_epoch(2)
     wanted = [(p.tolist(), x) for x, p in whole]
     first.set_epoch(2)
-    batches = iter(first)
-    for _ in range(20):
-        next(batches)
-    state = json.loads(json.dumps(first.state_dict()))  # plain values
-    batches.close()
+    with closing(iter(first)) as batches:
+        for _ in range(20):
+            next(batches)
+        state = json.loads(json.dumps(first.state_dict()))  # plain values
     kaggle.ranges.clear()
     second.load_state_dict(state)
     rest = [(p.tolist(), x) for x, p in second]
@@ -224,9 +216,12 @@ def test_going_on_in_mid_epoch_keeps_the_order_and_fetches_nothing_that_is_skipp
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_rank_gets_its_share_once(world: int, seed: int | None) -> None:
     source = PhantomSource(70, 16)
-    plain = [p.tolist() for _, p in ImageStream(source, source.samples[:70], 16, 12, seed=seed)]
-    ranks = [[p.tolist() for _, p in ImageStream(source, source.samples[:70], 16, 12, seed=seed,
-                                                 rank=rank, world=world)] for rank in range(world)]
+
+    def order(**which: int) -> list[list[int]]:
+        stream = ImageStream(source, source.samples[:70], 16, 12, seed, **which)
+        return [positions.tolist() for _, positions in stream]
+
+    plain, ranks = order(), [order(rank=rank, world=world) for rank in range(world)]
     assert [[*chain(*slices)] for slices in zip(*ranks, strict=True)] == plain
     assert len(plain) == (6 if seed is None else 5)
     assert len({*chain(*plain)}) == (70 if seed is None else 60)
