@@ -733,7 +733,7 @@ def test_large_images_are_scored_within_the_memory_that_they_were_trained_in(
             run, "read", read_small, create=True):
         scored = evaluate_module.score_samples(run, source, source.samples[:12], "fused", None)
     assert len(scored.samples) == 12 and streams[0].memory.limit == 0.25 * 2**30
-    assert 0 < streams[0].memory.whole.peak <= streams[0].memory.limit
+    assert 0 < streams[0].memory.peak_bytes <= streams[0].memory.limit
 
 
 @pytest.mark.usefixtures("blank_pictures")
