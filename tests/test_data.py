@@ -30,7 +30,6 @@ from data import (
     PhantomSource,
     Sample,
     Source,
-    augment,
     create_dataloaders,
     decode_image,
     describe,
@@ -43,7 +42,6 @@ from data import (
     write_splits,
 )
 from evaluate import TrivialScores
-from models import Draws
 
 # ----------------------------------------------------------------------------------------------
 # The phantom
@@ -690,24 +688,3 @@ def test_loaders_in_two_lines(xrays: Path) -> None:
     assert all(loaders.train.samples[i].label == NORMAL for i in positions)
     assert all(s.label == NORMAL for s in loaders.val.samples)
     assert any(s.label == ABNORMAL for s in loaders.test.samples)
-
-
-def test_augmentation_is_seeded_small_and_keeps_the_range() -> None:
-    images = torch.from_numpy(np.stack([draw_phantom(i, 64)[0] for i in range(16)]))
-    images = images[:, None].float() / 255
-
-    def draws(seed: int, count: int = 16) -> Draws:
-        return Draws(torch.Generator().manual_seed(seed), count)
-
-    out = augment(images, draws(0))
-    assert torch.equal(out, augment(images, draws(0)))
-    assert not torch.equal(out, augment(images, draws(1)))
-    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
-    # A bright spot ends up within what shift, turn and scale allow: no image is mirrored or upside
-    # down.
-    spot = torch.zeros(200, 1, 64, 64)
-    spot[:, :, 30:34, 30:34] = 0.5
-    spot[:, :, 4:8, 56:60] = 1.0  # top right
-    moved = augment(spot, draws(2, 200))[:, 0]
-    y, x = np.unravel_index(moved.flatten(1).argmax(1).numpy(), (64, 64))
-    assert y.max() < 16 and x.min() > 63 - 16 and min(x.std(), y.std()) > 1

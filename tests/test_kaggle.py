@@ -732,10 +732,10 @@ def test_killed_while_streaming_and_resumed_it_ends_with_the_same_weights(
     kaggle: StandIn, tmp_path: Path
 ) -> None:
     kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
-    settings = {"data": SPEC, "batch_size": 4, "samples": 120,
+    settings = {"data": SPEC, "batch_size": 4, "samples": 120, "image_size": 64,
                 "memory_limit_gb": 0.001}  # so little that it streams all the time
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in (
-        {"width": 4, "image_size": 32, "latent_dim": 8, "epochs": 2, "device": "cpu",
+        {"width": 4, "latent_dim": 8, "epochs": 2, "device": "cpu", "precision": "fp32",
          "checkpoint_minutes": 0.0, "output_dir": tmp_path / "killed"} | settings).items()]
     child: list[subprocess.Popen] = []
     wanted, last = threading.Event(), tmp_path / "killed/unet/last.pt"
