@@ -9,15 +9,14 @@ One road for every source: Source.fetch(samples) -> bytes -> decode_image -> uin
 
 import bisect
 import contextlib
-import copy
 import csv
-import ctypes
 import dataclasses
 import difflib
 import email.utils
 import errno
 import hashlib
 import io
+import json
 import math
 import mmap
 import os
@@ -28,7 +27,6 @@ import struct
 import sys
 import threading
 import time
-import warnings
 import zipfile
 import zlib
 from array import array
@@ -36,6 +34,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -43,21 +42,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import requests
 import torch
-import torch.nn.functional as F
 import urllib3
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from config import Config, UserError, command, kaggle_credentials, log
-from models import Draws
+from config import Config, UserError, command, log
 
 NORMAL, ABNORMAL = 0, 1
 SPLITS = ("train", "val", "test")
 MIN_NORMALS = 50  # fewer cannot teach a model what is normal
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".tif", ".tiff", ".dcm")
-MAX_PIXELS = 100_000_000  # a larger image is a mistake or an attack, never a radiograph
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS judges
+# A larger image is a mistake or an attack, never a radiograph. Pillow warns of the same ones.
+MAX_PIXELS = 89_478_485
 SHUFFLE_GROUP, SHUFFLE_WINDOW = 16, 512  # images; see epoch_order
 MAX_BAD_SHARE = 0.05  # of a stream's images; more unreadable ones than this stop the run
 
@@ -121,13 +118,13 @@ class Source:
         try:
             with Image.open(io.BytesIO(self.read_file(name))) as image:
                 mask = image.convert("L").point(lambda grey: 255 * (grey > 0))
-        except (*DAMAGE, BadImage, Image.DecompressionBombError) as error:
+        except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
             raise UserError(
                 f"--data {self.spec}: {name} cannot be read as a mask ({error})") from None
         # Any lesion pixel counts, so that a small lesion does not vanish.
         return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
 
-    def size_of(self, sample: Sample) -> int:
+    def file_bytes(self, sample: Sample) -> int:
         """Bytes of the file; 0 if that is not known before it is read."""
         return 0
 
@@ -151,17 +148,17 @@ class Source:
 
     def cost(self, samples: list[Sample]) -> int:
         """Bytes that `fetch` of these holds at most."""
-        return sum(self.size_of(s) for s in samples)
+        return sum(self.file_bytes(s) for s in samples)
 
     def fetch(self, samples: list[Sample],
-              halt: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
+              cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
         """Each of the samples, in any order, with its bytes or with what is wrong with it.
 
-        Ends early by Halted once `halt` is set.
+        Ends early by Cancelled once `cancelled` is set.
         """
         for sample in samples:
-            if halt.is_set():
-                raise Halted
+            if cancelled.is_set():
+                raise Cancelled
             try:
                 yield sample, self.read(sample)
             except (OSError, BadImage) as error:
@@ -226,7 +223,7 @@ class PhantomSource(Source):
             self._drawn[sample.key] = np.packbits(mask)
         return b"P5 %d %d 255\n" % image.shape[::-1] + image.tobytes()  # a PGM file
 
-    def size_of(self, sample: Sample) -> int:
+    def file_bytes(self, sample: Sample) -> int:
         return 256 * self.image_size**2  # what drawing one holds: some 32 layers of float64
 
     def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
@@ -241,8 +238,6 @@ class PhantomSource(Source):
 
 
 PHANTOM_KINDS = ("opacity", "nodule", "effusion", "missing", "doubled")
-# A large array freed once makes glibc keep the memory of later temporaries: twice the speed.
-np.empty(1 << 22, np.uint8)
 # How much of each range of normal anatomy is used. Together with the noise below this sets the
 # difficulty: learnt from a few hundred films within minutes, yet no trivial score tells lesions.
 VARIETY = 0.35
@@ -523,7 +518,7 @@ class FolderSource(Source):
         with open(os.path.join(self.root, name), "rb") as f:  # joined faster than by pathlib
             return f.read()
 
-    def size_of(self, sample: Sample) -> int:
+    def file_bytes(self, sample: Sample) -> int:
         try:
             return os.stat(os.path.join(self.root, sample.key)).st_size
         except OSError:  # a dangling link: found unreadable later on
@@ -531,7 +526,7 @@ class FolderSource(Source):
 
     def glance(self, sample: Sample) -> bytes:
         with open(self.root / sample.key, "rb") as f:  # the middle: borders are often black
-            f.seek(self.size_of(sample) // 2)
+            f.seek(self.file_bytes(sample) // 2)
             return f.read(1024)
 
     def digest(self, sample: Sample) -> bytes:
@@ -857,10 +852,10 @@ class TooLarge(UserError):
     """A table or mask of more than LARGEST_FILE."""
 
 
-def pause(seconds: float, halt: threading.Event | None) -> None:
-    """Wait; Halted if the iteration that this is for ends meanwhile."""
-    if (halt or threading.Event()).wait(seconds):
-        raise Halted
+def pause(seconds: float, cancelled: threading.Event | None) -> None:
+    """Wait; Cancelled if the iteration that this is for ends meanwhile."""
+    if (cancelled or threading.Event()).wait(seconds):
+        raise Cancelled
 
 
 def seconds_of(retry_after: str) -> float | None:
@@ -933,7 +928,7 @@ class Wire:
             self._local.api = client.datasets.dataset_api_client
         return self._local.api
 
-    def persist(self, once: Callable, halt: threading.Event | None) -> Any:
+    def persist(self, once: Callable, cancelled: threading.Event | None) -> Any:
         """once(), again and again while it raises Temporary, with growing, random waits."""
         failures = 0
         while True:
@@ -958,7 +953,7 @@ class Wire:
                                      "on then with --resume") from None
                 if wait >= 5:
                     log.warning(f"kaggle    {error}: trying again in {wait:.0f} s")
-                pause(wait, halt)
+                pause(wait, cancelled)
 
     def _judge(self, status: int, headers: Mapping[str, str], what: str) -> Exception:
         """What an HTTP error of the API means."""
@@ -1005,11 +1000,11 @@ class Wire:
         response.close()  # the client has begun to download it all
         return response.url
 
-    def _answer(self, wanted: str, halt: threading.Event | None) -> requests.Response:
+    def _answer(self, wanted: str, cancelled: threading.Event | None) -> requests.Response:
         """The answer to a request for a range, not yet read. Temporary unless it is one."""
         with self._lock:
             if self._address is None:
-                self._address = self.persist(self._ask_address, halt)
+                self._address = self.persist(self._ask_address, cancelled)
             address = self._address
         headers = {"Range": f"bytes={wanted}", "Accept-Encoding": "identity"}
         if self.etag and not self.etag.startswith("W/"):
@@ -1053,7 +1048,8 @@ class Wire:
             response.close()
             raise self._changed()
 
-    def read_range(self, start: int, end: int, halt: threading.Event | None = None) -> memoryview:
+    def read_range(self, start: int, end: int,
+                   cancelled: threading.Event | None = None) -> memoryview:
         """Bytes start..end-1 of the archive; start < 0: so many of its last ones (end is unused).
 
         What was received before a connection broke is not asked for again.
@@ -1066,7 +1062,7 @@ class Wire:
             before = done
             try:
                 wanted = str(start) if start < 0 else f"{start + done}-{start + len(data) - 1}"
-                with self._answer(wanted, halt) as response:
+                with self._answer(wanted, cancelled) as response:
                     span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)",
                                         response.headers.get("Content-Range", ""))
                     if not span:
@@ -1089,18 +1085,18 @@ class Wire:
                         data[done : done + len(chunk)] = chunk
                         done += len(chunk)
                         self.traffic["bytes"] += len(chunk)
-                        if halt is not None and halt.is_set():
-                            raise Halted
+                        if cancelled is not None and cancelled.is_set():
+                            raise Cancelled
             except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
                 raise Temporary(f"a broken connection ({type(error).__name__})",
                                 progress=done > before) from None
             if done < len(data):
                 raise Temporary("a part shorter than was asked for", progress=done > before)
 
-        self.persist(once, halt)
+        self.persist(once, cancelled)
         return data
 
-    def download(self, file: str, size: int, halt: threading.Event | None = None) -> bytes:
+    def download(self, file: str, size: int, cancelled: threading.Event | None = None) -> bytes:
         """One file by a call of its own; BadImage if Kaggle lacks it, or if it is over `size`."""
         def once() -> bytes:
             data: bytes | bytearray = bytearray()
@@ -1111,8 +1107,8 @@ class Wire:
                         self.traffic["bytes"] += len(chunk)
                         if len(data) > size + CHUNK:
                             raise BadImage("longer than its declared size")
-                        if halt is not None and halt.is_set():
-                            raise Halted
+                        if cancelled is not None and cancelled.is_set():
+                            raise Cancelled
             except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
                 raise Temporary(f"a broken connection ({type(error).__name__})") from None
             except UserError as error:
@@ -1129,7 +1125,7 @@ class Wire:
                 raise BadImage(f"{len(data):,} bytes long instead of {size:,} as listed")
             return bytes(data)
 
-        return self.persist(once, halt)
+        return self.persist(once, cancelled)
 
 
 class ZipIndex:
@@ -1250,7 +1246,7 @@ class KaggleSource(Source):
         self.index = read_zip_index(self.wire)
         return [self.index.name(row).decode() for row in range(len(self.index))]
 
-    def size_of(self, sample: Sample) -> int:
+    def file_bytes(self, sample: Sample) -> int:
         return int(self.index.full[self.index.row(sample.key)])
 
     def digest(self, sample: Sample) -> bytes:
@@ -1302,18 +1298,18 @@ class KaggleSource(Source):
             3 * self.index.full[rows].max(initial=0) + self.index.length[rows].max(initial=0))
 
     def fetch(self, samples: list[Sample],
-              halt: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
+              cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
         rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
         for run in self._runs(rows):
             start, end = self._span(rows[run])
-            data = self.wire.read_range(start, end, halt)
+            data = self.wire.read_range(start, end, cancelled)
             for place in run:
                 row = int(rows[place])
                 at = int(self.index.start[row]) - start
                 span = data[at : at + int(self.index.length[row])]
                 member: bytes | Exception
                 try:
-                    member = self._member(row, span, halt)
+                    member = self._member(row, span, cancelled)
                 except BadImage as error:
                     member = error
                 del span
@@ -1322,17 +1318,17 @@ class KaggleSource(Source):
             del data
 
     def _member(self, row: int, span: memoryview | None = None,
-                halt: threading.Event | None = None) -> bytes:
+                cancelled: threading.Event | None = None) -> bytes:
         """A member's content, checked; damaged bytes are fetched again, twice. BadImage."""
         start, length = int(self.index.start[row]), int(self.index.length[row])
         if span is None:
-            span = self.wire.read_range(start, start + length, halt)
+            span = self.wire.read_range(start, start + length, cancelled)
         for _ in range(2):
             try:
                 return self._unpack(row, span)
             except BadImage as error:
                 self.wire.tried_again[f"a damaged file ({error})"] += 1
-            span = self.wire.read_range(start, start + length, halt)
+            span = self.wire.read_range(start, start + length, cancelled)
         return self._unpack(row, span)
 
     def _unpack(self, row: int, span: memoryview) -> bytes:
@@ -1389,7 +1385,7 @@ class KaggleFilesSource(KaggleSource):
             if not page.next_page_token:  # an empty page does not mean the end
                 return sorted(self.sizes)
 
-    def size_of(self, sample: Sample) -> int:
+    def file_bytes(self, sample: Sample) -> int:
         return self.sizes[sample.key]
 
     blocks = Source.blocks
@@ -1404,17 +1400,17 @@ class KaggleFilesSource(KaggleSource):
         return self.wire.download(name, self.sizes[name])
 
     def fetch(self, samples: list[Sample],
-              halt: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
+              cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
         data: bytes | Exception
         for sample in samples:
             try:
-                data = self.wire.download(sample.key, self.size_of(sample), halt)
+                data = self.wire.download(sample.key, self.file_bytes(sample), cancelled)
             except BadImage as error:
                 data = error
             yield sample, data
 
     def cost(self, samples: list[Sample]) -> int:
-        return sum(3 * self.size_of(s) + CHUNK for s in samples)  # also packed, and as a copy
+        return sum(3 * self.file_bytes(s) + CHUNK for s in samples)  # also packed, and as a copy
 
 
 def open_kaggle(spec: str) -> KaggleSource:
@@ -1446,28 +1442,42 @@ class Splits(NamedTuple):
 
     def normals(self, split: str) -> list[Sample]:
         """The normal samples of `train`, `val` or `test`."""
-        return [s for s in getattr(self, split) if s.label == NORMAL]
+        return _normals(getattr(self, split))
 
 
-def _draw(text: str) -> bytes:
+def _normals(samples: list[Sample]) -> list[Sample]:
+    return [s for s in samples if s.label == NORMAL]
+
+
+def _patients(samples: list[Sample]) -> set[str]:
+    return {s.patient for s in samples}
+
+
+def _without(samples: list[Sample], patients: set[str]) -> list[Sample]:
+    return [s for s in samples if s.patient not in patients]
+
+
+def _hash_key(text: str) -> bytes:
     """A number that depends on a text alone: the same for ever, on every machine."""
     return hashlib.blake2b(f"imgae-dx:{text}".encode(), digest_size=8).digest()
 
 
-def _take_patients(samples: list[Sample], want: int) -> tuple[list[Sample], list[Sample]]:
-    """(taken, rest): all images of so many patients, in hashed order, that `want` normals are."""
-    by_patient = defaultdict(list)
-    for s in samples:
-        by_patient[s.patient].append(s)
-    taken: set[str] = set()
-    count = 0
-    for patient in sorted(by_patient, key=_draw):
-        if count >= want:
+def _first_images(samples: list[Sample], count: int) -> list[Sample]:
+    """The first `count` images in the order of their hashes."""
+    chosen = set(sorted((s.key for s in samples), key=_hash_key)[:count])
+    return [s for s in samples if s.key in chosen]
+
+
+def _first_patients(samples: list[Sample], want: int) -> list[Sample]:
+    """All images of the first patients in the order of their hashes, who have `want` normals."""
+    normals = Counter(s.patient for s in _normals(samples))
+    chosen: set[str] = set()
+    for patient in sorted(_patients(samples), key=_hash_key):
+        if want <= 0:
             break
-        taken.add(patient)
-        count += sum(s.label == NORMAL for s in by_patient[patient])
-    return [s for s in samples if s.patient in taken], [
-        s for s in samples if s.patient not in taken]
+        chosen.add(patient)
+        want -= normals[patient]
+    return [s for s in samples if s.patient in chosen]
 
 
 def split_samples(samples: list[Sample], train_limit: int | None = None) -> Splits:
@@ -1484,70 +1494,56 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     notes = []
     test = [s for s in samples if s.split == "test"]
     rest = [s for s in samples if s.split != "test"]
-    if not test:
-        val = [s for s in rest if s.split == "val"]
-        if val and sum(s.label == NORMAL for s in val) < MIN_NORMALS:
+    val = [s for s in rest if s.split == "val"]
+    if test:
+        left = _without(rest, _patients(test))
+        if len(left) < len(rest):
+            notes.append(f"{len(rest) - len(left)} images left out of training and validation: "
+                         "their patients are in test")
+    else:
+        if val and len(_normals(val)) < MIN_NORMALS:
             notes.append(f"prescribed validation split of {len(val)} images is too small: they are "
                          "split anew with all others")
             val, rest = [], [dataclasses.replace(s, split="") for s in rest]
-        in_val = {s.patient for s in val}
-        free = [s for s in rest if s.patient not in in_val]
-        patients_with_normals = {s.patient for s in free if s.label == NORMAL}
-        sick = [s for s in free if s.patient not in patients_with_normals]
-        mixed = [s for s in free if s.patient in patients_with_normals]
-        n_normal = sum(s.label == NORMAL for s in mixed)
-        test = sick + _take_patients(mixed, round(0.2 * n_normal))[0]
-        there = {s.key for s in test}
-        rest = [s for s in rest if s.key not in there]
-    in_test = {s.patient for s in test}
-    overlap = [s for s in rest if s.patient in in_test]
-    if overlap:
-        rest = [s for s in rest if s.patient not in in_test]
-        notes.append(f"{len(overlap)} images left out of training and validation: their patients "
-                     "are in test")
+        free = _without(rest, _patients(val))
+        with_normals = _patients(_normals(free))
+        mixed = [s for s in free if s.patient in with_normals]
+        test = _without(free, with_normals) + _first_patients(
+            mixed, round(0.2 * len(_normals(mixed))))
+        left = _without(rest, _patients(test))
 
-    val = [s for s in rest if s.split == "val"]
-    rest = [s for s in rest if s.split != "val"]
-    if sum(s.label == NORMAL for s in val) < MIN_NORMALS:
+    val = [s for s in left if s.split == "val"]
+    rest = [s for s in left if s.split != "val"]
+    normals = _normals(rest)
+    if len(_normals(val)) < MIN_NORMALS:
         if val:
             notes.append(f"prescribed validation split of {len(val)} images is too small: unused; "
                          "validation is taken from the training patients")
-        normals = [s for s in rest if s.label == NORMAL]
         want = max(round(0.1 * len(normals)), min(20, len(normals) // 4))
-        val = _take_patients(normals, want)[0]
-    in_val = {s.patient for s in val}
-    train = [s for s in rest if s.label == NORMAL and s.patient not in in_val]
+        val = _first_patients(normals, want)
+    train = _without(normals, _patients(val))
     if train_limit is not None:
         if train_limit > len(train):
             notes.append(f"--samples {train_limit}: there are only {len(train)} to train on")
-        chosen = set(sorted((s.key for s in train), key=_draw)[:train_limit])
-        train = [s for s in train if s.key in chosen]
-        normals = [s for s in val if s.label == NORMAL]
-        kept = set(sorted((s.key for s in normals), key=_draw)[: max(100, train_limit // 4)])
-        val = [s for s in val if s.label == ABNORMAL or s.key in kept]
-    in_train = {s.patient for s in train}
+        train = _first_images(train, train_limit)
+        val = [s for s in val if s.label == ABNORMAL] + _first_images(
+            _normals(val), max(100, train_limit // 4))
     known = {s.key for s in val}
-    val += [s for s in rest if s.label == ABNORMAL and s.patient not in in_train
-            and s.key not in known]
+    val += [s for s in _without(rest, _patients(train))
+            if s.label == ABNORMAL and s.key not in known]
     if all(s.patient == s.key for s in samples):
         notes.append("no patient is named: every image counts as a patient of its own")
-    splits = Splits(train, sorted(val, key=lambda s: s.key), test, notes)
-    _assert_disjoint(splits)
-    return splits
-
-
-def _assert_disjoint(splits: Splits) -> None:
-    patients = [{s.patient for s in part} for part in splits[:3]]
-    assert not patients[0] & patients[1] and not patients[0] & patients[2], "patients shared"
-    assert not patients[1] & patients[2], "patients shared between validation and test"
-    assert all(s.label == NORMAL for s in splits.train), "abnormal image in train"
+    patients = [_patients(part) for part in (train, val, test)]
+    assert sum(map(len, patients)) == len(set().union(*patients)), "a patient is in two splits"
+    assert len(_normals(train)) == len(train), "abnormal image in train"
+    return Splits(train, sorted(val, key=lambda s: s.key), test, notes)
 
 
 _COLUMNS = ("key", "patient", "label", "finding", "view", "split")
 
 
 def write_splits(splits: Splits, file: Path) -> None:
-    """split.csv: one row an image, the split in the last column."""
+    """Write split.csv: one row an image, the split in the last column."""
     with open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(_COLUMNS)
@@ -1557,42 +1553,37 @@ def write_splits(splits: Splits, file: Path) -> None:
 
 
 def read_splits(file: Path) -> Splits:
-    """What write_splits wrote."""
+    """Read what write_splits wrote."""
     parts: dict[str, list[Sample]] = {name: [] for name in SPLITS}
     try:
         with open(file, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
-                parts[row["split"]].append(Sample(
-                    row["key"], row["patient"], int(row["label"]), row["finding"], row["view"],
-                    row["split"]))
+                key, patient, label, finding, view, split = (row[c] for c in _COLUMNS)
+                parts[split].append(Sample(key, patient, int(label), finding, view, split))
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file}: not a readable table of splits ({error})") from None
-    return Splits(parts["train"], parts["val"], parts["test"], notes=[])
+    return Splits(**parts, notes=[])
 
 
 def duplicates_across(source: Source, splits: Splits) -> list[tuple[str, str]]:
     """Pairs of files with identical bytes in two different splits (first key, second key).
 
     Only files of equal size are looked into, and read in full only if they are alike at a glance:
-    uncompressed films are all of one size.
+    uncompressed images are all of one size.
     """
-    def alike(group: list[tuple[str, Sample]],
-              mark: Callable[[Sample], object]) -> list[list[tuple[str, Sample]]]:
-        """Those of the group with equal marks, where they lie in more than one split."""
-        groups = defaultdict(list)
-        for name, s in group:
-            with contextlib.suppress(OSError):
-                groups[mark(s)].append((name, s))
-        return [g for g in groups.values() if len({name for name, _ in g}) > 1]
-
-    everything = [(name, s) for name in SPLITS for s in getattr(splits, name)]
-    pairs = []
-    for of_a_size in alike(everything, source.size_of):
-        if source.size_of(of_a_size[0][1]):
-            for similar in alike(of_a_size, source.glance):
-                for (first, one), *others in alike(similar, source.digest):
-                    pairs += [(one.key, s.key) for name, s in others if name != first]
-    return pairs
+    groups = [[(name, s) for name in SPLITS for s in getattr(splits, name)]]
+    for mark in (source.file_bytes, source.glance, source.digest):
+        parts = []
+        for group in groups:
+            by_mark = defaultdict(list)
+            for name, s in group:
+                with contextlib.suppress(OSError):
+                    by_mark[mark(s)].append((name, s))
+            by_mark.pop(0, None)  # their size is not known
+            parts += [part for part in by_mark.values() if len({name for name, _ in part}) > 1]
+        groups = parts
+    return [(one.key, s.key) for (first, one), *others in groups
+            for name, s in others if name != first]
 
 
 def describe(source: Source, splits: Splits) -> str:
@@ -1601,27 +1592,26 @@ def describe(source: Source, splits: Splits) -> str:
              f"  {'split':<6}{'normal':>9}{'abnormal':>10}{'patients':>10}"]
     for name in SPLITS:
         part = getattr(splits, name)
-        sick = sum(s.label for s in part)
-        patients = len({s.patient for s in part})
-        lines.append(f"  {name:<6}{len(part) - sick:>9,}{sick:>10,}{patients:>10,}")
-    findings = Counter(s.finding or "unnamed" for s in splits.test if s.label)
+        normals = len(_normals(part))
+        lines.append(f"  {name:<6}{normals:>9,}{len(part) - normals:>10,}"
+                     f"{len(_patients(part)):>10,}")
+    findings = Counter(s.finding or "unnamed" for s in splits.test if s.label == ABNORMAL)
     if findings:
-        shown = [f"{k} {v:,}" for k, v in findings.most_common(6)]
+        shown = ", ".join(f"{k} {v:,}" for k, v in findings.most_common(6))
         more = f" and {len(findings) - 6} more" if len(findings) > 6 else ""
-        lines.append(f"  findings in test: {', '.join(shown)}{more}")
-    everything = [s for name in SPLITS for s in getattr(splits, name)]
-    some = everything[:: max(1, len(everything) // 20)]
-    remote = isinstance(source, KaggleSource)  # there a look would cost a request each
-    sizes = [] if remote else sorted({size for s in some if (size := source.width_and_height(s))})
-    if remote:
-        total = sum(source.size_of(s) for s in splits.train) / 1e6
+        lines.append(f"  findings in test: {shown}{more}")
+    if isinstance(source, KaggleSource):  # there a look would cost a request each
+        total = sum(source.file_bytes(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
-    if sizes:
-        low, high = sizes[0], sizes[-1]
-        lines.append(f"  image sizes (of about 20 looked at): {low[0]}x{low[1]}"
-                     + (f" to {high[0]}x{high[1]}" if low != high else ""))
-    for reason, count in source.left_out.most_common():
-        lines.append(f"  left out: {count:,} {reason}")
+    else:
+        everything = [*splits.train, *splits.val, *splits.test]
+        some = map(source.width_and_height, everything[:: max(1, len(everything) // 20)])
+        sizes = sorted(set(filter(None, some)))
+        if sizes:
+            (w, h), (w2, h2) = sizes[0], sizes[-1]
+            lines.append(f"  image sizes (of about 20 looked at): {w}x{h}"
+                         + (f" to {w2}x{h2}" if len(sizes) > 1 else ""))
+    lines += [f"  left out: {count:,} {why}" for why, count in source.left_out.most_common()]
     lines += [f"  note: {note}" for note in splits.notes]
     return "\n".join(lines)
 
@@ -1637,34 +1627,34 @@ class BadImage(Exception):
 # What Pillow's decoders raise on damaged files.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError,
           struct.error)
+TOO_MANY_PIXELS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+Hold = Callable[[int], contextlib.AbstractContextManager]  # so many bytes, while inside
 
 
-def decode_image(data: bytes, size: int, budget: "Budget | None" = None,
-                 halt: threading.Event | None = None) -> np.ndarray:
-    """An image file's bytes as grey values, uint8 [size,size].
+def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) -> np.ndarray:
+    """Decode an image file's bytes to grey values, uint8 [size,size].
 
     The whole image is stretched to the square, whatever its shape: nothing is cut off and no
     border is invented. Colour becomes luma (ITU-R 601), transparency is ignored, EXIF orientation
     is applied. 16-bit grey is scaled from 0-65535, or from 0-4095 if no value is larger. DICOM
     has rescale and window applied, is inverted if MONOCHROME1, and stretched to the full range.
     A JPEG is decoded at a half, a quarter or an eighth where that still leaves twice `size`.
-    budget: what the pixels count towards while they are held. Raises BadImage.
+    hold: entered with the bytes that the pixels take at most, while they do. Raises BadImage.
     """
     if bytes(data[128:132]) == b"DICM":
-        return _decode_dicom(data, size, budget, halt)
+        return _decode_dicom(data, size, hold)
     try:
         image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{image.width}x{image.height} pixels is more than any radiograph")
+        _check_pixels(image.width, image.height)
         # A progressive JPEG holds its coefficients at full size, whatever is decoded of it.
         more = 2 * len(image.getbands()) * image.width * image.height if image.info.get(
             "progressive") else 0
         image.draft(None, (2 * size, 2 * size))
         # Bytes a pixel: decoded, and what the conversions below make of it.
         depth = {"L": 2, "1": 3}.get(image.mode, 20 if image.mode[0] in "IF" else 12)
-        with held(budget, image.width * image.height * depth + more, halt):
-            return _grey_square(image, size)
-    except Image.DecompressionBombError:
+        with hold(image.width * image.height * depth + more):
+            return _stretch(_to_grey(image), size)
+    except TOO_MANY_PIXELS:
         raise BadImage("more pixels than any radiograph") from None
     except UnidentifiedImageError:
         page = bytes(data[:100]).lstrip()[:1] == b"<"
@@ -1674,23 +1664,23 @@ def decode_image(data: bytes, size: int, budget: "Budget | None" = None,
         raise BadImage(str(error).split("<")[0].strip() or type(error).__name__) from None
 
 
-def _grey_square(image: Image.Image, size: int) -> np.ndarray:
-    """What decode_image says of an opened file: uint8 [size,size]."""
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width}x{height} pixels is more than any radiograph")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    """An opened image, upright, as grey values: mode L, or F in 0..255 if it has 16 bits."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise BadImage("floating-point grey values, whose range is not known")
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")
-    if image.mode in ("RGBA", "LA", "RGBX"):
-        # Not pasted on a background: what a viewer shows of an X-ray is its colour.
-        image = image.convert("RGB" if image.mode != "LA" else "L")
     if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate it
         values = np.asarray(image).astype(np.float32)
-        top = 4095 if values.max() <= 4095 else 65535
-        image = Image.fromarray(values * np.float32(255 / top))
-    elif image.mode != "L":
-        image = image.convert("L")
-    return _stretch(image, size)
+        return Image.fromarray(values * np.float32(255 / (4095 if values.max() <= 4095 else 65535)))
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
+    # Not pasted on a background: what a viewer shows of an X-ray is its colour.
+    return image if image.mode == "L" else image.convert("L")
 
 
 def _stretch(image: Image.Image, size: int) -> np.ndarray:
@@ -1701,8 +1691,7 @@ def _stretch(image: Image.Image, size: int) -> np.ndarray:
     return values if values.dtype == np.uint8 else np.rint(values).clip(0, 255).astype(np.uint8)
 
 
-def _decode_dicom(data: bytes, size: int, budget: "Budget | None",
-                  halt: threading.Event | None) -> np.ndarray:
+def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
     try:
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -1710,22 +1699,21 @@ def _decode_dicom(data: bytes, size: int, budget: "Budget | None",
         raise UserError("DICOM images need pydicom 3: pip install 'pydicom>=3'") from None
     try:
         dicom = pydicom.dcmread(io.BytesIO(data))
-        if dicom.Rows * dicom.Columns > MAX_PIXELS:
-            raise BadImage(f"{dicom.Columns}x{dicom.Rows} pixels is more than any radiograph")
+        _check_pixels(dicom.Columns, dicom.Rows)
         planes = int(dicom.get("NumberOfFrames") or 1) * int(dicom.get("SamplesPerPixel") or 1)
-        with held(budget, dicom.Rows * dicom.Columns * planes * 24, halt):  # float64 on the way
+        with hold(dicom.Rows * dicom.Columns * planes * 24):  # float64 on the way
             values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
             kind = dicom.PhotometricInterpretation
-            values = values.astype(np.float32)
             if values.ndim != 2:
                 raise BadImage(f"DICOM with {values.ndim} dimensions, not a single grey image")
             if kind not in ("MONOCHROME1", "MONOCHROME2"):
                 raise BadImage(f"DICOM with {kind} pixels, not grey ones")
+            values = values.astype(np.float32)
             low, high = values.min(), values.max()
             values = (values - low) * (255 / max(high - low, 1e-6))
             return _stretch(
                 Image.fromarray(255 - values if kind == "MONOCHROME1" else values), size)
-    except (BadImage, Halted):
+    except BadImage:
         raise
     except Exception as error:  # pydicom answers damage with nearly every kind of error
         raise BadImage(f"DICOM: {' '.join(str(error).split())}") from None
@@ -1735,123 +1723,48 @@ def _decode_dicom(data: bytes, size: int, budget: "Budget | None",
 # Memory
 
 
-class Halted(Exception):
+class Cancelled(Exception):
     """The iteration that this work was for has ended."""
 
 
-class Budget:
-    """Bytes that may be held at once; whoever wants more waits. Safe among threads.
-
-    whole: a budget that this one is a part of. The parts of a whole must not exceed it together,
-    so that it never has to make anyone wait; it only counts.
-    """
-
-    def __init__(self, limit: int, whole: "Budget | None" = None) -> None:
-        self.limit, self.whole = limit, whole
-        self.held = self.peak = 0
-        self._change = threading.Condition()
-
-    def take(self, count: int, halt: threading.Event | None = None) -> None:
-        """Count bytes as held, once there is room. Halted if `halt` is set while waiting."""
-        assert count <= self.limit, "asked for more than there will ever be"
-        with self._change:
-            while self.held + count > self.limit:
-                if halt is not None and halt.is_set():
-                    raise Halted
-                self._change.wait(0.1)  # not for ever: `halt` may be set at any time
-            self.held += count
-            self.peak = max(self.peak, self.held)
-            if self.whole:
-                self.whole.take(count)
-
-    def give(self, count: int) -> None:
-        """Bytes are held no more."""
-        with self._change:
-            if self.whole:
-                self.whole.give(count)
-            self.held -= count
-            self._change.notify_all()
-
-    def leave(self) -> None:
-        """Count towards the whole no more; what is held here is let go soon, by whoever has it."""
-        with self._change:
-            if self.whole:
-                self.whole.give(self.held)
-            self.whole = None
-
-
-def share_one_heap() -> None:
-    """Let all threads take memory from one heap (Linux with glibc; elsewhere nothing happens).
-
-    Each thread would keep a heap of its own with what it freed: several times what is counted.
-    """
-    if sys.platform == "linux" and (libc := ctypes.CDLL(None)) and hasattr(libc, "mallopt"):
-        m_arena_max = -8
-        libc.mallopt(m_arena_max, 1)
-
-
 class Memory:
-    """The bytes that images may take, by use. One for all streams that live at the same time.
+    """Counts the bytes that images take in all streams that share it. Safe among threads.
 
-    An eighth is for files in flight, a quarter for pixels being decoded; the rest is allotted to
-    the streams, for images that wait for their batch and for those kept for later epochs.
+    Files in flight may take an eighth of the limit, pixels being decoded a quarter: a thread that
+    wants more waits until others have done. The rest is for images that wait for their batch and
+    for cached ones. Each stream takes a fixed part of it (of `left`) when it is made, and keeps to
+    that by itself, so that images never wait for room.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.left = limit - limit // 8 - limit // 4
-        self.__setstate__({})
+        self.most = {"files": limit // 8, "pixels": limit // 4}
+        self.left = limit - sum(self.most.values())
+        self.held = {"files": 0, "pixels": 0, "images": 0}
+        self.peak = 0
+        self._change = threading.Condition()
 
-    def __getstate__(self) -> dict[str, int]:  # for DataLoader workers: each has its own
-        return {"limit": self.limit, "left": self.left}
+    def count(self, use: str, change: int) -> None:
+        """Count bytes of this use as held, or with a negative number as released."""
+        with self._change:
+            self.held[use] += change
+            self.peak = max(self.peak, sum(self.held.values()))
+            self._change.notify_all()
 
-    def __setstate__(self, state: dict[str, int]) -> None:
-        vars(self).update(state)
-        self.whole = Budget(self.limit)
-        self.flight = Budget(self.limit // 8, self.whole)
-        self.pixels = Budget(self.limit // 4, self.whole)
-
-
-class Waiting(Budget):
-    """Room for so many decoded images that wait for their batch, in one piece of memory.
-
-    Single arrays would lie scattered over the heap between the large buffers of decoding.
-    """
-
-    def __init__(self, room: int, image_size: int, whole: Budget) -> None:
-        super().__init__(room * image_size**2, whole)
-        # Not tensors: copying small ones takes longer, and no thread that a program's end may cut
-        # short should be inside of torch.
-        self._images = np.empty((room, image_size, image_size), np.uint8)
-        self._free = list(range(room - 1, -1, -1))  # the last one freed is the next one used
-
-    def put(self, image: np.ndarray) -> int:
-        """Keep an image, uint8 [H,W], for which room has been taken; the number of its place."""
-        place = self._free.pop()
-        self._images[place] = image
-        return place
-
-    def fetch(self, place: int, into: np.ndarray) -> None:
-        """Copy the image there into uint8 [H,W], and give its room back."""
-        into[:] = self._images[place]
-        self._free.append(place)
-        self.give(into.size)
-
-
-@contextlib.contextmanager
-def held(budget: Budget | None, count: int, halt: threading.Event | None = None) -> Iterator[None]:
-    """While inside, the bytes are held. BadImage if the budget could never hold them."""
-    if budget is None:
-        yield
-        return
-    if count > budget.limit:
-        raise BadImage(f"needs {count / 1e6:,.1f} MB at once, more than the "
-                       f"{budget.limit / 1e6:,.1f} MB that --memory-limit-gb leaves for it")
-    budget.take(count, halt)
-    try:
-        yield
-    finally:
-        budget.give(count)
+    @contextlib.contextmanager
+    def hold(self, use: str, count: int) -> Iterator[None]:
+        """Hold bytes for files or pixels while inside. BadImage if there is never room for them."""
+        most = self.most[use]
+        if count > most:
+            raise BadImage(f"needs {count / 1e6:,.1f} MB at once, more than the {most / 1e6:,.1f} "
+                           "MB that --memory-limit-gb leaves for it")
+        with self._change:
+            self._change.wait_for(lambda: self.held[use] + count <= most)
+            self.count(use, count)
+        try:
+            yield
+        finally:
+            self.count(use, -count)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1873,22 +1786,24 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+Batch = tuple[Tensor, Tensor]  # images uint8 [B,1,H,W], positions int64 [B]
+
+
 class ImageStream(IterableDataset):
-    """Batches (images uint8 [B,1,H,W], positions int64 [B]) of a list of samples, in order.
+    """Iterates over batches (images uint8 [B,1,H,W], positions int64 [B]) of samples, in order.
 
     Positions index `samples`. With a seed the order is `epoch_order(len, seed, epoch)` and an
     incomplete last batch is dropped; without one it is the order of `samples`, and complete.
+    Rank r of `world` gets the r-th of as many slices of each batch (perhaps an empty one).
 
-    Of each batch, rank r of `world` gets the r-th of as many slices; a DataLoader's worker w of W
-    makes every W-th batch. So every rank sees equally many batches (the last one perhaps empty),
-    whatever the workers, and DataLoader puts them in order again.
+    Threads read and decode ahead, and end when the iteration does. What all of it takes stays
+    within `memory` (bytes, or a Memory shared with other streams), of which this stream takes at
+    most the part `share` of what is left. If `cache`, the first of `samples` are cached for later
+    epochs, as many as fit; the rest is read again each time. One iteration at a time: a second
+    one is possible, but loads its batches beyond the bound.
 
-    memory: for everything that the stream holds, in bytes or shared with other streams: files in
-    flight, pixels being decoded, images waiting for their batch, and, if `cache`, images kept for
-    later epochs (the first ones of `samples`; the rest is read again each time). `share` is the
-    most that this stream takes of what is left to allot. Threads read and decode ahead, and end
-    when the iteration does. Unreadable images are skipped, counted and named in `bad`; more than
-    5 % of them (and more than one) end the run with a UserError if `stop_on_bad`.
+    Unreadable images are skipped, counted and named in `bad`; more than 5 % of them (and more than
+    one) end the run with a UserError if `stop_on_bad`.
     """
 
     def __init__(self, source: Source, samples: list[Sample], image_size: int, batch_size: int,
@@ -1897,51 +1812,49 @@ class ImageStream(IterableDataset):
                  stop_on_bad: bool = True) -> None:
         self.source, self.samples, self.image_size = source, samples, image_size
         self.memory = Memory(memory) if isinstance(memory, int) else memory
-        self.seed, self.cache = seed, cache
-        self.rank, self.world, self.stop_on_bad = rank, world, stop_on_bad
+        self.seed, self.rank, self.world, self.stop_on_bad = seed, rank, world, stop_on_bad
         self.batch_size = batch_size if seed is None else min(batch_size, len(samples))
         self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
         self.blocks = source.blocks(samples)
-        self.positions = np.arange(len(samples))  # which of the samples, before shuffling
-        self._kept: np.ndarray | None = None
-        # Ahead of the batch being made: a few files or groups of neighbours a thread; and the
-        # neighbours of what is wanted, which may lie a window of the shuffle further on.
+
+        # Room, in images: for a batch that is made while the consumer has the one before it, for
+        # those in the window, and for cached ones. The window holds the next batch, the neighbours
+        # of its images, which may be wanted a window of the shuffle later, and a few for each
+        # thread. With less memory it shrinks, down to one image more than a batch.
         together = len(np.unique(self.blocks)) < len(self.blocks)
-        self._reach = SHUFFLE_WINDOW if together else 1
-        self._ahead = self._reach + max(
-            batch_size, 4 * source.threads * (SHUFFLE_GROUP if together else 1))
-        # 64 batches: enough for as many DataLoader workers as anyone would start.
-        wanted = 64 * self.batch_size + self._ahead + (len(samples) if cache else 0)
-        self.allotted = min(int(share * self.memory.left), wanted * image_size**2)
-        self.divide()
-        self.memory.left -= self.allotted
-
-    def divide(self, workers: int = 0) -> tuple[int, int]:
-        """(images that may wait, images that may be kept), in each worker if there are any.
-
-        UserError if the memory is too little.
-        """
-        image, room = self.image_size**2, self.allotted // self.image_size**2 // max(1, workers)
-        # One batch is being made, one is with the consumer, one waits; and what workers send ahead.
-        batches = (5 if workers else 3) * self.batch_size
-        if room <= batches:
-            need = 7 * (batches + 1) * image * max(1, workers) / 2**30 + 5e-5
+        ahead = max(batch_size, 4 * source.threads * (SHUFFLE_GROUP if together else 1))
+        wanted = 3 * self.batch_size + (SHUFFLE_WINDOW if together else 1) + ahead
+        least, pixels = 3 * self.batch_size + 1, image_size**2
+        room = int(share * self.memory.left) // pixels
+        if room < least:
             raise UserError(
                 f"--memory-limit-gb: {self.memory.limit / 2**30:.4f} is too little for batches of "
-                f"{self.batch_size} images of {self.image_size}x{self.image_size} pixels; "
-                f"{need:.4f} is enough")
-        keep = len(self.samples) if self.cache else 0
-        waiting = min(batches + self._ahead, max(batches + 1, room // 2, room - keep))
-        return waiting, min(room - waiting, keep)
+                f"{self.batch_size} images of {image_size}x{image_size} pixels; "
+                f"{7 * least * pixels / 2**30 + 5e-5:.4f} is enough")
+        uncached = min(wanted, max(least, room // 2))
+        self.cached = min(len(samples), room - uncached) if cache else 0
+        self.window = min(wanted, room - self.cached) - 2 * self.batch_size
+        self.bound = (2 * self.batch_size + self.window + self.cached) * pixels  # bytes
+        self.memory.left -= self.bound
+        self._cache = np.empty((self.cached, image_size, image_size), np.uint8)
+        self._is_cached = np.zeros(len(samples), dtype=bool)
+        # Images that are wanted so close together are fetched together. A batch and all that is
+        # fetched with it fit into the window.
+        most = SHUFFLE_WINDOW if together else 1
+        self._reach = min(most, (self.window - self.batch_size + 1) // 2)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        n = len(self.samples)
+        return math.ceil(n / self.batch_size) if self.seed is None else n // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch's order the next iteration takes, from its beginning."""
         self.epoch, self.next_batch, self._start = epoch, 0, 0
 
     def state_dict(self) -> dict[str, object]:
-        """Where the stream is: enough to go on in exactly the same order. (With DataLoader
-        workers each has its own; the loop then counts the batches and calls load_state_dict.)"""
+        """Where the stream is: enough to go on in exactly the same order."""
         return {"epoch": self.epoch, "next_batch": self.next_batch, "seed": self.seed,
                 "batch_size": self.batch_size, "world": self.world,
                 "images": len(self.samples), "version": self.source.version}
@@ -1955,252 +1868,206 @@ class ImageStream(IterableDataset):
         if changed:
             raise UserError(f"--data {self.source.spec}: cannot go on within an epoch, because "
                             f"the stream has changed: {'; '.join(changed)}")
-        self.epoch, self.next_batch = state["epoch"], state["next_batch"]
-        self._start = self.next_batch
+        self.set_epoch(state["epoch"])
+        self.next_batch = self._start = state["next_batch"]
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        n = len(self.positions)
-        return math.ceil(n / self.batch_size) if self.seed is None else n // self.batch_size
-
-    def every(self, step: int) -> "ImageStream":
-        """A stream of every step-th image in order, whole for every rank, which shares what this
-        one keeps in memory."""
-        self._make_room(self.divide()[1])
-        other = copy.copy(self)
-        other.seed, other.stop_on_bad, other.positions = None, False, self.positions[::step]
-        other.next_batch = other._start = 0
-        other.rank, other.world = 0, 1
-        return other
-
-    def _make_room(self, images: int) -> None:
-        """Room for so many images that are kept, if there is none yet."""
-        if self._kept is None:
-            self._kept = np.empty((images, self.image_size, self.image_size), np.uint8)
-            self._is_kept = np.zeros(len(self.samples), dtype=bool)
-
-    def __iter__(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        worker = get_worker_info()
-        me, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        memory = Memory(self.memory.limit // workers) if worker else self.memory
-        room, kept = self.divide(workers if worker else 0)
-        image_bytes = self.image_size**2
-        waiting = Waiting(room, self.image_size, memory.whole)
-        self._make_room(kept)  # in the process that will fill it
-
-        order = self.positions
-        if self.seed is not None:
-            order = order[epoch_order(len(order), self.seed, self.epoch)]
-        numbers = range(self._start + me, len(self), workers)
-        self.next_batch, self._start = self._start, 0
-        batches = [np.array_split(order[i * self.batch_size : (i + 1) * self.batch_size],
-                                  self.world)[self.rank] for i in numbers]
-        # What training leaves over is loaded all the same if it will be kept, so that no later
+    def __iter__(self) -> Generator[Batch, None, None]:
+        if get_worker_info():
+            raise RuntimeError("an ImageStream has threads of its own: num_workers must be 0")
+        n, size = len(self.samples), self.batch_size
+        order = np.arange(n) if self.seed is None else epoch_order(n, self.seed, self.epoch)
+        first, self._start = self._start, 0
+        self.next_batch = first
+        batches = [np.array_split(order[i * size : (i + 1) * size], self.world)[self.rank]
+                   for i in range(first, len(self))]
+        # What training leaves over is loaded all the same if it will be cached, so that no later
         # epoch need read it.
-        rest = order[len(self) * self.batch_size :] if self.world == workers == 1 else order[:0]
-        rest = rest[(rest < kept) & ~self._is_kept[rest]]
-        sequence = np.concatenate([*batches, rest]).astype(np.int64)
-        blocks = self.blocks[sequence]
-        by_block = np.argsort(blocks, kind="stable")  # places in the sequence, block by block
-        sorted_blocks = blocks[by_block]
-        # Where in by_block the block of each place begins, and where it ends.
-        first = np.searchsorted(sorted_blocks, blocks)
-        last = np.searchsorted(sorted_blocks, blocks, "right")
-
-        # Images that wait are those of the batch, `ahead` places after it, and up to `reach` places
-        # after those: neighbours of one of them, fetched with it. So they never need more than
-        # their part of the memory, and no thread waits for room that only it could make.
-        room -= (5 if worker else 3) * self.batch_size
-        reach = min(self._reach, (room + 1) // 2)
-        ahead = room - reach
-
-        share_one_heap()
-        halt, jobs = threading.Event(), queue.SimpleQueue[Any]()
-        futures: dict[int, Future] = {}
-        planned = 0
-
-        def work() -> None:
-            while (job := jobs.get()) is not None and not halt.is_set():
-                self._load(job, memory, waiting, halt)
-
-        def plan(end: int) -> None:
-            nonlocal planned
-            for place in range(planned, min(end, len(sequence))):
-                position = int(sequence[place])
-                if position not in futures and not self._is_kept[position]:
-                    near = by_block[first[place] : last[place]]
-                    near = sequence[near[(near >= place) & (near < place + reach)]]
-                    job: dict[int, Future] = {p: Future() for p in near.tolist()
-                                              if p not in futures and not self._is_kept[p]}
-                    futures.update(job)
-                    jobs.put(job)
-                planned = place + 1
-
-        threads = [threading.Thread(target=work, name=f"decode-{i}", daemon=True)
-                   for i in range(self.source.threads)]
-        lent = 0  # bytes of the batch that the consumer has
-        try:
-            for thread in threads:
-                thread.start()
-            done = 0
-            for number, batch in zip(numbers, batches, strict=True):
-                plan(done + len(batch) + ahead)
-                waiting.take(len(batch) * image_bytes, halt)
-                result = self._assemble(batch, futures, memory, waiting)
-                waiting.give(lent)
-                lent = len(batch) * image_bytes
-                done += len(batch)
+        rest = order[len(self) * size :] if self.world == 1 else order[:0]
+        batches.append(rest[(rest < self.cached) & ~self._is_cached[rest]])
+        with contextlib.closing(self._load(batches, self.stop_on_bad)) as loaded:
+            for number, (images, positions) in enumerate(loaded, first):
+                if number == len(self):  # the rest
+                    return
                 self.next_batch = number + 1
-                if len(result[1]) or self.world > 1 or worker:  # where every batch is counted on
-                    yield result
-            plan(len(sequence))
-            self._assemble(rest, futures, memory, waiting)
+                if len(positions) or self.world > 1:  # where every batch is counted on
+                    yield images, positions
+
+    def every(self, step: int) -> Generator[Batch, None, None]:
+        """Iterate over every step-th image in the order of `samples`, whole for every rank,
+        however many are unreadable. Shares the cache."""
+        positions = np.arange(0, len(self.samples), step)
+        return self._load([positions[i : i + self.batch_size]
+                           for i in range(0, len(positions), self.batch_size)], False)
+
+    def _groups(self, batches: list[np.ndarray]) -> Iterator[list[int]]:
+        """Split the positions that must be read into those that are fetched together, the first
+        one wanted first."""
+        wanted = np.concatenate(batches).astype(np.int64)
+        wanted = wanted[~self._is_cached[wanted]]
+        for start in range(0, len(wanted), self._reach):
+            together: dict[int, list[int]] = {}
+            for i in wanted[start : start + self._reach].tolist():
+                if self.samples[i].key not in self.bad:  # as found in an earlier epoch
+                    together.setdefault(int(self.blocks[i]), []).append(i)
+            yield from together.values()
+
+    def _load(self, batches: list[np.ndarray],
+              stop_on_bad: bool) -> Generator[Batch, None, None]:
+        """Yield the readable images of each batch of positions, and their positions.
+
+        This thread alone counts images, before it hands their groups to the threads that load
+        them. A group has room if all images before it have been delivered up to the batch that is
+        wanted, because the window holds a batch and `_reach` images: so nothing can lock up.
+        """
+        groups, group = self._groups(batches), list[int]()
+        futures: dict[int, Future] = {}  # of images that are handed over and not yet delivered
+        jobs, cancelled = queue.SimpleQueue[Any](), threading.Event()
+        threads = [threading.Thread(target=self._work, args=(jobs, cancelled), daemon=True,
+                                    name=f"decode-{i}") for i in range(self.source.threads)]
+        held = lent = 0  # images counted; those of the batch that the consumer has
+
+        def count(change: int) -> None:
+            nonlocal held
+            held += change
+            self.memory.count("images", change * self.image_size**2)
+
+        def hand_over() -> None:
+            nonlocal group
+            group = group or next(groups, [])
+            while group and len(futures) + len(group) <= self.window:
+                count(len(group))
+                future: Future = Future()
+                futures.update(dict.fromkeys(group, future))
+                jobs.put((group, future))
+                group = next(groups, [])
+
+        try:
+            hand_over()
+            for thread in threads if futures else ():
+                thread.start()
+            for batch in batches:
+                count(len(batch))
+                images = np.empty((len(batch), 1, self.image_size, self.image_size), np.uint8)
+                positions: list[int] = []
+                # Woken once, and not for every image: each time costs a decoding thread its core.
+                mine = {i: futures[i] for i in batch.tolist() if i in futures}
+                wait(mine.values(), return_when=FIRST_EXCEPTION)
+                for i in batch.tolist():
+                    if i in mine:
+                        found = futures.pop(i).result().pop(i)
+                        if isinstance(found, str):
+                            self._note_bad(self.samples[i].key, found, stop_on_bad)
+                            continue
+                        if i < self.cached and not self._is_cached[i]:
+                            self.memory.count("images", found.size)
+                            self._cache[i], self._is_cached[i] = found, True
+                    elif self._is_cached[i]:
+                        found = self._cache[i]
+                    else:  # found unreadable in an earlier epoch
+                        continue
+                    images[len(positions), 0] = found
+                    positions.append(i)
+                count(-lent - len(mine))
+                lent = len(batch)
+                hand_over()
+                yield (torch.from_numpy(images[: len(positions)]),
+                       torch.tensor(positions, dtype=torch.int64))
         finally:
-            halt.set()
+            cancelled.set()
             for _ in threads:
                 jobs.put(None)
-            waiting.leave()
+            count(-held)
             # Soon they have ended; only one that waits for the network is left to itself.
             deadline = time.monotonic() + 1
             for thread in threads:
                 if thread.ident:
                     thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _load(self, job: dict[int, Future], memory: Memory, waiting: Waiting,
-              halt: threading.Event) -> None:
-        """Read and decode the images at these positions; each one's future gets it or the error."""
-        todo = {self.samples[p].key: future for p, future in job.items()}
-        samples = []
-        for p in job:
-            sample = self.samples[p]
-            if sample.key in self.bad:  # found unreadable in an earlier epoch
-                todo.pop(sample.key).set_exception(BadImage(self.bad[sample.key]))
-            else:
-                samples.append(sample)
-        try:
-            groups = [(samples, self.source.cost(samples))]
-            if groups[0][1] > memory.flight.limit:  # together they are too many
-                groups = [([s], self.source.cost([s])) for s in samples]
-            for group, cost in groups:
-                try:
-                    with held(memory.flight, cost, halt):
-                        for sample, data in self.source.fetch(group, halt):
-                            self._decode(data, todo.pop(sample.key), memory, waiting, halt)
-                            del data
-                except BadImage as error:  # too large a file
-                    for sample in group:
-                        if sample.key in todo:
-                            todo.pop(sample.key).set_exception(error)
-        except BaseException as error:  # the consumer raises it, with its traceback
-            for future in todo.values():
+    def _work(self, jobs: queue.SimpleQueue, cancelled: threading.Event) -> None:
+        while (job := jobs.get()) is not None and not cancelled.is_set():
+            group, future = job
+            try:
+                future.set_result(self._load_group(group, cancelled))
+            except BaseException as error:  # the consumer raises it
                 future.set_exception(error)
 
-    def _decode(self, data: bytes | Exception, future: Future, memory: Memory, waiting: Waiting,
-                halt: threading.Event) -> None:
-        if isinstance(data, Exception):
-            future.set_exception(BadImage(str(data)))
-            return
+    def _load_group(self, group: list[int],
+                    cancelled: threading.Event) -> dict[int, np.ndarray | str]:
+        """Map each position to its image, uint8 [H,W], or to what is wrong with it."""
+        position = {self.samples[i].key: i for i in group}
+        samples, found = [self.samples[i] for i in group], {}
+        cost = self.source.cost(samples)
+        if cost > self.memory.most["files"] and len(group) > 1:  # together they are too many
+            return {i: self._load_group([i], cancelled)[i] for i in group}
         try:
-            waiting.take(self.image_size**2, halt)
-            try:
-                image = decode_image(data, self.image_size, memory.pixels, halt)
-            except BaseException:
-                waiting.give(self.image_size**2)
-                raise
-            future.set_result(waiting.put(image))
+            with self.memory.hold("files", cost):
+                for sample, data in self.source.fetch(samples, cancelled):
+                    found[position[sample.key]] = self._decode(data)
+                    del data
+        except BadImage as error:  # too large a file
+            found[group[0]] = str(error)
+        return found
+
+    def _decode(self, data: bytes | Exception) -> np.ndarray | str:
+        if isinstance(data, Exception):
+            return str(data)
+        try:
+            return decode_image(data, self.image_size, partial(self.memory.hold, "pixels"))
         except BadImage as error:
-            # A new one: the traceback of this one would keep file and pixels, which no budget
-            # counts any more, until the batch is made.
-            future.set_exception(BadImage(str(error)))
-        except BaseException as error:  # the consumer raises it
-            future.set_exception(error)
+            return str(error)
 
-    def _assemble(self, batch: np.ndarray, futures: dict[int, Future], memory: Memory,
-                  waiting: Waiting) -> tuple[Tensor, Tensor]:
-        images = np.empty((len(batch), 1, self.image_size, self.image_size), np.uint8)
-        positions: list[int] = []
-        # Woken once, and not for every image: each time costs a thread that decodes its core.
-        wait([futures[i] for i in batch.tolist() if i in futures], return_when=FIRST_EXCEPTION)
-        for i in batch.tolist():
-            row = images[len(positions), 0]
-            future = futures.pop(i, None)
-            if future is None:
-                row[:] = self._kept[i]
-            else:
-                try:
-                    waiting.fetch(future.result(), row)
-                except (BadImage, OSError) as error:
-                    self._note_bad(self.samples[i].key, str(error))
-                    continue
-                if i < len(self._kept) and not self._is_kept[i]:  # by another pass meanwhile
-                    memory.whole.take(self.image_size**2)
-                    self._kept[i] = row
-                    self._is_kept[i] = True
-            positions.append(i)
-        return (torch.from_numpy(images[: len(positions)]),
-                torch.tensor(positions, dtype=torch.int64))
-
-    def _note_bad(self, key: str, reason: str) -> None:
+    def _note_bad(self, key: str, reason: str, stop: bool) -> None:
         self.bad[key] = reason
-        if self.stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * len(self.samples)):
+        if stop and len(self.bad) > max(1, MAX_BAD_SHARE * len(self.samples)):
             raise UserError(
                 f"--data {self.source.spec}: {len(self.bad)} of {len(self.samples)} images cannot "
                 f"be read, more than {MAX_BAD_SHARE:.0%}; the last is {key}: {reason}. Replace "
-                "or remove them"
-            )
-
-
-class Loader(DataLoader):
-    """A DataLoader over (uint8 images [B,1,H,W], positions [B])."""
-
-    dataset: ImageStream
+                "or remove them")
 
 
 class Loaders(NamedTuple):
-    """The loaders of the three splits, and what they read."""
+    """The streams of the three splits, and what they read."""
 
-    train: Loader
-    val: Loader  # normals only: what early stopping and thresholds look at
-    test: Loader
+    train: ImageStream
+    val: ImageStream  # normals only: what early stopping and thresholds look at
+    test: ImageStream
     source: Source
     splits: Splits
 
 
 def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
                        source: Source | None = None) -> Loaders:
-    """The three loaders for a configuration. `loader.dataset.samples[position]` tells the label.
+    """Make the three streams for a configuration. `stream.samples[position]` tells the label.
 
-    train is shuffled anew for each `loader.dataset.set_epoch(n)`. Of train and val, process `rank`
-    of `world` gets its slice of every batch. source: if it has been opened already.
+    train is shuffled anew for each `stream.set_epoch(n)`. Of train and val, process `rank` of
+    `world` gets its slice of every batch. source: if it has been opened already.
     """
     source = source or open_source(config)
     splits = split_for_training(source, config, rank)
-    # Ranks on one machine share its memory. Test images are seen once: they need not be kept.
+    # Ranks on one machine share its memory. Test images are seen once: they need not be cached.
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    streams = {}
-    for name, samples, share in (("test", splits.test, 1 / 4),
-                                 ("val", splits.normals("val"), 1 / 3), ("train", splits.train, 1)):
-        alone = name == "test" or world == 1
-        stream = ImageStream(source, samples, config.image_size, config.batch_size,
-                             config.seed if name == "train" else None, memory, share,
-                             name != "test", *((0, 1) if alone else (rank, world)))
-        streams[name] = Loader(stream, batch_size=None)
-    return Loaders(streams["train"], streams["val"], streams["test"], source, splits)
+    size, batch = config.image_size, config.batch_size
+    test = ImageStream(source, splits.test, size, batch, None, memory, 1 / 4, cache=False)
+    val = ImageStream(source, splits.normals("val"), size, batch, None, memory, 1 / 3,
+                      rank=rank, world=world)
+    train = ImageStream(source, splits.train, size, batch, config.seed, memory, rank=rank,
+                        world=world)
+    return Loaders(train, val, test, source, splits)
 
 
 def describe_memory(loaders: Loaders) -> str:
     """The bound on what the streams hold, and what it is made of."""
-    streams = [loader.dataset for loader in loaders[:3]]
-    memory, image = streams[0].memory, streams[0].image_size**2
-    waiting = sum(stream.divide()[0] for stream in streams) * image
-    kept = sum(stream.divide()[1] for stream in streams)
-    there = sum(len(stream.samples) for stream in streams if stream.cache)
-    parts = (memory.flight.limit, memory.pixels.limit, waiting, kept * image)
-    flight, pixels, waiting_mb, kept_mb = (f"{part / 1e6:,.0f}" for part in parts)
-    share = "all" if kept == there else f"{kept:,} of {there:,}"
-    return (f"memory    images never take more than {memory.limit / 1e6:,.0f} MB; of these files "
-            f"in flight at most {flight},\n          decoding {pixels}, waiting {waiting_mb}, kept "
-            f"for later epochs {kept_mb} ({share} training and validation images)")
+    streams, memory = loaders[:3], loaders.train.memory
+    cached = sum(stream.cached for stream in streams)
+    cached_bytes = cached * loaders.train.image_size**2
+    waiting = sum(stream.bound for stream in streams) - cached_bytes
+    there = len(loaders.train.samples) + len(loaders.val.samples)
+    parts = (memory.limit, memory.most["files"], memory.most["pixels"], waiting, cached_bytes)
+    limit, files, pixels, waiting_mb, cached_mb = (f"{math.ceil(p / 1e6):,}" for p in parts)
+    return (f"memory    images never take more than {limit} MB: files in flight at most {files}, "
+            f"decoding {pixels},\n          waiting {waiting_mb}, and {cached_mb} for "
+            f"{'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
+            "validation images, which are cached for later epochs")
 
 
 def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
@@ -2229,33 +2096,79 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
     return splits
 
 
-def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 [B,1,H,W] to float32 in [0,1] on the device."""
-    return images.to(device).float().div_(255)
+NO_KAGGLE_KEY = """no Kaggle credentials found. On kaggle.com: Settings, API, Create New Token. Then
+    export KAGGLE_API_TOKEN=your_token                          (the newer kind, one text)
+    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind)
+or put {{"username": "your_name", "key": "your_key"}} in {file} (chmod 600);
+in Colab add the same names under Secrets. Images of your own need no account: --data FOLDER"""
 
 
-def augment(images: Tensor, draws: Draws) -> Tensor:
-    """Each image turned, moved, scaled, made brighter and of other contrast. Not mirrored: where
-    the heart lies is part of what is normal.
+def kaggle_credentials() -> dict[str, str]:
+    """{"api_token": ...} or {"username": ..., "password": ...}, as kagglesdk's client takes them.
 
-    float [B,1,H,W] in [0,1] to the same. Rotation up to 5 degrees, shift 5 %, scale 5 %,
-    brightness 0.05, contrast 10 %; what comes in from outside repeats the edge.
+    Looked for in the order of the official client: access token (environment, files), then
+    KAGGLE_USERNAME and KAGGLE_KEY, each overriding that part of kaggle.json; then Colab's
+    secrets. UserError that says what to put where if there is none.
     """
-    B = len(images)
+    if not os.environ.get("KAGGLE_API_TOKEN", "unset").strip():
+        del os.environ["KAGGLE_API_TOKEN"]  # blank: the client would send it all the same
+    try:
+        from kagglesdk import get_access_token_from_env
 
-    def uniform(spread: float) -> Tensor:
-        return (draws.rand() * 2 - 1) * spread
+        token, _ = get_access_token_from_env()
+    except ImportError:
+        raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
+                        "pip install -U kaggle") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = type(error).__name__
+        raise UserError(f"the Kaggle access token cannot be read ({reason})") from None
+    if token and token.strip():
+        return _plain({"api_token": token.strip()})
+    file = kaggle_folder() / "kaggle.json"
+    found = {}
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            found = {k: str(found[k]) for k in ("username", "key")}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f'{file}: wanted is {{"username": "your_name", "key": "your_key"}}; '
+                            "download it again from kaggle.com, Settings, API") from None
+    names = {"username": "KAGGLE_USERNAME", "key": "KAGGLE_KEY"}
+    found |= {k: os.environ[name] for k, name in names.items() if os.environ.get(name)}
+    if not found and "google.colab" in sys.modules:
+        if token := _colab_secret("KAGGLE_API_TOKEN"):
+            return _plain({"api_token": token})
+        found = {k: v for k, name in names.items() if (v := _colab_secret(name))}
+    if len(found) == 1:
+        missing = next(name for k, name in names.items() if k not in found)
+        raise UserError(f"Kaggle credentials: {missing} is missing beside its other half")
+    if not found:
+        raise UserError(NO_KAGGLE_KEY.format(file=file))
+    return _plain({"username": found["username"], "password": found["key"]})
 
-    angle, zoom = uniform(math.radians(5)), 1 + uniform(0.05)
-    dx, dy = uniform(0.1), uniform(0.1)  # grid coordinates span 2, so this is 5 % of the side
-    theta = torch.stack([
-        torch.stack([angle.cos() * zoom, -angle.sin() * zoom, dx], dim=1),
-        torch.stack([angle.sin() * zoom, angle.cos() * zoom, dy], dim=1),
-    ], dim=1).to(images.device)  # [B,2,3]
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    edge = 1 - 1 / images.shape[-1]  # border padding, which MPS does not have
-    images = F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
-    contrast = (1 + uniform(0.1)).view(B, 1, 1, 1).to(images.device)
-    brightness = uniform(0.05).view(B, 1, 1, 1).to(images.device)
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    return ((images - mean) * contrast + mean + brightness).clamp_(0, 1)
+
+def _plain(credentials: dict[str, str]) -> dict[str, str]:
+    """The credentials, if an HTTP header can hold them."""
+    if not all(value.isascii() and value.isprintable() for value in credentials.values()):
+        raise UserError("the Kaggle credentials hold characters that no key has (typographic "
+                        "quotes?); copy them again from kaggle.com, Settings, API")
+    return credentials
+
+
+def kaggle_folder() -> Path:
+    """Where the Kaggle client keeps kaggle.json."""
+    if folder := os.environ.get("KAGGLE_CONFIG_DIR"):
+        return Path(folder)
+    home = Path.home() / ".kaggle"
+    if home.exists() or sys.platform != "linux":
+        return home
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
+
+
+def _colab_secret(name: str) -> str | None:
+    try:
+        from google.colab import userdata
+
+        return userdata.get(name).strip()
+    except Exception:  # not there, or this notebook has not been granted access to it
+        return None
