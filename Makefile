@@ -41,7 +41,7 @@ compare: setup ## train both models on the same data and budget, test and compar
 	$(PY) train.py --model both --data "$(DATA)" --output-dir "$(OUT)" --reuse $(QUICK) $(ARGS)
 	$(PY) evaluate.py "$(OUT)" $(EVAL_ARGS)
 
-evaluate: setup ## test and compare what was trained last
+evaluate: setup ## test and compare all runs in OUT
 	$(PY) evaluate.py "$(OUT)" $(EVAL_ARGS)
 
 colab: ## write a notebook, and one cell to paste, for Google Colab to build/
