@@ -162,8 +162,8 @@ def kind_of(name: str) -> type:
 
 def checked(name: str, value: typing.Any, where: str) -> typing.Any:
     """The value, in the setting's own type. UserError that says what is legal."""
-    kind, meta = kind_of(name), FIELDS[name].metadata
-    choices, low, high = meta["choices"], meta["low"], meta["high"]
+    kind: typing.Any = kind_of(name)
+    choices, low, high = (FIELDS[name].metadata[key] for key in ("choices", "low", "high"))
     if value is None and FIELDS[name].default is None:
         return None
     if kind is float and type(value) is int:
@@ -402,7 +402,8 @@ def command(script: str) -> str:
 def run_command(main: Callable[[], object], prog: str, when_interrupted: str = "") -> int:
     """Run a script's main and give its exit code: a UserError is one line on stderr and 2."""
     # There is no stream where it was closed before Python started.
-    streams = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]
+    streams = [stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+               for stream in (sys.stdout, sys.stderr)]
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what ends a run
             stream.reconfigure(errors="backslashreplace")
