@@ -55,7 +55,7 @@ test: setup ## run the tests
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m "not drill" -n 3 --dist worksteal tests $(ARGS)
 
-drills: setup ## run the long tests: faults, notebooks, the benchmark, what README adds
+drills: setup ## run the long tests: faults, notebooks, the benchmark, what docs/extending.md adds
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m drill tests $(ARGS)
 
