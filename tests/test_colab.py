@@ -146,7 +146,7 @@ def test_a_cell_runs_this_very_code_and_imports_a_change_to_it(pasted: tuple) ->
     ("Score", {"IMAGE": "gone.png"}, "--image gone.png: there is no"),
 ])
 def test_a_mistake_is_one_line(pasted: tuple, title: str, settings: dict, says: str) -> None:
-    shown = pasted[0].run(with_settings(colab.SETTINGS, **settings) + step(title))
+    shown = pasted[0].run(with_settings(colab.SETTINGS, **settings) + step("Start") + step(title))
     assert len(shown.error) == 1 and shown.error[0].startswith(says)
     assert shown.pictures == [] and shown.stderr == ""
 
