@@ -135,10 +135,6 @@ class Source:
         """A digest that is equal for equal files of one size alone. OSError."""
         return hashlib.blake2b(self.read(sample), digest_size=16).digest()
 
-    def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
-        """(width, height) from the file's header; None if it is not known before it is read."""
-        return None
-
     def blocks(self, samples: list[Sample]) -> np.ndarray:
         """Number of each sample's block, int64 [n]: one request fetches a block's samples."""
         return np.arange(len(samples))
@@ -194,12 +190,9 @@ class PhantomSource(Source):
         self.spec = self.name = "synthetic"
         self.title = "built-in phantom (drawn chest films, not real X-rays)"
         self.left_out, self.image_size = Counter(), image_size
-        # One large array freed makes glibc keep the memory of later ones: up to twice the speed.
-        np.empty(1 << 22, np.uint8)
         if image_size <= 128:  # threads that draw with small arrays wait for one another
             self.threads = 1
         self.masks, self.boxes = {}, {}
-        self._drawn: dict[str, np.ndarray] = {}  # masks of the films read so far, 8 pixels a byte
         kinds = [None] * 100 + list(PHANTOM_KINDS) * 20
         self.samples = [self._sample(i, None, "train") for i in range(train_normals)]
         self.samples += [self._sample(100_000 + i, kind, "val") for i, kind in enumerate(kinds)]
@@ -214,22 +207,13 @@ class PhantomSource(Source):
         return draw_phantom(int(sample.patient), size, kind=sample.finding or None)
 
     def read(self, sample: Sample) -> bytes:
-        image, mask = self._draw(sample, self.image_size)
-        if sample.finding:
-            self._drawn[sample.key] = np.packbits(mask)
+        image, _ = self._draw(sample, self.image_size)
         return b"P5 %d %d 255\n" % image.shape[::-1] + image.tobytes()  # a PGM file
 
     def file_bytes(self, sample: Sample) -> int:
         return 256 * self.image_size**2  # what drawing one holds: some 32 layers of float64
 
-    def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
-        return self.image_size, self.image_size
-
     def mask(self, sample: Sample, size: int) -> np.ndarray | None:
-        if not sample.finding:
-            return np.zeros((size, size), dtype=bool)
-        if size == self.image_size and sample.key in self._drawn:  # drawing takes as long again
-            return np.unpackbits(self._drawn[sample.key], count=size**2).reshape(size, size) > 0
         return self._draw(sample, size)[1]
 
 
@@ -531,13 +515,6 @@ class FolderSource(Source):
             while piece := f.read(CHUNK):
                 digest.update(piece)
         return digest.digest()
-
-    def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
-        try:
-            with Image.open(self.root / sample.key) as image:
-                return image.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return None
 
 
 def is_text(name: str) -> bool:
@@ -1456,14 +1433,6 @@ def describe(source: Source, splits: Splits) -> str:
     if isinstance(source, KaggleSource):  # there a look would cost a request each
         total = sum(source.file_bytes(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
-    else:
-        everything = [*splits.train, *splits.val, *splits.test]
-        some = map(source.width_and_height, everything[:: max(1, len(everything) // 20)])
-        sizes = sorted(set(filter(None, some)))
-        if sizes:
-            (w, h), (w2, h2) = sizes[0], sizes[-1]
-            lines.append(f"  image sizes (of about 20 looked at): {w}x{h}"
-                         + (f" to {w2}x{h2}" if len(sizes) > 1 else ""))
     lines += [f"  left out: {count:,} {why}" for why, count in source.left_out.most_common()]
     lines += [f"  note: {note}" for note in splits.notes]
     return "\n".join(lines)
@@ -1593,7 +1562,7 @@ class Memory:
         self.left = limit - sum(self.most.values())
         self.held, self.peak = {"files": 0, "pixels": 0}, 0
         self._change = threading.Condition()
-        share_one_heap()
+        keep_one_heap()
 
     @contextlib.contextmanager
     def hold(self, use: str, count: int) -> Iterator[None]:
@@ -1619,14 +1588,18 @@ class Memory:
         return self.peak + self.limit - sum(self.most.values()) - self.left
 
 
-def share_one_heap() -> None:
-    """Let all threads take memory from one heap (Linux with glibc; elsewhere nothing happens).
+def keep_one_heap() -> None:
+    """Let all threads take memory from one heap that keeps what is freed (Linux with glibc;
+    elsewhere do nothing).
 
-    Each of 8 threads would keep what it freed for itself: four times the bytes that are counted.
+    Otherwise each of 8 threads keeps a heap of its own: four times the bytes that are counted. And
+    each large activation or image is asked of the kernel anew and zeroed: on a CPU a tenth to a
+    third of a training step, and of drawing a phantom half.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_arena_max = -8
-        libc.mallopt(m_arena_max, 1)
+        m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
+        for setting, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
+            libc.mallopt(setting, value)
 
 
 # ----------------------------------------------------------------------------------------------

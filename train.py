@@ -38,7 +38,6 @@ if __name__ == "__main__":  # --help and a mistyped flag are answered before tor
 
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import datetime
 import io
@@ -126,8 +125,6 @@ def join_processes(config: Config) -> Setup:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for this
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    if device.type == "cpu":
-        keep_freed_memory()
     if world == 1:
         return Setup(device)
     if device.type == "mps":
@@ -155,18 +152,6 @@ def join_processes(config: Config) -> Setup:
     return Setup(device, rank=rank, world=world)
 
 
-def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees (Linux with glibc; elsewhere do nothing).
-
-    Otherwise every large activation is asked of the kernel anew and zeroed. On a CPU that costs a
-    tenth to a third of a training step.
-    """
-    if sys.platform == "linux" and (libc := ctypes.CDLL(None)) and hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
-
-
 def process_memory() -> int:
     """Most bytes that this process has held so far; 0 if not known."""
     try:
@@ -189,25 +174,23 @@ def progress(total: int, label: str, initial: int = 0, show: bool = True) -> tqd
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
-    """Write a checkpoint atomically: under a temporary name, to the disk, then renamed."""
-    with written(path, "wb") as f:
+    """Write a checkpoint, whole or not at all. UserError if that fails."""
+    with written(path) as f:
         torch.save(state, f)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a small file whole or not at all, and to the disk."""
-    with written(file, "w") as f:
-        f.write(text)
+    """Write a small file, whole or not at all. UserError if that fails."""
+    with written(file) as f:
+        f.write(text.encode())
 
 
 @contextlib.contextmanager
-def written(path: Path, mode: str) -> Iterator[Any]:
-    """A file to write into. It gets its name when all is on the disk. UserError if that fails."""
+def written(path: Path) -> Iterator[Any]:
+    """A file under a temporary name, to write into. It is renamed when all is on the disk."""
     temporary = path.with_suffix(".tmp")
-    text = "b" not in mode
     try:
-        with open(temporary, mode, encoding="utf-8" if text else None,
-                  newline="" if text else None) as f:
+        with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -221,14 +204,9 @@ def written(path: Path, mode: str) -> Iterator[Any]:
     except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of a full disk
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: cannot be written, its folder is gone; was it moved or "
-                            "deleted?") from None
-        room = shutil.disk_usage(path.parent).free
-        full = f"; {room / 2**20:,.0f} MB are free on that disk" if room < 1 << 30 else ""
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: cannot be written ({reason}{full}); what was there before is "
-                        "untouched: mend it and go on with --resume") from None
+        raise UserError(f"{path}: cannot be written ({reason_of(error)}). Is the disk full, or has "
+                        "the folder gone? What was there before is untouched: mend it and go on "
+                        "with --resume") from None
 
 
 def load_checkpoint(path: Path, model: str | None = None) -> dict:
@@ -244,27 +222,25 @@ def load_checkpoint(path: Path, model: str | None = None) -> dict:
             if wrong := file.testzip():
                 raise ValueError(f"the checksum of {wrong} in it is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-        ours = isinstance(state, dict) and {"format", "model", "config"} <= state.keys()
+        version, kind = state["format"], state["config"]["model"]
     except Exception as error:  # damage shows as many kinds of errors in the readers
-        code = "holds code, refused" if "Unsupported" in str(error) else (
-            "damaged, cut short or not ours")
-        raise UserError(f"{path}: not a readable checkpoint, {code} "
-                        f"({type(error).__name__}: {first_line(error)[:160]})") from None
-    if not ours:
-        raise UserError(f"{path}: not a checkpoint of this project")
-    if state["format"] != FORMAT:
-        when = "a newer" if state["format"] > FORMAT else "an earlier"
+        why = "it holds code, refused" if "Unsupported" in str(error) else (
+            "damaged, cut short, or not of this project")
+        raise UserError(f"{path}: not a readable checkpoint, {why} ({type(error).__name__}: "
+                        f"{reason_of(error)[:160]})") from None
+    if version != FORMAT:
+        when = "a newer" if version > FORMAT else "an earlier"
         raise UserError(f"{path}: written by {when} version of this project; use that one, or "
                         "train again without --resume")
-    if model is not None and state["config"]["model"] != model:
-        raise UserError(f"{path}: holds a {state['config']['model']}, not a {model}; "
-                        f"give --model {state['config']['model']}")
+    if model is not None and kind != model:
+        raise UserError(f"{path}: holds a {kind}, not a {model}; give --model {kind}")
     return state
 
 
-def first_line(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """What an error says, in one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+    return text or type(error).__name__
 
 
 def differences(state: dict, config: Config, fingerprint: str, also: tuple[str, ...]) -> list[str]:
@@ -283,57 +259,44 @@ def differences(state: dict, config: Config, fingerprint: str, also: tuple[str, 
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep other trainings out of the folder while inside. UserError if one is there. There is no
-    such guard where folders cannot be locked: on Windows, on some disks of networks."""
+def open_run(folder: Path, go_on: bool) -> Iterator[None]:
+    """Make the run folder and keep other trainings out of it while inside; log to its run.log.
+
+    Unless training goes on in it, what is there of another run is moved aside: nothing is
+    overwritten. UserError if nothing can be written there, or another training is there.
+    """
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output-dir: {folder} cannot be written ({error.strerror})") from None
     try:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ImportError):  # Windows has no such locks, nor have some disks
+            import fcntl
+
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{folder}: another training is writing there; wait for it, or "
                                 "give this one another --output-dir") from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def prepare_folder(folder: Path, go_on: bool, inside: contextlib.ExitStack) -> None:
-    """Make the run folder, and claim it while `inside` lasts. Unless training goes on in it, what
-    is there of another run is moved aside. UserError if nothing can be written there."""
-    if not go_on and any((folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
-        with claimed(folder):  # not from under another training
+            except OSError:
+                pass
+        if not go_on and any((folder / n).exists() for n in ("last.pt", "best.pt", "log.csv")):
             aside = next(aside for n in itertools.count(1) if not (
                 aside := folder.with_name(f"{folder.name}.{n}")).exists())
+            handler.close()
             folder.rename(aside)
             log.info(f"an earlier run was there: moved to {aside}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir: {folder} cannot be written ({error.strerror})") from None
-    inside.enter_context(claimed(folder))
-
-
-@contextlib.contextmanager
-def logged_to(file: Path) -> Iterator[None]:
-    """Write what is logged to the file, too, with the time, while inside."""
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    # A full disk is reported by what must be saved.
-    handler.handleError = lambda record: None  # type: ignore[method-assign]
-    log.addHandler(handler)
-    try:
+            with open_run(folder, go_on):
+                yield
+            return
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        # A full disk is reported by what must be saved.
+        handler.handleError = lambda record: None  # type: ignore[method-assign]
+        log.addHandler(handler)
         yield
     except BaseException as error:  # not on the screen, where it is shown anyway
-        handler.handle(logging.LogRecord("", logging.ERROR, "", 0, f"ended by "
+        handler.handle(logging.LogRecord("", logging.ERROR, "", 0, "ended by "
                                          f"{type(error).__name__}: {error}", (), None))
         raise
     finally:
@@ -778,7 +741,7 @@ def train(config: Config) -> list[Path]:
     try:
         return train_all(config)
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
-        reason = first_line(error)[:200]
+        reason = reason_of(error)[:200]
         if is_out_of_memory(error):
             raise UserError(f"out of memory ({reason}); try a smaller --micro-batch, --width or "
                             "--image-size") from None
@@ -894,10 +857,9 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
     with contextlib.ExitStack() as inside:
         setup.barrier()  # everyone has looked at the folder; then one process changes it
         if setup.rank == 0:
-            prepare_folder(folder, saved is not None, inside)
+            inside.enter_context(open_run(folder, saved is not None))
             write_splits(loaders.splits, folder / "split.csv")
             write_text(folder / "config.json", json.dumps(settings_of(config), indent=2) + "\n")
-            inside.enter_context(logged_to(folder / "run.log"))
         setup.barrier()
         settings = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
         log.info(textwrap.fill(settings, 100, initial_indent="settings  ",
@@ -1084,7 +1046,7 @@ def start_wandb(config: Config, state: TrainingState, folder: Path) -> Any:
         return there
     except Exception as error:  # whatever it is, training matters more
         reason = "not installed: pip install wandb" if isinstance(error, ImportError) else (
-            first_line(error))
+            reason_of(error))
         log.warning(f"wandb     cannot be used ({reason}): going on without it")
     return None
 
@@ -1096,7 +1058,7 @@ def send(wandb_run: Any, row: dict[str, float]) -> Any:
             wandb_run.log(row, step=row["epoch"]) if row else wandb_run.finish()
         return wandb_run
     except Exception as error:
-        log.warning(f"wandb     cannot be reached ({first_line(error)}): going on without it")
+        log.warning(f"wandb     cannot be reached ({reason_of(error)}): going on without it")
     return None
 
 
@@ -1123,11 +1085,9 @@ def check(config: Config) -> None:
 
     began, count = time.monotonic(), 0
     with contextlib.closing(iter(loaders.train)) as batches:
-        for images, _ in batches:
+        for images, _ in itertools.islice(batches, math.ceil(64 / config.batch_size)):
             count += len(images)
-            reading = (time.monotonic() - began) / count  # seconds an image
-            if count >= 64 or reading * count > 5:
-                break
+    reading = (time.monotonic() - began) / count  # seconds an image
     log.info(f"reading   {1 / reading:,.0f} images a second")
     for name, reason in loaders.train.bad.items():
         log.warning(f"careful   {name} cannot be read: {reason}")

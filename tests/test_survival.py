@@ -25,7 +25,7 @@ from config import Config, UserError
 from data import create_dataloaders
 from evaluate import evaluate, load_run
 from models import Setup, choose_precision
-from train import Signals, claimed, load_checkpoint, save_checkpoint, train
+from train import Signals, load_checkpoint, open_run, save_checkpoint, train
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -273,7 +273,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     program = start(config, "--resume")
     _, errors = program.communicate(timeout=100)
     assert program.returncode == 2 and len(errors.strip().splitlines()) == 1
-    assert "No space left" in errors or "free on that disk" in errors
+    assert "No space left" in errors or "Is the disk full" in errors
     assert {n: (folder / n).read_bytes() for n in kept} == kept
     (small_disk / "other").unlink()
     program = start(config, "--resume")
@@ -558,7 +558,7 @@ def test_the_launchers_signal_does_not_silence_a_process_that_another_has_left()
 def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
     folder, = train(tiny(tmp_path, epochs=1))
     before = (folder / "last.pt").read_bytes()
-    with claimed(folder):
+    with open_run(folder, True):
         for how in ({}, {"resume": "auto", "epochs": 3}):
             with pytest.raises(UserError, match=r"unet: another training is writing there; .*dir$"):
                 train(tiny(tmp_path, **how))

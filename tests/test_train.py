@@ -428,7 +428,7 @@ def test_truncated_foreign_missing_and_other_models_checkpoints_are_refused(
         with pytest.raises(UserError, match=f"{name}: not a readable checkpoint"):
             load_checkpoint(tmp_path / name)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match=r"foreign\.pt: not a checkpoint of this project"):
+    with pytest.raises(UserError, match=r"foreign\.pt: not a readable.* not of this project"):
         load_checkpoint(tmp_path / "foreign.pt")
     with pytest.raises(UserError, match="there is no checkpoint there"):
         load_checkpoint(tmp_path / "gone.pt")
@@ -486,7 +486,7 @@ def test_a_failed_save_leaves_the_old_file(
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
     for save in (lambda file: save_checkpoint({}, file), lambda file: write_text(file, "")):
-        with pytest.raises(UserError, match=r"gone/x\.pt: cannot be written, its folder is gone"):
+        with pytest.raises(UserError, match=r"gone/x\.pt: cannot.*\(No such file.*has the folder gone"):
             save(tmp_path / "gone" / "x.pt")
 
 
