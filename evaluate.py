@@ -110,6 +110,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 PEAK_TOLERANCE = 0.03  # of the image side: how far beside a lesion a map's peak may lie
 # Pixels are counted by their map value, for an AUROC to four digits in 20,000 ranges.
 PIXEL_BOUNDS = np.concatenate([[0], np.geomspace(1e-6, 1e4, 20_000), [np.inf]])
+PHANTOM = "the built-in phantom: drawn chest images, not real X-rays"
+PICTURES = {"roc.png": "ROC curve", "histogram.png": "histogram of scores",
+            "examples.png": "highest, borderline and lowest scores",
+            "worst.png": "the worst abnormal images missed, and normal images flagged",
+            "healing.png": "what it makes of corrupted normal images, and of a lesion"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -255,40 +260,29 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
 # Statistics
 
 
-def weighted_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC of scores [n] against labels [n] in {0,1} under each row of weights [R,n]: [R].
+def weighted_metrics(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC and average precision of scores [n] against labels [n] in {0,1}, under each row of
+    weights [R,n]: [2,R]. NaN where a row has no image of one label left.
 
-    The probability that an abnormal image scores higher than a normal one, ties counting half.
-    NaN where a row has no image of one label left.
+    AUROC is the probability that an abnormal image scores higher than a normal one, ties counting
+    half. For the precision equal scores enter together.
     """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
-    w, y = weights[:, order], labels[order]
-    positive = np.add.reduceat(w * y, starts, axis=1)
-    negative = np.add.reduceat(w * (1 - y), starts, axis=1)
-    below = np.cumsum(negative, axis=1) - negative
-    with np.errstate(invalid="ignore"):
-        return (positive * (below + negative / 2)).sum(1) / (positive.sum(1) * negative.sum(1))
-
-
-def weighted_average_precision(
-    scores: np.ndarray, labels: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """Average precision under each row of weights [R,n]: [R]; equal scores enter together."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf))
     w, y = weights[:, order], labels[order]
-    gained = np.add.reduceat(w * y, starts, axis=1)
-    positive = np.cumsum(gained, axis=1)
-    called = np.cumsum(np.add.reduceat(w, starts, axis=1), axis=1)
+    positive = np.add.reduceat(w * y, starts, axis=1)
+    negative = np.add.reduceat(w * (1 - y), starts, axis=1)
+    true, false = positive.cumsum(axis=1), negative.cumsum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.where(called > 0, positive / called, 0.0)
-        return (gained * precision).sum(1) / positive[:, -1]
+        below = false[:, -1:] - false
+        auroc = (positive * (below + negative / 2)).sum(1) / (true[:, -1] * false[:, -1])
+        precision = np.where(true > 0, true / (true + false), 0.0)
+        return np.stack([auroc, (positive * precision).sum(1) / true[:, -1]])
 
 
-def unweighted(metric: Callable[..., np.ndarray], scores: np.ndarray, labels: np.ndarray) -> float:
-    """The metric with every image counted once."""
-    return float(metric(scores, labels, np.ones((1, len(labels))))[0])
+def auroc_of(scores: np.ndarray, labels: np.ndarray) -> float:
+    """AUROC with every image counted once."""
+    return float(weighted_metrics(scores, labels, np.ones((1, len(labels))))[0, 0])
 
 
 def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
@@ -303,12 +297,11 @@ def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
     return weights
 
 
-def bootstrap(metric: Callable[..., np.ndarray], scores: np.ndarray, labels: np.ndarray,
-              weights: np.ndarray) -> np.ndarray:
-    """The metric under each row of weights [R,n]: [R]; a few rows at a time, which is faster and
-    takes less memory."""
+def bootstrap(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """weighted_metrics [2,R], a few rows of weights at a time, which is faster and takes less
+    memory."""
     parts = np.array_split(weights, max(1, weights.size // 500_000))
-    return np.concatenate([metric(scores, labels, part) for part in parts])
+    return np.concatenate([weighted_metrics(scores, labels, part) for part in parts], axis=1)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -322,13 +315,10 @@ def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
                       weights: np.ndarray) -> tuple[float, float, float]:
     """(mean AUROC of scores b minus that of scores a, its 95 % interval): both on the same
     resamples. a, b: [n], or [S,n] of S seeds, averaged within each resample."""
-    def over_seeds(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return np.mean([bootstrap(weighted_auroc, one, labels, weights)
-                        for one in np.atleast_2d(scores)], axis=0)
-
-    once = np.ones((1, len(labels)))
-    difference = over_seeds(b, once)[0] - over_seeds(a, once)[0]
-    return float(difference), *interval(over_seeds(b, weights) - over_seeds(a, weights))
+    weights = np.concatenate([np.ones_like(weights[:1]), weights])  # first: all images once
+    one, two = (np.mean([bootstrap(x, labels, weights)[0] for x in np.atleast_2d(scores)], axis=0)
+                for scores in (a, b))
+    return float(two[0] - one[0]), *interval(two[1:] - one[1:])
 
 
 def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
@@ -486,6 +476,14 @@ class Tested:
         """NORMAL or ABNORMAL of every image, [n]."""
         return np.array([s.label for s in self.samples])
 
+    @property
+    def about(self) -> str:
+        """The data, without the place where it lies: whether it is real, and whether external."""
+        place = Path(self.source.spec).resolve()
+        return (PHANTOM if self.source.spec == "synthetic" else
+                self.source.title.replace(str(place), place.name)) + self.external * (
+                    "; an external test, nothing is fitted to these images")
+
     def mask(self, sample: Sample) -> np.ndarray | None:
         """Where its lesions are, bool [H,W]: nowhere in a normal image of a source with masks."""
         size = self.run.config.image_size
@@ -621,10 +619,10 @@ def measure(t: Tested, scorer: str, weights: np.ndarray) -> dict[str, Any]:
         result |= {"specificity_at_threshold": under / len(well),
                    "specificity_ci": (float(low), float(high)), "specificity_chance": float(chance)}
     if len(sick) and len(well):
-        for name, metric in (("auroc", weighted_auroc),
-                             ("average_precision", weighted_average_precision)):
-            result[name] = unweighted(metric, scores, labels)
-            result[f"{name}_ci"] = interval(bootstrap(metric, scores, labels, weights))
+        once = weighted_metrics(scores, labels, np.ones((1, len(labels))))[:, 0]
+        drawn = bootstrap(scores, labels, weights)
+        for name, value, values in zip(("auroc", "average_precision"), once, drawn, strict=True):
+            result |= {name: float(value), f"{name}_ci": interval(values)}
         result |= {f"auroc_by_{kind}": by_group(t, scores, kind) for kind in ("finding", "view")}
     return result
 
@@ -638,14 +636,13 @@ def by_group(t: Tested, scores: np.ndarray, kind: str) -> dict[str, dict[str, fl
     for value, count in Counter(values[grouped].tolist()).most_common(12):
         chosen = (values == value) | ~grouped
         if value and len(set(labels[chosen])) == 2:
-            auroc = unweighted(weighted_auroc, scores[chosen], labels[chosen])
-            table[value] = {"auroc": auroc, "n": count}
+            table[value] = {"auroc": auroc_of(scores[chosen], labels[chosen]), "n": count}
     return table if kind == "finding" or len(set(values) - {""}) > 1 else {}
 
 
 def best_direction(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """A trivial score, negated if that tells more: its AUROC is then the most it can claim."""
-    return scores if unweighted(weighted_auroc, scores, labels) >= 0.5 else -scores
+    return scores if auroc_of(scores, labels) >= 0.5 else -scores
 
 
 def localisation(t: Tested) -> dict[str, Any]:
@@ -672,9 +669,8 @@ def measure_all(t: Tested, weights: np.ndarray, every_scorer: bool) -> dict[str,
         "left_out": dict(t.source.left_out)}
     if metrics["auroc"] is not None:
         best = {k: best_direction(v, t.labels) for k, v in t.trivial.items()}
-        metrics |= {"baselines": {k: unweighted(weighted_auroc, v, t.labels)
-                                  for k, v in best.items()},
-                    "baselines_ci": {k: interval(bootstrap(weighted_auroc, v, t.labels, weights))
+        metrics |= {"baselines": {k: auroc_of(v, t.labels) for k, v in best.items()},
+                    "baselines_ci": {k: interval(bootstrap(v, t.labels, weights)[0])
                                      for k, v in best.items()}}
     if every_scorer:
         metrics["scorers"] = {k: measure(t, k, weights) for k in SCORERS}
@@ -749,8 +745,12 @@ def write_test(t: Tested) -> None:
         | {k: float(f"{v[i]:.6g}") for k, v in t.scored.items()}
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
         for i, s in enumerate(t.samples)])
-    draw_plot(t, plot_roc, folder / "roc.png")
-    draw_plot(t, plot_histogram, folder / "histogram.png")
+    plots: dict[str, Callable] = {"roc.png": plot_roc, "histogram.png": plot_histogram}
+    for file, plot in plots.items():
+        figure = Figure(figsize=(5.5, 5), layout="constrained")
+        plot(figure.subplots(), [t])
+        figure.suptitle(tested_on(t), fontsize=8)
+        figure.savefig(folder / file, dpi=120)
     draw_examples(t, folder / "examples.png")
     draw_worst(t, folder / "worst.png")
     if not t.external:
@@ -807,11 +807,11 @@ def report(tested: list[Tested], groups: dict[str, list[Tested]], verdicts: list
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
     tables, sentences = result_tables(tested, groups), [*verdicts, *cautions(tested)]
     facts = {
-        "Trained on": "; ".join(dict.fromkeys(kind_of_data(t.run.config.data) for t in tested)),
-        "Tested on": kind_of_data(first.source.spec, title_of(first.source))
-        + " (an external test: nothing is fitted to these images)" * first.external,
+        "Trained on": "; ".join(dict.fromkeys(trained_on(t.run) for t in tested)),
+        "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
-        f"abnormal, of {m['n_patients']:,} patients; {len(first.bad)} could not be read",
+        f"abnormal, of {m['n_patients']:,} patients"
+        + (f"; {len(first.bad)} could not be read" if first.bad else ""),
         "Thresholds": f"from {m['n_validation_normals']:,} validation normals"}
     lines = [f"{name}: {fact}" for name, fact in facts.items()]
     log.info("\n" + "\n\n".join(["\n".join(lines), *map(text_table, tables), *sentences]) + "\n")
@@ -833,18 +833,10 @@ def report(tested: list[Tested], groups: dict[str, list[Tested]], verdicts: list
         draw_comparison([group[0] for group in groups.values()], picture)
         pictures[picture] = "ROC curves, histograms of scores, and example cases of every kind"
     for name, (t, *_) in groups.items():
-        if not several:
-            pictures |= {t.folder / "roc.png": f"{name}: ROC curve",
-                         t.folder / "histogram.png": f"{name}: histogram of scores"}
-        missed, alarms = map(len, worst(t))
-        pictures |= {
-            t.folder / "examples.png": f"{name}: highest, borderline and lowest scores",
-            t.folder / "worst.png": f"{name}: the worst of {missed} abnormal images missed and "
-            f"{alarms} normal images flagged",
-            t.run.folder / "curves.png": f"{name}: loss in training"}
-        if not t.external:
-            pictures[t.folder / "healing.png"] = (
-                f"{name}: what it makes of corrupted normal images, and of a lesion")
+        for picture, text in PICTURES.items():
+            if not (several and picture in ("roc.png", "histogram.png")):  # in comparison.png
+                pictures[t.folder / picture] = f"{name}: {text}"
+        pictures[t.run.folder / "curves.png"] = f"{name}: loss in training"
     write_page(page, f"{' and '.join(groups)}, {'compared' if several else 'tested'}", sentences,
                facts, tables, pictures,
                [*(command_to_train(t.run.config) for t in tested), again], settings_table(tested))
@@ -992,11 +984,16 @@ def training_cost(run: TrainedRun) -> dict[str, float | None]:
     return cost
 
 
+def trained_on(run: TrainedRun) -> str:
+    """The run's data, without the place where it lies."""
+    return PHANTOM if run.config.data == "synthetic" else relative(run.config.data)
+
+
 def settings_table(tested: list[Tested]) -> Table:
     """What a run depends on: data, versions and all settings."""
     here = (f"python {platform.python_version()}, torch {torch.__version__}, numpy "
             f"{np.__version__}, scikit-learn {sklearn.__version__}")
-    rows = [{"trained on": kind_of_data(t.run.config.data), "trained with": t.run.made_with,
+    rows = [{"trained on": trained_on(t.run), "trained with": t.run.made_with,
              "scored with": f"{here}, {t.run.setup.device.type}, {t.run.setup.precision}",
              "fingerprint of training data": t.run.fingerprint,
              "fingerprint of test data": t.metrics["data_fingerprint"]}
@@ -1138,14 +1135,6 @@ def plot_histogram(axes: Axes, tested: list[Tested], which: int = 0) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def draw_plot(t: Tested, plot: Callable[[Axes, list[Tested]], None], file: Path) -> None:
-    """A picture of one plot of one run."""
-    figure = Figure(figsize=(5.5, 5), layout="constrained")
-    plot(figure.subplots(), [t])
-    figure.suptitle(tested_on(t), fontsize=8)
-    figure.savefig(file, dpi=120)
-
-
 def describe_sample(sample: Sample) -> str:
     """What is written over an image: its finding, shortened."""
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
@@ -1153,10 +1142,7 @@ def describe_sample(sample: Sample) -> str:
 
 def tested_on(t: Tested) -> str:
     """What a picture's title says of the data."""
-    lines = [f"tested on {title_of(t.source)}"]
-    if t.external:
-        lines.append(f"external test: trained on {relative(t.run.config.data)}")
-    return "\n".join(textwrap.fill(line, 75) for line in lines)
+    return textwrap.fill(f"tested on {t.about}", 75)
 
 
 def read_again(t: Tested, positions: Sequence[int]) -> Tensor:
@@ -1223,13 +1209,12 @@ def draw_healing(t: Tested, file: Path) -> None:
     """Three validation normals, corrupted as in training, and what the model makes of them; below
     them a tested image with a finding."""
     run, normals = t.run, t.run.normals(t.source, "val")
-    eight = run.stream(t.source, normals[:: max(1, len(normals) // 8)][:8])
-    batches = [images for images, _ in eight]
-    if not batches:
+    three = run.stream(t.source, normals[:: max(1, len(normals) // 3)][:3])
+    if not (batches := [images for images, _ in three]):
         return
-    draws = models.Draws(models.seeded(run.config.seed, "picture", 0), len(batches[0]))
-    seen = models.corrupt(batches[0].float() / 255, run.config.objective, draws)[:3]
-    clean, seen = batches[0][:3], (255 * seen).round().byte()
+    clean = batches[0]
+    draws = models.Draws(models.seeded(run.config.seed, "picture", 0), len(clean))
+    seen = (255 * models.corrupt(clean / 255, run.config.objective, draws)).round().byte()
     cases: list[tuple[str, np.ndarray | None]] = [("normal", None)] * len(clean)
     if sick := [i for i in np.argsort(t.scores).tolist() if t.samples[i].label == ABNORMAL]:
         middle = sick[len(sick) // 2]
@@ -1352,36 +1337,25 @@ def relative(path: str | Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
-def title_of(source: Source) -> str:
-    """The source's title, without the place where it lies."""
-    place = Path(source.spec).resolve()
-    return source.title.replace(str(place), place.name)
-
-
-def kind_of_data(spec: str, title: str = "") -> str:
-    """What a reader must know first about data: whether it is real."""
-    return ("the built-in phantom: drawn chest images, not real X-rays" if spec == "synthetic"
-            else f"real images, as supplied: {title or relative(spec)}")
-
-
 # ----------------------------------------------------------------------------------------------
 # Prediction
+
+
+TOLD = ("{image}: score {score:.4g}, percentile {percentile_among_normals:.0f} among normals, "
+        "{verdict} (threshold {threshold:.4g})")
 
 
 class NewImages(Source):
     """An image file, or all in a folder, without labels."""
 
     def __init__(self, path: Path) -> None:
-        def drawn(file: Path) -> bool:
-            """Whether this is a heatmap of an earlier prediction: its map lies beside it."""
-            stem = file.name.removesuffix("_heatmap.png")
-            return stem != file.name and file.with_name(f"{stem}_map.npy").exists()
-
         self.spec, self.root, files = str(path), path if path.is_dir() else path.parent, [path]
-        if path.is_dir():
+        if path.is_dir():  # a heatmap of an earlier prediction has its map beside it
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
-                           and p.is_file() and not drawn(p))
-        if not files or not files[0].is_file():  # a pipe or a device would be waited for
+                           and not (p.name.endswith("_heatmap.png") and Path(str(p).removesuffix(
+                               "_heatmap.png") + "_map.npy").exists()))
+        files = [p for p in files if p.is_file()]  # a pipe would be waited for
+        if not files:
             raise UserError(f"--image {path}: " + (
                 f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
                 if path.is_dir() else f"there is no file at {path.resolve()}"))
@@ -1406,10 +1380,10 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         trained, scorer = load_run(run, device), scorer or DEFAULT_SCORER
         check_scorer(scorer)
         source, normal = NewImages(Path(image)), trained.scorer.normal_scores[scorer]
-        folder = wanted = Path(out) if out else trained.folder / "predictions"
-        for number in itertools.count(2):
-            if not (folder / "predictions.csv").exists():
-                break
+        wanted, number = Path(out) if out else trained.folder / "predictions", 1
+        folder = wanted
+        while (folder / "predictions.csv").exists():
+            number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1436,12 +1410,13 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
                                "threshold": round(threshold, 6),
                                "verdict": "abnormal" if score > threshold else "normal"}
                         rows.append(row)
+                        told = TOLD.format(**row)
                         seen, back, map_ = shown[k]
                         np.save(folder / f"{stems[i]}_map.npy", map_)
                         grid_figure([Row("", [
                             Tile(seen, "input"), Tile(back, "reconstruction"),
                             Tile(seen, "anomaly map", map_)])], textwrap.fill(
-                            f"{told(row)} ({trained.name})", 80), scorer,
+                            f"{told} ({trained.name})", 80), scorer,
                             folder / f"{stems[i]}_heatmap.png", max(float(map_.max()), usual))
                         bar.update(1)
         finally:  # also when it was interrupted
@@ -1453,7 +1428,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         for name, reason in bad.items():
             log.info(f"skipped   {name}: {reason}")
         for row in rows[:40]:
-            log.info(told(row))
+            log.info(TOLD.format(**row))
         if len(rows) > 40:
             log.info(f"... and {len(rows) - 40} more in predictions.csv")
         log.info(f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
@@ -1461,12 +1436,6 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         log.info(f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
                  "predictions.csv")
     return rows
-
-
-def told(row: dict[str, Any]) -> str:
-    """A row of results as a text."""
-    return ("{image}: score {score:.4g}, percentile {percentile_among_normals:.0f} among normals, "
-            "{verdict} (threshold {threshold:.4g})").format(**row)
 
 
 def distinct_stems(names: list[str]) -> list[str]:
