@@ -162,15 +162,16 @@ def kind_of(name: str) -> type:
 
 def checked(name: str, value: typing.Any, where: str) -> typing.Any:
     """The value, in the setting's own type. UserError that says what is legal."""
-    kind, meta = kind_of(name), FIELDS[name].metadata
-    choices, low, high = meta["choices"], meta["low"], meta["high"]
+    kind: typing.Any = kind_of(name)
+    choices, low, high = (FIELDS[name].metadata[key] for key in ("choices", "low", "high"))
     if value is None and FIELDS[name].default is None:
         return None
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 1e300 else math.inf
-    if (type(value) is kind and not (choices and value not in choices)
-            and not (kind is float and not math.isfinite(value))
-            and not (low is not None and value < low) and not (high is not None and value > high)):
+    wrong = (type(value) is not kind or (choices and value not in choices)
+             or (kind is float and not math.isfinite(value))
+             or (low is not None and value < low) or (high is not None and value > high))
+    if not wrong:
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
     for bound, limit in (("at least", low), ("at most", high)):
@@ -400,7 +401,9 @@ def command(script: str) -> str:
 
 def run_command(main: Callable[[], object], prog: str, when_interrupted: str = "") -> int:
     """Run a script's main and give its exit code: a UserError is one line on stderr and 2."""
-    streams = sys.stdout, sys.stderr
+    # There is no stream where it was closed before Python started.
+    streams = [stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+               for stream in (sys.stdout, sys.stderr)]
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what ends a run
             stream.reconfigure(errors="backslashreplace")

@@ -12,13 +12,13 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import email.utils
 import errno
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
-import mmap
 import os
 import queue
 import random
@@ -29,9 +29,8 @@ import threading
 import time
 import zipfile
 import zlib
-from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -823,407 +822,283 @@ def read_covid(
 
 
 # ----------------------------------------------------------------------------------------------
-# Kaggle: the archive of a data set, read piece by piece over HTTP
+# Kaggle: credentials, and the archive of a data set, read piece by piece over HTTP
+
+
+NO_KAGGLE_KEY = """no Kaggle credentials found. On kaggle.com: Settings, API, Create New Token. Then
+    export KAGGLE_API_TOKEN=your_token                          (the newer kind, one text)
+    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind)
+or put {{"username": "your_name", "key": "your_key"}} in {file} (chmod 600);
+in Colab add the same names under Secrets. Images of your own need no account: --data FOLDER"""
+
+
+def kaggle_credentials() -> dict[str, str]:
+    """Return {"api_token": ...} or {"username": ..., "password": ...} for kagglesdk's client.
+
+    Looks where the official client looks: for an access token, then for a name and key, where the
+    environment overrides kaggle.json; and last in Colab's secrets. UserError says what to do.
+    """
+    if not os.environ.get("KAGGLE_API_TOKEN", "unset").strip():
+        del os.environ["KAGGLE_API_TOKEN"]  # blank: the client would send it all the same
+    try:
+        from kagglesdk import get_access_token_from_env
+
+        token = (get_access_token_from_env()[0] or "").strip()
+    except ImportError:
+        raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
+                        "pip install -U kaggle") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = type(error).__name__
+        raise UserError(f"the Kaggle access token cannot be read ({reason})") from None
+    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
+    if not folder.exists() and sys.platform == "linux":
+        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
+    file, found = folder / "kaggle.json", dict[str, str]()
+    if not token and file.is_file():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found = {"username": str(content["username"]), "password": str(content["key"])}
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f'{file}: wanted is {{"username": "your_name", "key": "your_key"}}; '
+                            "download it again from kaggle.com, Settings, API") from None
+    names = {"username": "KAGGLE_USERNAME", "password": "KAGGLE_KEY"}
+    found |= {part: os.environ[name] for part, name in names.items() if os.environ.get(name)}
+    if not token and not found and "google.colab" in sys.modules:
+        token = _colab_secret("KAGGLE_API_TOKEN")
+        found = {part: v for part, name in names.items() if (v := _colab_secret(name))}
+    if not token and len(found) < 2:
+        raise UserError("Kaggle credentials: KAGGLE_USERNAME or KAGGLE_KEY is missing beside its "
+                        "other half" if found else NO_KAGGLE_KEY.format(file=file))
+    if token:
+        found = {"api_token": token}
+    if not all(value.isascii() and value.isprintable() for value in found.values()):
+        raise UserError("the Kaggle credentials hold characters that no key has (typographic "
+                        "quotes?); copy them again from kaggle.com, Settings, API")
+    return found
+
+
+def _colab_secret(name: str) -> str:
+    try:
+        from google.colab import userdata
+
+        return userdata.get(name).strip()
+    except Exception:  # not there, or this notebook has not been granted access to it
+        return ""
 
 
 TIMEOUT = (10, 30)  # seconds: to connect; without a byte
 TRIES, FIRST_TRIES = 12, 4  # in a row, before giving up; fewer while nothing has worked yet
 LONGEST_WAIT = 600  # seconds; a server that asks for more is not waited for
-# Neighbours in the archive are fetched together: at most so many bytes, over gaps of at most GAP
+# Neighbours in the archive are fetched together: at most BLOCK bytes, over gaps of at most GAP
 # (a request costs about as much as so many bytes).
 BLOCK, GAP, CHUNK = 8 << 20, 64 << 10, 1 << 17
-ENCRYPTED = 255  # noted as the method of members that are
-LARGEST_FILE = 256 << 20  # of tables and masks, which are read whole
+LARGEST_FILE = 256 << 20  # bytes of a file that is read whole
+NEVER = threading.Event()  # for what belongs to no iteration, and so is not cancelled
+NO_CONNECTION = (OSError, urllib3.exceptions.HTTPError)  # those of requests are OSErrors
 
 
-class Temporary(Exception):
-    """Something that may well succeed when it is tried again, `after` seconds if that is known."""
-
-    def __init__(self, reason: str, after: float | None = None, progress: bool = False) -> None:
-        super().__init__(reason)
-        self.after, self.progress = after, progress
+class TooLarge(UserError):
+    """A table or mask has more than LARGEST_FILE bytes."""
 
 
 class RangeRefused(Exception):
     """The server does not give parts of a file."""
 
 
-class TooLarge(UserError):
-    """A table or mask of more than LARGEST_FILE."""
-
-
-def pause(seconds: float, cancelled: threading.Event | None) -> None:
-    """Wait; Cancelled if the iteration that this is for ends meanwhile."""
-    if (cancelled or threading.Event()).wait(seconds):
+def pause(seconds: float, cancelled: threading.Event) -> None:
+    """Wait. Cancelled as soon as the event is set."""
+    if cancelled.wait(seconds):
         raise Cancelled
 
 
-def seconds_of(retry_after: str) -> float | None:
-    """What a Retry-After header asks for, as a number or as a date; None if it says neither."""
-    if retry_after.isascii() and retry_after.isdigit():
-        return float(retry_after)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+class Connections(threading.local):
+    """The client of the API and a session for storage: each thread gets its own."""
+
+    def __init__(self, credentials: dict[str, str]) -> None:
+        from kagglesdk import KaggleClient
+
+        client = KaggleClient(**credentials).__enter__()
+        session = client.http_client()._session
+        session.send = functools.partial(session.send, timeout=TIMEOUT)  # the client has none
+        self.api, self.storage = client.datasets.dataset_api_client, requests.Session()
 
 
-def _buffer(size: int) -> memoryview:
-    """Memory of its own from the kernel, and back to it once nobody looks at it.
+class KaggleApi:
+    """Calls Kaggle's API for one data set through the official client, and repeats what fails.
 
-    Buffers of megabytes that came from the heap would leave holes there between what is small and
-    lives longer; what a process takes would grow beyond what it holds.
-    """
-    # All of it at once, where the kernel can: cheaper than page by page.
-    how = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE} if hasattr(
-        mmap, "MAP_POPULATE") else {}
-    return memoryview(mmap.mmap(-1, max(1, size), **how))[:size]
-
-
-class Wire:
-    """What Kaggle is asked, through its official client, and the ranges of a data set's archive.
-
-    The client has no timeouts and does not try again; both are done here. Safe among threads.
-    Errors name neither credentials nor addresses (which are signed).
+    Safe among threads. Errors show neither credentials nor addresses, which are signed.
     """
 
     def __init__(self, spec: str, owner: str, name: str, version: int | None) -> None:
         self.spec, self.owner, self.name, self.version = spec, owner, name, version
-        self.credentials = kaggle_credentials()
-        self.size, self.etag = 0, ""  # of the archive
+        self.connections = Connections(kaggle_credentials())
         self.worked = False  # whether Kaggle has given anything yet
         self.traffic: Counter = Counter()  # API calls, requests, bytes
         self.tried_again: Counter = Counter()  # reason -> times
-        self.__setstate__({})
 
-    def __getstate__(self) -> dict[str, object]:  # for DataLoader workers
-        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
+    def stop(self, reason: str) -> UserError:
+        """Make the error that ends the run."""
+        return UserError(f"--data {self.spec}: {reason}")
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self._local = threading.local()  # sessions are not safe among threads
-        self._lock = threading.Lock()
-        self._address: str | None = None
-        self._refused = 0  # addresses, in a row
+    def call(self, method: str, kind: str, **fields: object) -> Any:
+        """Call a method of the API, with a request of this kind. Its errors are for `retry`."""
+        from kagglesdk.datasets.types import dataset_api_service
 
-    def _stop(self, what: str) -> UserError:
-        return UserError(f"--data {self.spec}: {what}")
+        request = getattr(dataset_api_service, kind)()
+        for name, value in {"owner_slug": self.owner, "dataset_slug": self.name,
+                            "dataset_version_number": self.version, **fields}.items():
+            setattr(request, name, value)
+        self.traffic["API calls"] += 1
+        return getattr(self.connections.api, method)(request)
 
-    def _session(self) -> requests.Session:
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-        return self._local.session
+    def retry(self, cancelled: threading.Event, attempt: Callable, *args: Any,
+              **named: Any) -> Any:
+        """Return attempt(...), called again after growing, random waits while it fails in passing.
 
-    def _api(self) -> object:
-        if not hasattr(self._local, "api"):
-            class WithTimeouts(requests.adapters.HTTPAdapter):
-                def send(self, *request: Any, **options: Any) -> requests.Response:
-                    return super().send(*request, **options | {"timeout": TIMEOUT})
-
-            from kagglesdk import KaggleClient
-
-            client = KaggleClient(**self.credentials).__enter__()
-            for scheme in ("https://", "http://"):
-                client.http_client()._session.mount(scheme, WithTimeouts())
-            self._local.api = client.datasets.dataset_api_client
-        return self._local.api
-
-    def persist(self, once: Callable, cancelled: threading.Event | None) -> Any:
-        """once(), again and again while it raises Temporary, with growing, random waits."""
-        failures = 0
-        while True:
-            tries = TRIES if self.worked else FIRST_TRIES
+        Not by urllib3's Retry: its waits cannot be cancelled, it does not see bodies that are cut
+        short, and `report` tells what was tried again.
+        """
+        for failures in itertools.count(1):
+            after = None
             try:
-                result = once()
+                result = attempt(*args, **named)
                 self.worked = True
                 return result
-            except Temporary as error:
-                failures = 1 if error.progress else failures + 1
-                self.tried_again[str(error)] += 1
-                if failures >= tries:
-                    raise self._stop(
-                        f"{error}, {failures} times in a row. Check the network; "
-                        + ("go on from the last checkpoint with --resume" if self.worked else
-                           "or download the data set yourself and give its folder")) from None
-                wait = error.after
-                if wait is None:
-                    wait = random.uniform(0, min(60, 2 ** (failures - 2)))
-                if wait > LONGEST_WAIT:
-                    raise self._stop(f"{error}; Kaggle asks to wait {wait / 60:.0f} minutes. Go "
-                                     "on then with --resume") from None
-                if wait >= 5:
-                    log.warning(f"kaggle    {error}: trying again in {wait:.0f} s")
-                pause(wait, cancelled)
+            except requests.HTTPError as error:
+                reason, after = self._judge(error.response)
+            except ConnectionError as error:  # what is wrong with an answer
+                reason = str(error)
+            except NO_CONNECTION as error:
+                reason = f"no connection to Kaggle ({type(error).__name__})"
+            self.tried_again[reason] += 1
+            if after is None:
+                after = random.uniform(0, min(60, 2 ** (failures - 2)))
+            if after > LONGEST_WAIT:
+                raise self.stop(f"{reason}; Kaggle asks to wait {after / 60:.0f} minutes. Go on "
+                                "then with --resume")
+            if failures >= (TRIES if self.worked else FIRST_TRIES):
+                raise self.stop(f"{reason}, {failures} times in a row. Check the network; then go "
+                                "on with --resume, or download the data set and give its folder")
+            if after >= 5:
+                log.warning(f"kaggle    {reason}: trying again in {after:.0f} s")
+            pause(after, cancelled)
 
-    def _judge(self, status: int, headers: Mapping[str, str], what: str) -> Exception:
-        """What an HTTP error of the API means."""
-        page = f"https://www.kaggle.com/datasets/{self.owner}/{self.name}"
+    def _judge(self, response: requests.Response) -> tuple[str, float | None]:
+        """Return (reason, seconds to wait if told) of a passing error, or raise UserError."""
+        status, after = response.status_code, None
+        if status < 400:  # the client also raises for an error told in the body
+            status = int(response.json()["code"])
         if status == 429 or status >= 500:
-            reason = "too many requests" if status == 429 else "an error of the server"
-            return Temporary(f"{reason} ({status})", seconds_of(headers.get("Retry-After", "")))
-        if status == 401:
-            return self._stop("Kaggle refuses the credentials (401); make a new token on "
-                              "kaggle.com: Settings, API, Create New Token")
-        if status == 403:
-            return self._stop(f"Kaggle does not let this account read it (403); look at {page}: "
-                              "it may be private, or have terms to be accepted")
-        if status == 404:
-            return self._stop(f"Kaggle has no such {what} (404); see {page}")
-        return self._stop(f"Kaggle answers {status}")
-
-    def call(self, method: str, request: object, what: str = "data set") -> Any:
-        """One call of the API. Temporary or UserError."""
-        self.traffic["API calls"] += 1
-        try:
-            return getattr(self._api(), method)(request)
-        except requests.HTTPError as error:
-            status = error.response.status_code
-            if status < 400:  # the client also raises for an error told in the body
-                status = int(error.response.json()["code"])
-            raise self._judge(status, error.response.headers, what) from None
-        except (requests.exceptions.JSONDecodeError, TypeError, KeyError, AttributeError):
-            raise Temporary("an answer of Kaggle that its client does not understand") from None
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise Temporary(f"no connection to Kaggle ({type(error).__name__})") from None
-
-    def request(self, file: str | None = None) -> object:
-        """The client's request for the archive, or for one file."""
-        from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
-
-        request = ApiDownloadDatasetRequest()
-        request.owner_slug, request.dataset_slug = self.owner, self.name
-        request.dataset_version_number, request.file_name = self.version, file
-        return request
-
-    def _ask_address(self) -> str:
-        response = self.call("download_dataset", self.request())
-        response.close()  # the client has begun to download it all
-        return response.url
-
-    def _answer(self, wanted: str, cancelled: threading.Event | None) -> requests.Response:
-        """The answer to a request for a range, not yet read. Temporary unless it is one."""
-        with self._lock:
-            if self._address is None:
-                self._address = self.persist(self._ask_address, cancelled)
-            address = self._address
-        headers = {"Range": f"bytes={wanted}", "Accept-Encoding": "identity"}
-        if self.etag and not self.etag.startswith("W/"):
-            headers["If-Range"] = self.etag
-        self.traffic["requests"] += 1
-        response = self._session().get(address, headers=headers, stream=True, timeout=TIMEOUT)
-        status = response.status_code
-        if status == 206 or status == 200:
-            self._refused = 0
-            self._check_unchanged(response)
-        if status == 206:
-            return response
-        response.close()  # unread: it may be the whole archive
-        if status == 200 and not self.size:
-            raise RangeRefused
-        if status == 200:
-            raise Temporary("the whole archive instead of a part of it")
-        if status == 416:
-            raise self._changed()
-        if status in (400, 401, 403, 404, 410):
-            with self._lock:
-                if self._address == address:  # else another thread has seen to it
-                    self._address, self._refused = None, self._refused + 1
-            if self._refused > 3:
-                raise self._stop(f"the storage refuses every address that Kaggle gives ({status})")
-            raise Temporary("the archive's address had expired", 0)
-        raise self._judge(status, response.headers, "data set")
-
-    def _changed(self) -> UserError:
-        return self._stop("the data set was changed on Kaggle meanwhile. Start over, or name a "
-                          "version that stays: kaggle:owner/name/versions/N")
-
-    def _check_unchanged(self, response: requests.Response) -> None:
-        etag = response.headers.get("ETag", "")
-        first = not self.size
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if response.status_code == 200:
-            total = response.headers.get("Content-Length", "")
-        other = bool(etag and self.etag and etag != self.etag)
-        if not first and (other or (total.isdigit() and int(total) != self.size)):
-            response.close()
-            raise self._changed()
-
-    def read_range(self, start: int, end: int,
-                   cancelled: threading.Event | None = None) -> memoryview:
-        """Bytes start..end-1 of the archive; start < 0: so many of its last ones (end is unused).
-
-        What was received before a connection broke is not asked for again.
-        """
-        data = _buffer(end - start) if start >= 0 else _buffer(0)
-        done = 0
-
-        def once() -> None:
-            nonlocal data, done, start
-            before = done
-            try:
-                wanted = str(start) if start < 0 else f"{start + done}-{start + len(data) - 1}"
-                with self._answer(wanted, cancelled) as response:
-                    span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)",
-                                        response.headers.get("Content-Range", ""))
-                    if not span:
-                        raise Temporary("an answer without its range")
-                    first, last, total = map(int, span.groups())
-                    if start < 0:  # the first contact: now the size is known
-                        if total - first > -start:
-                            raise RangeRefused  # of suffixes
-                        start, self.size = first, total
-                        self.etag = response.headers.get("ETag", "")
-                        data = _buffer(total - first)
-                    if first != start + done or last >= start + len(data):
-                        raise Temporary("another range than was asked for")
-                    while done <= last - start:
-                        # Not response.iter_content, which would copy it several times over.
-                        rest = last - start + 1 - done
-                        chunk = response.raw.read(min(CHUNK, rest), decode_content=False)
-                        if not chunk:
-                            break
-                        data[done : done + len(chunk)] = chunk
-                        done += len(chunk)
-                        self.traffic["bytes"] += len(chunk)
-                        if cancelled is not None and cancelled.is_set():
-                            raise Cancelled
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-                raise Temporary(f"a broken connection ({type(error).__name__})",
-                                progress=done > before) from None
-            if done < len(data):
-                raise Temporary("a part shorter than was asked for", progress=done > before)
-
-        self.persist(once, cancelled)
-        return data
-
-    def download(self, file: str, size: int, cancelled: threading.Event | None = None) -> bytes:
-        """One file by a call of its own; BadImage if Kaggle lacks it, or if it is over `size`."""
-        def once() -> bytes:
-            data: bytes | bytearray = bytearray()
-            try:
-                with self.call("download_dataset", self.request(file), "file") as response:
-                    for chunk in response.iter_content(CHUNK):
-                        data += chunk
-                        self.traffic["bytes"] += len(chunk)
-                        if len(data) > size + CHUNK:
-                            raise BadImage("longer than its declared size")
-                        if cancelled is not None and cancelled.is_set():
-                            raise Cancelled
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-                raise Temporary(f"a broken connection ({type(error).__name__})") from None
-            except UserError as error:
-                if "(404)" in str(error):
-                    raise BadImage("listed by Kaggle, but not there (404)") from None
-                raise
-            if data[:4] == b"PK\3\4" and not file.endswith(".zip"):  # Kaggle zips large files
-                try:
-                    with zipfile.ZipFile(io.BytesIO(data)) as packed:
-                        data = packed.open(packed.infolist()[0]).read(size + 1)
-                except (zipfile.BadZipFile, zlib.error, RuntimeError, IndexError, EOFError):
-                    raise BadImage("a zip file that cannot be unpacked") from None
-            if len(data) != size:
-                raise BadImage(f"{len(data):,} bytes long instead of {size:,} as listed")
-            return bytes(data)
-
-        return self.persist(once, cancelled)
+            with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+                after = urllib3.Retry().get_retry_after(response.raw)
+            return f"Kaggle answers {status}" + " (too many requests)" * (status == 429), after
+        means = {401: "it refuses the credentials; make a new token: Settings, API, Create New "
+                      "Token",
+                 403: "this account may not read it; it may be private, or have terms to be "
+                      "accepted", 404: "there is no such data set"}.get(status, "an error")
+        raise self.stop(f"Kaggle answers {status}: {means}. See "
+                        f"https://www.kaggle.com/datasets/{self.owner}/{self.name}") from None
 
 
-class ZipIndex:
-    """The members of a zip archive, compact: some 30 bytes and the name for each.
+class RemoteFile(io.RawIOBase):
+    """The archive of a data set as a seekable file, read by HTTP Range.
 
-    directory: the archive's central directory. end: where in the archive it begins.
+    RangeRefused if the server does not give parts of it. `read_range` is safe among threads.
     """
 
-    def __init__(self, directory: bytes, end: int) -> None:
-        rows: dict[bytes, int] = {}
-        fields = [array(code) for code in "QQQIB"]  # start, packed and full size, CRC, method
-        at = folders = 0
-        while directory[at : at + 4] == b"PK\1\2":
-            (_, _, _, flags, method, _, _, crc, packed, full, n_name, n_extra, n_comment, _, _, _,
-             start) = struct.unpack_from("<4s6H3I5H2I", directory, at)
-            name = directory[at + 46 : at + 46 + n_name]
-            extra = directory[at + 46 + n_name : at + 46 + n_name + n_extra]
-            at += 46 + n_name + n_extra + n_comment
-            while len(extra) >= 4:  # Zip64: the values that do not fit above, in this order
-                kind, length = struct.unpack_from("<HH", extra)
-                if kind == 1:
-                    values = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
-                    full = next(values, full) if full == 0xFFFFFFFF else full
-                    packed = next(values, packed) if packed == 0xFFFFFFFF else packed
-                    start = next(values, start) if start == 0xFFFFFFFF else start
-                extra = extra[4 + length :]
-            if name.endswith(b"/"):
-                folders += 1
-                continue
-            name = name.decode("utf-8" if flags & 0x800 else "cp437", "replace").encode()
-            rows[name] = len(fields[0])
-            entry = (start, packed, full, crc, ENCRYPTED if flags & 1 else min(method, 254))
-            for column, value in zip(fields, entry, strict=True):
-                column.append(value)
-        names = sorted(rows)
-        order = np.array([rows[name] for name in names], dtype=np.int64)
-        start, *rest = (np.array(column, dtype=column.typecode) for column in fields)
-        if len(start) and start.max() >= end:
-            raise ValueError("a member begins behind the directory")
-        if len(start) and max(rest[0].max(), rest[1].max()) >= 1 << 40:
-            raise ValueError("a member is said to have a terabyte and more")
-        # A member ends where the next one begins, whatever its own header adds.
-        edges = np.unique(np.append(start, np.uint64(end)))
-        length = edges[np.searchsorted(edges, start, side="right")] - start
-        self.start, self.length = start[order].astype(np.int64), length[order].astype(np.int64)
-        self.packed, self.full = (values[order].astype(np.int64) for values in rest[:2])
-        self.crc, self.method = rest[2][order].astype(np.uint32), rest[3][order]
-        self.entries = len(fields[0]) + folders
-        self._names = b"".join(names)
-        self._name_ends = np.cumsum([0, *map(len, names)]).astype(np.uint32)
+    def __init__(self, api: KaggleApi) -> None:
+        self.api, self.address, self.lock = api, "", threading.Lock()
+        self.size, self.etag, self.position = 0, "", 0
+        self.read_range(0, 1)  # now size and ETag are known
+        # The last bytes, which zipfile asks for piece by piece.
+        self.tail = self.read_range(max(0, self.size - CHUNK), self.size)
 
-    def __len__(self) -> int:
-        return len(self.start)
+    def seekable(self) -> bool:
+        return True
 
-    def name(self, row: int) -> bytes:
-        """A member's name, as bytes."""
-        return self._names[self._name_ends[row] : self._name_ends[row + 1]]
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.size)[whence]
+        if self.position < 0:
+            raise OSError("a place before the first byte")
+        return self.position
 
-    def row(self, name: str) -> int:
-        """Which row a member has. FileNotFoundError if there is none of that name."""
-        wanted = name.encode()
-        row = bisect.bisect_left(range(len(self)), wanted, key=self.name)
-        if row == len(self) or self.name(row) != wanted:
-            raise FileNotFoundError(errno.ENOENT, "not in the archive", name)
-        return row
+    def read(self, size: int = -1) -> bytes:
+        start, tail_start = self.position, self.size - len(self.tail)
+        self.position = end = self.size if size < 0 else min(self.size, start + size)
+        if start >= tail_start:
+            return bytes(self.tail[start - tail_start : max(start, end) - tail_start])
+        return bytes(self.read_range(start, end))
 
-    @property
-    def nbytes(self) -> int:
-        """What the index takes of memory."""
-        arrays = (self.start, self.length, self.packed, self.full, self.crc, self.method)
-        return len(self._names) + self._name_ends.nbytes + sum(a.nbytes for a in arrays)
+    def read_range(self, start: int, end: int, cancelled: threading.Event = NEVER) -> memoryview:
+        """Return bytes start..end-1. What came before a connection broke is not asked for again."""
+        data, done = memoryview(bytearray(end - start)), 0
+        while done < len(data):
+            if done:
+                self.api.tried_again["an answer cut short"] += 1
+                pause(random.random(), cancelled)
+            done += self.api.retry(cancelled, self._receive, start + done, data[done:], cancelled)
+        return data
+
+    def _renew_address(self, old: str) -> str:
+        """Return a signed address of the archive that is not the old one."""
+        with self.lock:
+            if self.address == old:  # else another thread has seen to it
+                with self.api.call("download_dataset", "ApiDownloadDatasetRequest") as answer:
+                    self.address = answer.url  # unread: the client would download it all
+            return self.address
+
+    def _receive(self, start: int, into: memoryview, cancelled: threading.Event) -> int:
+        """Fill `into` with the bytes from `start` on; return how many of them came, at least 1."""
+        address, done = self.address or self._renew_address(""), 0
+        self.api.traffic["requests"] += 1
+        with self.api.connections.storage.get(address, stream=True, timeout=TIMEOUT, headers={
+                "Range": f"bytes={start}-{start + len(into) - 1}",
+                "Accept-Encoding": "identity"}) as response:
+            status = response.status_code
+            if status in (400, 401, 403, 404, 410):
+                self._renew_address(address)
+                raise ConnectionError(f"an address of the archive that has expired ({status})")
+            if status == 200 and not self.size:
+                raise RangeRefused
+            span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)",
+                                response.headers.get("Content-Range", ""))
+            first, last, total = map(int, span.groups()) if span else (-1, -1, self.size)
+            etag = response.headers.get("ETag") or self.etag
+            if status == 206 and not self.size:
+                self.size, self.etag = total, etag
+            if status == 416 or (status == 206 and (total, etag) != (self.size, self.etag)):
+                raise self.api.stop("the data set was changed on Kaggle meanwhile. Start over, or "
+                                    "name a version that stays: kaggle:owner/name/versions/N")
+            response.raise_for_status()
+            if status != 206 or first != start or not start <= last < start + len(into):
+                raise ConnectionError("another part of the archive than was asked for")
+            try:
+                while chunk := response.raw.read(min(CHUNK, last + 1 - start - done)):
+                    into[done : done + len(chunk)] = chunk
+                    done += len(chunk)
+                    self.api.traffic["bytes"] += len(chunk)
+                    if cancelled.is_set():
+                        raise Cancelled
+            except NO_CONNECTION:
+                if not done:
+                    raise
+        if not done:
+            raise ConnectionError("an empty answer")
+        return done
 
 
-def read_zip_index(wire: Wire) -> ZipIndex:
-    """The index of the archive, from its last bytes. RangeRefused if these cannot be had alone."""
-    tail = bytes(wire.read_range(-(128 << 10), 0))
-    base = wire.size - len(tail)
+class Member(NamedTuple):
+    """A file in the archive: where its bytes are, and what the directory says of it."""
 
-    def part(start: int, length: int) -> bytes:
-        if not 0 <= start <= start + length <= wire.size:
-            raise ValueError("the directory is said to lie outside the archive")
-        if start >= base:
-            return tail[start - base : start - base + length]
-        return bytes(wire.read_range(start, start + length))
+    start: int
+    end: int  # where the next member begins, whatever its own header adds
+    packed: int  # bytes
+    size: int  # bytes, unpacked
+    crc: int
+    method: int  # 0 stored, 8 deflated, -1 encrypted
 
-    try:
-        at = tail.rindex(b"PK\5\6")
-        _, _, _, _, count, length, start, _ = struct.unpack_from("<4s4H2IH", tail, at)
-        if count == 0xFFFF or 0xFFFFFFFF in (length, start):  # Zip64
-            _, _, record, _ = struct.unpack_from("<4sIQI", tail, tail.rindex(b"PK\6\7", 0, at))
-            *_, count, length, start = struct.unpack("<4sQ2H2I4Q", part(record, 56))
-        index = ZipIndex(part(start, length), start)
-        if index.entries != count:
-            raise ValueError(f"{index.entries} of {count} entries of its directory are readable")
-        return index
-    except (ValueError, struct.error, UnicodeDecodeError) as error:
-        raise UserError(f"--data {wire.spec}: what Kaggle gives is not a readable zip archive "
-                        f"({error})") from None
+
+MEMBER = struct.Struct("<5Qi")  # how they are kept: as tuples, 100,000 would take 25 MB
 
 
 class KaggleSource(Source):
@@ -1231,201 +1106,186 @@ class KaggleSource(Source):
 
     threads = 8  # most of a request is waiting
 
-    def __init__(self, spec: str, wire: Wire) -> None:
-        self.spec, self.name, self.wire = spec, re.sub(r"[^\w.-]+", "_", wire.name), wire
-        self.left_out = Counter()
-        names = self.list_files()
-        layout = recognise_layout(names, self.read_text, spec, self.left_out)
+    def __init__(self, api: KaggleApi, file: RemoteFile | None = None) -> None:
+        self.api, self.file, self.spec, self.left_out = api, file, api.spec, Counter()
+        self.members: dict[str, bytes] = {}
+        self.list_members()
+        layout = recognise_layout(sorted(self.members), self.read_text, api.spec, self.left_out)
         self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
-        self.title = f"{layout.title}, Kaggle data set {wire.owner}/{wire.name}" + (
-            f" version {wire.version}" if wire.version else "")
-        self.version = wire.etag
+        self.name, self.version = re.sub(r"[^\w.-]+", "_", api.name), file.etag if file else ""
+        self.title = f"{layout.title}, Kaggle data set {api.owner}/{api.name}" + (
+            f" version {api.version}" if api.version else "")
 
-    def list_files(self) -> list[str]:
-        """Names of all files, sorted; makes the index."""
-        self.index = read_zip_index(self.wire)
-        return [self.index.name(row).decode() for row in range(len(self.index))]
+    def list_members(self) -> None:
+        """Fill `members` from the archive's directory. UserError if it cannot be read."""
+        try:
+            with zipfile.ZipFile(self.file) as archive:
+                infos = archive.infolist()
+            starts = sorted({archive.start_dir, *(i.header_offset for i in infos)})
+            for i in infos:
+                end = starts[bisect.bisect_right(starts, i.header_offset)]
+                method = -1 if i.flag_bits & 1 else i.compress_type
+                if not i.is_dir():
+                    self.members[i.filename] = MEMBER.pack(
+                        i.header_offset, end, i.compress_size, i.file_size, i.CRC, method)
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, LookupError,
+                OverflowError, struct.error) as error:
+            raise self.api.stop("what Kaggle gives is not a readable zip archive "
+                                f"({error})") from None
+
+    def member(self, name: str) -> Member:
+        """Look a file up. FileNotFoundError if there is none of that name."""
+        if name not in self.members:
+            raise FileNotFoundError(errno.ENOENT, "not in the data set", name)
+        return Member(*MEMBER.unpack(self.members[name]))
 
     def file_bytes(self, sample: Sample) -> int:
-        return int(self.index.full[self.index.row(sample.key)])
+        return self.member(sample.key).size
 
     def digest(self, sample: Sample) -> bytes:
-        return self.index.crc[self.index.row(sample.key)].tobytes()
+        return self.member(sample.key).crc.to_bytes(4, "little")
 
     def read_file(self, name: str) -> bytes:
-        row = self.index.row(name)
-        self._refuse_large(name, int(self.index.full[row]))
-        return self._member(row)
-
-    def _refuse_large(self, name: str, size: int) -> None:
-        if size > LARGEST_FILE:
+        if self.member(name).size > LARGEST_FILE:
             raise TooLarge(f"--data {self.spec}: {name} cannot be read (larger than "
                            f"{LARGEST_FILE / 1e6:,.0f} MB)")
+        ((_, content),) = self.fetch([Sample(name, "", NORMAL)], NEVER)
+        if isinstance(content, Exception):
+            raise content
+        return content
 
-    def blocks(self, samples: list[Sample]) -> np.ndarray:
-        rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
-        numbers = np.empty(len(rows), dtype=np.int64)
-        for number, run in enumerate(self._runs(rows)):
-            numbers[run] = number
-        # Groups of the shuffle are wanted at different times: their images are fetched apart.
-        groups = np.arange(len(rows)) // SHUFFLE_GROUP
-        return np.unique(numbers * len(rows) + groups, return_inverse=True)[1]
-
-    def _runs(self, rows: np.ndarray) -> list[list[int]]:
-        """Which places in `rows` are neighbours in the archive, to be fetched by one request."""
-        runs: list[list[int]] = []
-        first = last = 0
-        for place in np.argsort(self.index.start[rows], kind="stable").tolist():
-            start = int(self.index.start[rows[place]])
-            end = start + int(self.index.length[rows[place]])
-            if not runs or start - last > GAP or end - first > BLOCK:
+    def _runs(self, samples: list[Sample]) -> list[list[tuple[int, Member]]]:
+        """Group the places in `samples`, with their members, so that a request serves a group."""
+        members = [(place, self.member(s.key)) for place, s in enumerate(samples)]
+        runs: list[list[tuple[int, Member]]] = []
+        for place, member in sorted(members, key=lambda each: each[1].start):
+            if (not runs or member.start - runs[-1][-1][1].end > GAP
+                    or member.end - runs[-1][0][1].start > BLOCK):
                 runs.append([])
-                first = start
-            runs[-1].append(place)
-            last = end
+            runs[-1].append((place, member))
         return runs
 
-    def _span(self, rows: np.ndarray) -> tuple[int, int]:
-        start, length = self.index.start[rows], self.index.length[rows]
-        return int(start.min()), int((start + length).max())
+    def blocks(self, samples: list[Sample]) -> np.ndarray:
+        # Groups of the shuffle are wanted at different times: their images are fetched apart.
+        numbers = np.arange(len(samples)) // SHUFFLE_GROUP
+        for number, run in enumerate(self._runs(samples)):
+            numbers[[place for place, _ in run]] += number * len(samples)
+        return numbers
 
     def cost(self, samples: list[Sample]) -> int:
-        rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
-        spans = (self._span(rows[run]) for run in self._runs(rows))
-        # One request's bytes at a time; one member unpacked, which zlib does in pieces that it
-        # joins, beside the one before; and a member that is fetched once more.
-        return max((end - start for start, end in spans), default=0) + int(
-            3 * self.index.full[rows].max(initial=0) + self.index.length[rows].max(initial=0))
+        runs = self._runs(samples)
+        members = [member for run in runs for _, member in run]
+        # One request's bytes; a member that is fetched once more; and unpacked, which zlib does
+        # in pieces that it joins, beside the one before.
+        return (max((run[-1][1].end - run[0][1].start for run in runs), default=0)
+                + max((m.end - m.start for m in members), default=0)
+                + 3 * max((m.size for m in members), default=0))
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
-        rows = np.array([self.index.row(s.key) for s in samples], dtype=np.int64)
-        for run in self._runs(rows):
-            start, end = self._span(rows[run])
-            data = self.wire.read_range(start, end, cancelled)
-            for place in run:
-                row = int(rows[place])
-                at = int(self.index.start[row]) - start
-                span = data[at : at + int(self.index.length[row])]
-                member: bytes | Exception
-                try:
-                    member = self._member(row, span, cancelled)
-                except BadImage as error:
-                    member = error
-                del span
-                yield samples[place], member
-                del member
+        for run in self._runs(samples):
+            start = run[0][1].start
+            data = self.file.read_range(start, run[-1][1].end, cancelled)
+            for place, member in run:
+                content = unpack(member, data[member.start - start : member.end - start])
+                for _ in range(2):
+                    if isinstance(content, BadImage):  # damaged on its way?
+                        self.api.tried_again[f"a damaged file ({content})"] += 1
+                        content = unpack(member, self.file.read_range(member.start, member.end,
+                                                                      cancelled))
+                yield samples[place], content
+                del content
             del data
 
-    def _member(self, row: int, span: memoryview | None = None,
-                cancelled: threading.Event | None = None) -> bytes:
-        """A member's content, checked; damaged bytes are fetched again, twice. BadImage."""
-        start, length = int(self.index.start[row]), int(self.index.length[row])
-        if span is None:
-            span = self.wire.read_range(start, start + length, cancelled)
-        for _ in range(2):
-            try:
-                return self._unpack(row, span)
-            except BadImage as error:
-                self.wire.tried_again[f"a damaged file ({error})"] += 1
-            span = self.wire.read_range(start, start + length, cancelled)
-        return self._unpack(row, span)
-
-    def _unpack(self, row: int, span: memoryview) -> bytes:
-        packed, full = int(self.index.packed[row]), int(self.index.full[row])
-        method = int(self.index.method[row])
-        if len(span) < 30 or bytes(span[:4]) != b"PK\3\4":
-            raise BadImage("no member of the archive begins there")
-        n_name, n_extra = struct.unpack_from("<HH", span, 26)
-        content = span[30 + n_name + n_extra :][:packed]
-        if len(content) < packed:
-            raise BadImage("cut short in the archive")
-        if method == 0:
-            data = bytes(content[: full + 1])
-        elif method == 8:
-            try:
-                data = zlib.decompressobj(-15).decompress(content, full + 1)
-            except zlib.error as error:
-                raise BadImage(f"damaged in the archive ({error})") from None
-        else:
-            raise BadImage("encrypted" if method == ENCRYPTED else f"packed by method {method}")
-        if len(data) > full:
-            raise BadImage(f"longer than the {full:,} bytes that the archive declares")
-        if len(data) < full or zlib.crc32(data) != int(self.index.crc[row]):
-            raise BadImage("its checksum is wrong")
-        return data
-
     def report(self) -> str:
-        """What went over the network so far, in one line or a few."""
-        traffic = self.wire.traffic
-        lines = [f"network   {traffic['bytes'] / 1e6:,.1f} MB in {traffic['requests']:,} requests "
-                 f"and {traffic['API calls']:,} API call{'s' * (traffic['API calls'] != 1)}"]
-        lines += [f"          tried again: {reason}, {times} times"
-                  for reason, times in self.wire.tried_again.most_common()]
-        return "\n".join(lines)
+        """Tell what went over the network so far, in one line or a few."""
+        traffic = self.api.traffic
+        return "\n".join([
+            f"network   {traffic['bytes'] / 1e6:,.1f} MB in {traffic['requests']:,} requests "
+            f"and {traffic['API calls']:,} API call{'s' * (traffic['API calls'] != 1)}",
+            *(f"          tried again: {reason}, {times} times"
+              for reason, times in self.api.tried_again.most_common())])
+
+
+def unpack(member: Member, span: memoryview) -> bytes | Exception:
+    """Return the content of a member from its bytes in the archive, or what is wrong with it."""
+    if member.method not in (0, 8):
+        return BadImage("encrypted" if member.method < 0 else f"packed by method {member.method}")
+    try:
+        content = span[30 + sum(struct.unpack_from("<HH", span, 26)) :][: member.packed]
+        data = bytes(content[: member.size + 1]) if member.method == 0 else (
+            zlib.decompressobj(-15).decompress(content, member.size + 1))
+    except (zlib.error, struct.error) as error:
+        return BadImage(f"damaged in the archive ({error})")
+    if len(data) > member.size:
+        return BadImage(f"longer than the {member.size:,} bytes that the archive declares")
+    return data if zlib.crc32(data) == member.crc else BadImage("its checksum is wrong")
 
 
 class KaggleFilesSource(KaggleSource):
-    """A Kaggle data set whose archive cannot be read by range: one call of the API for each file.
+    """A Kaggle data set whose archive is not given in parts: a call of the API for each file.
 
     Slower, and Kaggle limits the number of calls; for small sets.
     """
 
-    def list_files(self) -> list[str]:
-        from kagglesdk.datasets.types.dataset_api_service import ApiListDatasetFilesRequest
-
-        request = ApiListDatasetFilesRequest()
-        request.owner_slug, request.dataset_slug = self.wire.owner, self.wire.name
-        request.dataset_version_number, request.page_size = self.wire.version, 200
-        self.sizes: dict[str, int] = {}
-        while True:
-            page = self.wire.persist(lambda: self.wire.call("list_dataset_files", request), None)
-            self.sizes |= {f.name: f.total_bytes for f in page.dataset_files or []}
-            request.page_token = page.next_page_token
-            if not page.next_page_token:  # an empty page does not mean the end
-                return sorted(self.sizes)
-
-    def file_bytes(self, sample: Sample) -> int:
-        return self.sizes[sample.key]
-
     blocks = Source.blocks
+
+    def list_members(self) -> None:
+        token = ""
+        while True:
+            page = self.api.retry(NEVER, self.api.call, "list_dataset_files",
+                                  "ApiListDatasetFilesRequest", page_size=200, page_token=token)
+            for f in page.dataset_files or []:  # CHUNK: what `_download` holds beyond the file
+                self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, 0, 0)
+            if not (token := page.next_page_token):  # an empty page does not mean the end
+                return
 
     def digest(self, sample: Sample) -> bytes:
         raise OSError("not looked into: it would cost a call of the API")
 
-    def read_file(self, name: str) -> bytes:
-        if name not in self.sizes:
-            raise FileNotFoundError(errno.ENOENT, "not in the data set", name)
-        self._refuse_large(name, self.sizes[name])
-        return self.wire.download(name, self.sizes[name])
-
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
-        data: bytes | Exception
         for sample in samples:
             try:
-                data = self.wire.download(sample.key, self.file_bytes(sample), cancelled)
+                yield sample, self.api.retry(cancelled, self._download, sample.key)
             except BadImage as error:
-                data = error
-            yield sample, data
+                yield sample, error
 
-    def cost(self, samples: list[Sample]) -> int:
-        return sum(3 * self.file_bytes(s) + CHUNK for s in samples)  # also packed, and as a copy
+    def _download(self, name: str) -> bytes:
+        size = self.member(name).size
+        try:
+            answer = self.api.call("download_dataset", "ApiDownloadDatasetRequest", file_name=name)
+        except requests.HTTPError as error:
+            if error.response.status_code == 404:
+                raise BadImage("listed by Kaggle, but not there (404)") from None
+            raise
+        with answer:
+            data = answer.raw.read(size + CHUNK, decode_content=True)
+        self.api.traffic["bytes"] += len(data)
+        if data[:4] == b"PK\3\4" and not name.endswith(".zip"):  # Kaggle zips large files
+            try:
+                with zipfile.ZipFile(io.BytesIO(data)) as packed:
+                    data = packed.open(packed.infolist()[0]).read(size + 1)
+            except (zipfile.BadZipFile, zlib.error, RuntimeError, IndexError, EOFError):
+                raise BadImage("a zip file that cannot be unpacked") from None
+        if len(data) != size:
+            raise BadImage(f"{len(data):,} bytes long instead of {size:,} as listed")
+        return data
 
 
 def open_kaggle(spec: str) -> KaggleSource:
-    """The data set that kaggle:owner/name[/versions/N] names. UserError if it cannot be had."""
+    """Open the data set that kaggle:owner/name[/versions/N] names. UserError."""
     m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", spec)
     if not m:
         raise UserError(f"--data {spec}: wanted is kaggle:owner/name or "
                         "kaggle:owner/name/versions/N, as in kaggle.com/datasets/owner/name")
-    wire = Wire(spec, m[1], m[2], int(m[3]) if m[3] else None)
+    api = KaggleApi(spec, m[1], m[2], int(m[3]) if m[3] else None)
     try:
-        return KaggleSource(spec, wire)
+        return KaggleSource(api, RemoteFile(api))
     except RangeRefused:
         log.warning(f"kaggle    the archive of {m[1]}/{m[2]} is not given in parts: every file is "
                     "fetched by a call of its own, which is slow")
-        return KaggleFilesSource(spec, wire)
+        return KaggleFilesSource(api)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2094,81 +1954,3 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
         splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
                             f"{pairs[0][0]} and {pairs[0][1]}")
     return splits
-
-
-NO_KAGGLE_KEY = """no Kaggle credentials found. On kaggle.com: Settings, API, Create New Token. Then
-    export KAGGLE_API_TOKEN=your_token                          (the newer kind, one text)
-    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind)
-or put {{"username": "your_name", "key": "your_key"}} in {file} (chmod 600);
-in Colab add the same names under Secrets. Images of your own need no account: --data FOLDER"""
-
-
-def kaggle_credentials() -> dict[str, str]:
-    """{"api_token": ...} or {"username": ..., "password": ...}, as kagglesdk's client takes them.
-
-    Looked for in the order of the official client: access token (environment, files), then
-    KAGGLE_USERNAME and KAGGLE_KEY, each overriding that part of kaggle.json; then Colab's
-    secrets. UserError that says what to put where if there is none.
-    """
-    if not os.environ.get("KAGGLE_API_TOKEN", "unset").strip():
-        del os.environ["KAGGLE_API_TOKEN"]  # blank: the client would send it all the same
-    try:
-        from kagglesdk import get_access_token_from_env
-
-        token, _ = get_access_token_from_env()
-    except ImportError:
-        raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
-                        "pip install -U kaggle") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = type(error).__name__
-        raise UserError(f"the Kaggle access token cannot be read ({reason})") from None
-    if token and token.strip():
-        return _plain({"api_token": token.strip()})
-    file = kaggle_folder() / "kaggle.json"
-    found = {}
-    if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            found = {k: str(found[k]) for k in ("username", "key")}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f'{file}: wanted is {{"username": "your_name", "key": "your_key"}}; '
-                            "download it again from kaggle.com, Settings, API") from None
-    names = {"username": "KAGGLE_USERNAME", "key": "KAGGLE_KEY"}
-    found |= {k: os.environ[name] for k, name in names.items() if os.environ.get(name)}
-    if not found and "google.colab" in sys.modules:
-        if token := _colab_secret("KAGGLE_API_TOKEN"):
-            return _plain({"api_token": token})
-        found = {k: v for k, name in names.items() if (v := _colab_secret(name))}
-    if len(found) == 1:
-        missing = next(name for k, name in names.items() if k not in found)
-        raise UserError(f"Kaggle credentials: {missing} is missing beside its other half")
-    if not found:
-        raise UserError(NO_KAGGLE_KEY.format(file=file))
-    return _plain({"username": found["username"], "password": found["key"]})
-
-
-def _plain(credentials: dict[str, str]) -> dict[str, str]:
-    """The credentials, if an HTTP header can hold them."""
-    if not all(value.isascii() and value.isprintable() for value in credentials.values()):
-        raise UserError("the Kaggle credentials hold characters that no key has (typographic "
-                        "quotes?); copy them again from kaggle.com, Settings, API")
-    return credentials
-
-
-def kaggle_folder() -> Path:
-    """Where the Kaggle client keeps kaggle.json."""
-    if folder := os.environ.get("KAGGLE_CONFIG_DIR"):
-        return Path(folder)
-    home = Path.home() / ".kaggle"
-    if home.exists() or sys.platform != "linux":
-        return home
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
-
-
-def _colab_secret(name: str) -> str | None:
-    try:
-        from google.colab import userdata
-
-        return userdata.get(name).strip()
-    except Exception:  # not there, or this notebook has not been granted access to it
-        return None

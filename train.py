@@ -179,10 +179,10 @@ def process_memory() -> int:
 
 
 def progress(total: int, label: str, initial: int = 0, show: bool = True) -> tqdm:
-    """A progress bar over images; where nobody watches, a line now and then."""
+    """A progress bar over images; where nobody watches, a line every 15 seconds."""
+    pause = 0.2 if sys.stderr.isatty() else 15
     return tqdm(total=total, desc=label, initial=initial, unit=" images", leave=False,
-                mininterval=0.2 if sys.stderr.isatty() else 15, dynamic_ncols=True,
-                disable=not show)
+                mininterval=pause, delay=pause, dynamic_ncols=True, disable=not show)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -772,11 +772,11 @@ def in_groups(stream: Iterable[tuple[Tensor, Any]], size: int) -> Iterator[Tenso
         yield rest
 
 
+@on_screen()
 def train(config: Config) -> list[Path]:
     """Train what the configuration asks for; the run folders, as many as models times seeds."""
     try:
-        with on_screen():
-            return train_all(config)
+        return train_all(config)
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
         reason = first_line(error)[:200]
         if is_out_of_memory(error):
@@ -1097,7 +1097,9 @@ def start_wandb(config: Config, state: TrainingState, folder: Path) -> Any:
         state.wandb_id = there.id
         return there
     except Exception as error:  # whatever it is, training matters more
-        log.warning(f"wandb     cannot be used ({first_line(error)}): going on without it")
+        reason = "not installed: pip install wandb" if isinstance(error, ImportError) else (
+            first_line(error))
+        log.warning(f"wandb     cannot be used ({reason}): going on without it")
     return None
 
 
@@ -1116,6 +1118,7 @@ def send(wandb_run: Any, row: dict[str, float]) -> Any:
 # Whether training would work
 
 
+@on_screen()
 def check(config: Config) -> None:
     """Tell whether training with this configuration would work, and how long it would take.
 

@@ -114,7 +114,7 @@ def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     server.pauses = []
-    monkeypatch.setattr(data, "pause", lambda seconds, halt: server.pauses.append(seconds))
+    monkeypatch.setattr(data, "pause", lambda seconds, cancelled: server.pauses.append(seconds))
     yield server
     server.closing.set()
     server.shutdown()

@@ -28,13 +28,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from config import Config, UserError, kaggle_credentials
+from config import Config, UserError
 from data import (
     NORMAL,
     FolderSource,
     ImageStream,
     KaggleFilesSource,
     create_dataloaders,
+    kaggle_credentials,
     open_source,
     split_for_training,
 )
@@ -225,7 +226,7 @@ def test_zip64_archives_of_many_gigabytes_are_read(kaggle: StandIn) -> None:
     source = open_spec()
     last = source.samples[-1]
     assert source.read(last) == nih._member(nih.images - 1)[30 + len(nih.names[0]) :]
-    assert source.size_of(last) == 375_000
+    assert source.file_bytes(last) == 375_000
 
 
 def test_names_beyond_ascii_and_a_comment_are_understood(kaggle: StandIn) -> None:
@@ -326,7 +327,7 @@ def test_a_passing_fault_loses_nothing_and_is_counted(
     assert order == list(range(40))
     assert all(np.array_equal(pixels[i, 0], np.asarray(Image.open(io.BytesIO(png(i)))))
                for i in range(40))
-    assert source.wire.tried_again and not server.faults
+    assert source.api.tried_again and not server.faults
     assert fault != "expire" or server.calls["api"] in (2, 3)
     assert "tried again" in source.report()
 
@@ -337,7 +338,7 @@ def test_a_dropped_connection_goes_on_where_it_broke(
     server, source = faulty
     server.ranges.clear()
     server.faults.append("drop")
-    source.wire.read_range(0, 8000)
+    source.file.read_range(0, 8000)
     assert server.ranges == [(0, 8000), (4000, 8000)]
 
 
@@ -394,7 +395,7 @@ def test_a_whole_archive_sent_for_a_range_is_not_read(kaggle: StandIn) -> None:
     kaggle.faults.append("whole")
     source.read(source.samples[0])
     assert kaggle.whole_sent - before < 16 << 20 < nih.size  # what sockets buffer, no more
-    assert source.wire.traffic["bytes"] < 2 << 20
+    assert source.api.traffic["bytes"] < 2 << 20
 
 
 def test_more_than_the_range_that_was_asked_for_does_no_harm(
@@ -403,7 +404,7 @@ def test_more_than_the_range_that_was_asked_for_does_no_harm(
     server, source = faulty
     server.faults.append("long")
     archive = server.archives["someone/xrays"]
-    assert bytes(source.wire.read_range(100, 900)) == archive.data[100:900]
+    assert bytes(source.file.read_range(100, 900)) == archive.data[100:900]
 
 
 def test_a_server_that_takes_the_last_bytes_for_the_first_is_asked_for_files(
@@ -631,7 +632,7 @@ def test_whatever_passing_faults_come_nothing_is_lost_unnamed(kaggle: StandIn, s
     there = [i for i, p in enumerate(wanted[0]) if source.samples[p].key not in stream.bad]
     assert order == [wanted[0][i] for i in there] and np.array_equal(pixels, wanted[1][there])
     assert set(stream.bad.values()) <= {"its checksum is wrong"} and len(stream.bad) < 30
-    assert source.wire.tried_again.total() > 3 and stream.memory.whole.peak <= limit
+    assert source.api.tried_again.total() > 3 and stream.memory.whole.peak <= limit
 
 
 @pytest.mark.drill

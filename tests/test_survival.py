@@ -1,5 +1,6 @@
 """A run that cannot be lost: signals, kills, damage, memory, several processes, W&B."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -10,8 +11,6 @@ import signal
 import subprocess
 import sys
 import types
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,23 +18,16 @@ import torch
 from conftest import tiny, write_image
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
 from test_kaggle import SPEC, png, server_environment
-from test_train import interrupt_at, log_of, same_state, without_timings
+from test_train import log_of, same_state, without_timings
 
 import train as train_module
 from config import Config, UserError
 from data import create_dataloaders
 from evaluate import evaluate, load_run
-from train import (
-    Ranks,
-    Stop,
-    choose_precision,
-    claimed,
-    load_checkpoint,
-    save_checkpoint,
-    train,
-)
+from models import Setup, choose_precision
+from train import Signals, claimed, load_checkpoint, save_checkpoint, train
 
-ROOT = Path(__file__).parent.parent
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -96,7 +88,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("number", "code"), [
-    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.drill), (signal.SIGINT, 130)])
+    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.drill), (signal.SIGINT, 130),
+    (signal.SIGHUP, 129)])
 def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     tmp_path: Path, straight: Path, number: int, code: int
 ) -> None:
@@ -106,9 +99,8 @@ def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     program.send_signal(number)
     _, errors = program.communicate(timeout=60)
     assert program.returncode == code and "Traceback" not in errors
-    assert re.fullmatch(r"train.py: ended as asked, and saved; go on with: \S*python\S* train.py "
-                        rf"--model unet --output-dir '{tmp_path / 'a b'}' --resume",
-                        errors.strip().splitlines()[-1])
+    assert errors.strip().splitlines()[-1].startswith(
+        "train.py: ended as asked, and saved; go on with the same command and --resume")
     state = load_checkpoint(tmp_path / "a b/unet/last.pt")
     assert 4 <= state["step"] < 32 and state["step"] == 4 * state["epoch"] + state["batch"]
     resumed, = train(dataclasses.replace(config, resume="auto"))
@@ -213,29 +205,21 @@ DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"",
           b[-len(b) // 2 + 1 :]}
 
 
-def test_a_step_back_after_bad_losses_is_the_same_with_an_interruption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(
+    tmp_path: Path, straight: Path, capsys: pytest.CaptureFixture, name: str, kind: str
 ) -> None:
-    real = train_module.objective_loss
-
-    def run(folder: Path, stop: int | None) -> Path:
-        calls = [0]
-
-        def objective_loss(net: object, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            calls[0] += net.training
-            return real(net, x, y) * (float("nan") if net.training and 11 <= calls[0] <= 13 else 1)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train_module, "objective_loss", objective_loss)
-            config = tiny(folder, epochs=5, micro_batch=16)
-            if stop is not None:
-                stop_after(patch, stop)
-                with pytest.raises(KeyboardInterrupt):
-                    train(config)
-                config = dataclasses.replace(config, resume="auto")
-            return train(config)[0]
-
-    assert_same_run(run(tmp_path / "whole", None), run(tmp_path / "part", 9))
+    folder = tmp_path / "unet"
+    shutil.copytree(straight, folder)
+    (folder / name).write_bytes(DAMAGE[kind]((folder / name).read_bytes()))
+    before = {n: (folder / n).read_bytes() for n in ("last.pt", "best.pt", "log.csv")}
+    with pytest.raises(UserError, match=rf"{name}: not a readable checkpoint"):
+        train(tiny(tmp_path, epochs=9, resume="auto"))
+    train(tiny(tmp_path, epochs=8, reuse=name == "best.pt"))
+    assert f"moved to {tmp_path / 'unet.1'}" in capsys.readouterr().out
+    assert {n: (tmp_path / "unet.1" / n).read_bytes() for n in before} == before
+    assert_same_run(folder, straight)
 
 
 def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a_stop(
@@ -245,7 +229,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a
     for i in range(100):
         write_image(films / "normal" / f"{i:03d}.png", i, (32, 32))
     settings = {"data": str(films), "samples": 60, "batch_size": 2, "epochs": 2}
-    stream = create_dataloaders(tiny(tmp_path, **settings)).train.dataset
+    stream = create_dataloaders(tiny(tmp_path, **settings)).train
     stream.set_epoch(0)
     batch = [p.tolist() for _, p in stream][3]
     for position in batch:
@@ -260,43 +244,6 @@ def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a
     assert load_checkpoint(whole / "last.pt")["step"] < 60  # one step less in the first epoch
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture, kind: str
-) -> None:
-    monkeypatch.setattr(train_module, "validate", interrupt_at(4))
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny(tmp_path, epochs=8))
-    monkeypatch.undo()
-    last, best = (tmp_path / "unet" / name for name in ("last.pt", "best.pt"))
-    last.write_bytes(DAMAGE[kind](last.read_bytes()))
-    with pytest.raises(UserError, match=rf"the one before it: --resume {last.parent}/previous.pt"):
-        train(tiny(tmp_path, epochs=8, resume=str(last)))
-    capsys.readouterr()
-    folder, = train(tiny(tmp_path, epochs=8, resume="auto"))
-    printed = capsys.readouterr().out
-    assert f"damaged   {last}: not a readable checkpoint" in printed
-    assert f"resume    {folder}/previous.pt, after epoch 2, step 8" in printed
-    assert_same_run(folder, straight)
-    for name in ("last.pt", "previous.pt"):
-        (folder / name).write_bytes(b"")
-    before = best.read_bytes()
-    with pytest.raises(UserError, match="no checkpoint in it is whole"):
-        train(tiny(tmp_path, epochs=9, resume="auto"))
-    assert best.read_bytes() == before
-
-
-def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(
-    tmp_path: Path, straight: Path
-) -> None:
-    copy = tmp_path / "unet"
-    shutil.copytree(straight, copy)
-    os.replace(copy / "last.pt", copy / "previous.pt")
-    folder, = train(tiny(tmp_path, epochs=8, resume="auto"))
-    assert_same_run(folder, straight)
-
-
 def test_a_file_that_may_not_grow_ends_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path
 ) -> None:
@@ -305,7 +252,7 @@ def test_a_file_that_may_not_grow_ends_the_run_and_keeps_the_last_checkpoint(
     program = start(tiny(tmp_path, epochs=3), "--resume", limit=200_000)
     _, errors = program.communicate(timeout=100)
     assert program.returncode == 2 and len(errors.strip().splitlines()) == 1
-    assert "cannot be written" in errors and "make room and go on with --resume" in errors
+    assert "cannot be written" in errors and "go on with --resume" in errors
     assert {n: (folder / n).read_bytes() for n in kept} == kept
     assert not list(folder.glob("*.tmp"))
 
@@ -348,7 +295,7 @@ def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, model: str
 ) -> None:
     config = tiny(tmp_path / "whole", model=model, data="synthetic", epochs=5, augment=False,
-                  dropout=0.0)
+                  dropout=0.0, micro_batch=16)
     whole, = train(config)
     real, calls = train_module.objective_loss, []
 
@@ -362,7 +309,7 @@ def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
     monkeypatch.setattr(train_module, "objective_loss", objective_loss)
     capsys.readouterr()
     split, = train(dataclasses.replace(config, output_dir=str(tmp_path / "split")))
-    assert capsys.readouterr().out.count("8 images are taken at a time from now on") == 1
+    assert capsys.readouterr().out.count("8 images at a time from now on") == 1
     a, b = log_of(whole), log_of(split)
     assert [r["step"] for r in a] == [r["step"] for r in b]  # the same batches
     # BatchNorm sees 8 images at a time instead of 16: nearly the same, not the same.
@@ -373,80 +320,24 @@ def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
 def test_out_of_memory_with_a_single_image_says_what_would_take_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = train_module.objective_loss, []
+    calls = []
 
     def train_loss(net: object, inputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         calls.append(len(images))
-        if len(calls) > 2:  # the first two are the probe's
-            raise MemoryError
-        return real(net, inputs, images)
+        raise MemoryError
 
     monkeypatch.setattr(train_module, "objective_loss", train_loss)
     with pytest.raises(UserError, match=r"a single image; try a smaller --width or --image-size"):
         train(tiny(tmp_path, batch_size=4))
-    assert calls == [2, 3, 4, 2, 1]
+    assert calls == [4, 2, 1]
 
 
-def scarce(monkeypatch: pytest.MonkeyPatch, images: float) -> list[int]:
-    """Let the machine have memory for so many images; the probes made."""
-    probes: list[int] = []
-
-    def need(*_: object) -> Callable[[int], float]:
-        probes.append(1)
-        return lambda count: count * 1e12
-
-    monkeypatch.setattr(train_module, "memory_of_a_step", need)
-    monkeypatch.setattr(train_module, "free_memory", lambda device: images / 0.9 * 1e12 + 1e10)
-    return probes
-
-
-def test_a_batch_too_large_for_memory_is_taken_in_parts_from_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    probes = scarce(monkeypatch, 5)
-    monkeypatch.setattr(train_module, "validate", interrupt_at(2))
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny(tmp_path))
-    assert "of 16 images 4 are taken at a time, their gradients added up" in capsys.readouterr().out
-    monkeypatch.undo()
-    probes = scarce(monkeypatch, 100)
-    folder, = train(tiny(tmp_path, resume="auto"))
-    assert load_checkpoint(folder / "last.pt")["micro_batch"] == 4 and not probes
-    assert [r["step"] for r in log_of(folder)] == ["4", "8"]
-
-
-def test_on_a_cpu_a_large_step_is_taken_in_parts_of_eight_images_at_least() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    parts, huge = train_module.parts_that_fit, int(1e15)
-    for image, batch, expected in ((1e7, 32, 32), (1e8, 32, 16), (1e8, 24, 24), (1e8, 25, 13),
-                                   (1e9, 32, 8), (1e9, 6, 6), (1e9, 15, 15), (1e9, 23, 12)):
-        def need(count: int, image: float = image) -> int:
-            return int(image * count)
-
-        assert parts(batch, need, huge, cpu) == parts(batch, need, None, cpu) == expected
-        assert parts(batch, need, huge, gpu) == batch
-    assert parts(32, lambda count: count * 10**9, 3 * 10**9, cpu) == 2  # when memory is short
-
-
-def test_an_automatic_batch_is_the_largest_power_of_two_that_fits_and_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scarce(monkeypatch, 11)
-    settings = {"batch_size": None, "data": "synthetic", "samples": 260}
-    folder, = train(tiny(tmp_path, epochs=1, **settings))
-    state = load_checkpoint(folder / "last.pt")
-    assert state["config"]["batch_size"] == 8 and state["step"] == 32
-    scarce(monkeypatch, 70)
-    train(tiny(tmp_path, epochs=2, resume="auto", **settings))
-    assert load_checkpoint(folder / "last.pt")["step"] == 64
-
-
-def test_an_automatic_batch_leaves_steps_enough_for_an_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scarce(monkeypatch, 1e6)
-    folder, = train(tiny(tmp_path, data="synthetic", batch_size=None, epochs=1, samples=200))
-    assert load_checkpoint(folder / "last.pt")["config"]["batch_size"] == 8  # of 200 / 16
+def test_a_batch_is_taken_in_parts_of_eight_on_a_cpu_and_whole_elsewhere(tmp_path: Path) -> None:
+    config = tiny(tmp_path, batch_size=24)
+    for setup, asked, parts in ((Setup(CPU), None, 8), (Setup(CPU, world=4), None, 6),
+                                (Setup(torch.device("meta")), None, 24), (Setup(CPU), 24, 24)):
+        state = train_module.new_state(dataclasses.replace(config, micro_batch=asked), setup)
+        assert state.micro_batch == parts
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -497,62 +388,13 @@ def test_validation_takes_no_more_images_at_a_time_than_training(
 
 
 def test_calibration_depends_on_neither_batch_nor_parts(tmp_path: Path) -> None:
-    config, device = tiny(tmp_path, samples=61, precision="fp32"), torch.device("cpu")
-    model = train_module.start_run(config, device, "fp32").model
+    config, setup = tiny(tmp_path, samples=61), Setup(CPU)
+    model = train_module.new_state(config, setup).model
     states = []
     for batch_size in (16, 3):
         loaders = create_dataloaders(dataclasses.replace(config, batch_size=batch_size))
-        states.append(train_module.calibrate(model, loaders, device, "fp32").state_dict())
+        states.append(train_module.calibrate(model, loaders, setup).state_dict())
     assert states[0]["count"] == 61 and same_state(*states)
-
-
-def test_the_probe_measures_what_grows_with_the_batch_and_changes_nothing(tmp_path: Path) -> None:
-    device = torch.device("cpu")
-    config = tiny(tmp_path, image_size=64, width=8)
-    run = train_module.start_run(config, device, "fp32")
-    before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    need = train_module.memory_of_a_step(run, config, device, "fp32")
-    assert same_state(before, dict(run.model.state_dict()))
-    # The first level alone keeps more than eight maps of 8 channels of 64x64 for each image.
-    image = need(11) - need(10)
-    assert image > 8 * 8 * 64 * 64 * 4
-    larger = dataclasses.replace(config, image_size=128)
-    run = train_module.start_run(larger, device, "fp32")
-    other = train_module.memory_of_a_step(run, larger, device, "fp32")
-    assert other(11) - other(10) == pytest.approx(4 * image, rel=0.1)
-
-
-def test_nothing_of_the_probe_stays_in_memory(tmp_path: Path) -> None:
-    device = torch.device("cpu")
-    config = tiny(tmp_path)
-    run = train_module.start_run(config, device, "fp32")
-    made: list[weakref.ref] = []
-    for layer in run.model.modules():
-        layer.register_forward_hook(lambda _, __, result: made.append(weakref.ref(result)))
-    train_module.memory_of_a_step(run, config, device, "fp32")
-    assert len(made) > 100 and not [r for r in made if r() is not None]
-
-
-def test_gradients_of_a_step_in_parts_stay_where_they_are(tmp_path: Path) -> None:
-    device, ranks = torch.device("cpu"), train_module.Ranks()
-    config = tiny(tmp_path)
-    run = train_module.start_run(config, device, "fp32")
-    run.micro_batch = 8
-    places = []
-    for _ in range(3):
-        images = torch.randint(256, (16, 1, 32, 32), dtype=torch.uint8)
-        train_module.train_step(run, train_module.Objective(run.model), images, config, 16, device,
-                                "fp32", ranks)
-        places.append([p.grad.data_ptr() for p in run.model.parameters() if p.grad is not None])
-    assert len(places[0]) > 20 and places[0] == places[1] == places[2]
-
-
-def test_short_memory_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(train_module, "system_memory", lambda: (10 << 30, 200 << 20))
-    train(tiny(tmp_path, epochs=1, batch_size=2, micro_batch=2))
-    assert capsys.readouterr().out.count("0.2 of 10.0 GB of memory are left") == 1
 
 
 # ----------------------------------------------------------------------------------------------
@@ -568,27 +410,26 @@ import models, train
 from config import Config
 torch.set_num_threads(1)
 models.SKIP_FREE_SHARE = 1.0  # a quarter of each slice would be other images than of the whole
-ranks, device = train.Ranks(), torch.device("cpu")
-ranks.meet(device)
+setup = train.join_processes(Config(device="cpu"))
 images = torch.randint(256, (7, 1, 32, 32), dtype=torch.uint8,
                        generator=torch.Generator().manual_seed(0))
 results = {{}}
 for model, micro in (("unet", 7), ("reversed_ae", 2)):
     config = Config(width=4, image_size=32, latent_dim=8, dropout=0.0, objective="denoise",
                     model=model, optimizer="sgd")
-    run = train.start_run(config, device, "fp32")
-    run.model.eval()  # BatchNorm by its running statistics: the same for every slice
-    run.micro_batch = micro
-    objective = train.Objective(run.model)
-    if ranks.world > 1:
+    state = train.new_state(config, setup)
+    state.model.eval()  # BatchNorm by its running statistics: the same for every slice
+    state.micro_batch = micro
+    objective = train.Objective(state.model)
+    if setup.world > 1:
         objective = DistributedDataParallel(objective)
-    mine = images.tensor_split(ranks.world)[ranks.rank]
-    loss, _ = train.train_step(run, objective, mine, config, 7, device, "fp32", ranks)
-    results[model] = {{"loss": loss, "grads": [p.grad for p in run.model.parameters()],
-                       "weights": [p.detach() for p in run.model.parameters()]}}
-if ranks.rank == 0:
+    mine = images.tensor_split(setup.world)[setup.rank]
+    loss, _ = train.train_step(state, objective, mine, config, 7, setup)
+    results[model] = {{"loss": loss, "grads": [p.grad for p in state.model.parameters()],
+                       "weights": [p.detach() for p in state.model.parameters()]}}
+if setup.rank == 0:
     torch.save(results, sys.argv[1])
-if ranks.world > 1:
+if setup.world > 1:
     dist.destroy_process_group()
     os._exit(0)  # as train.py does
 """
@@ -632,7 +473,7 @@ def test_two_processes_train_validate_and_resume_together(tmp_path: Path) -> Non
     program.send_signal(signal.SIGTERM)
     _, errors = program.communicate(timeout=120)
     assert program.returncode != 0
-    assert "go on with: torchrun --nproc_per_node=2 train.py --model unet" in errors
+    assert "go on with the same command and --resume" in errors
     state = load_checkpoint(tmp_path / "part/unet/last.pt")
     assert 4 <= state["step"] < 12
     program = start(part, "--resume", launcher=TWO)
@@ -696,20 +537,17 @@ def test_a_process_that_dies_ends_the_run_and_leaves_its_checkpoint(tmp_path: Pa
     assert program.communicate(timeout=120) and program.returncode == 0
 
 
-def test_the_launchers_signal_does_not_silence_a_process_that_another_has_left(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_launchers_signal_does_not_silence_a_process_that_another_has_left() -> None:
     """torchrun sends SIGTERM to the others as soon as one has died."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
-    def leave(world: str) -> bool:
-        monkeypatch.setenv("WORLD_SIZE", world)
-        with pytest.raises(RuntimeError), Stop(Ranks(), lambda: None, ""):
+    def leave(world: int) -> bool:
+        with pytest.raises(RuntimeError), Signals(Setup(CPU, world=world)):
             raise RuntimeError("gloo: connection closed by peer")
         return (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
     try:
-        assert leave("1") and not leave("2")
+        assert leave(1) and not leave(2)
         os.kill(os.getpid(), signal.SIGTERM)  # is only noted: this line is passed
     finally:
         signal.signal(signal.SIGTERM, before[0])
@@ -747,7 +585,7 @@ def test_a_run_goes_on_where_its_data_has_another_place_and_no_other_content(
     assert load_checkpoint(folder / "last.pt")["epoch"] == 2
     write_image(one / "normal" / "0.png")
     shutil.copytree(xrays, one, dirs_exist_ok=True)
-    with pytest.raises(UserError, match=f"other settings: --data was '{two}', is '{one}'$"):
+    with pytest.raises(UserError, match=f"cannot be resumed: --data was '{two}', is '{one}'$"):
         train(dataclasses.replace(moved, data=str(one), resume="auto", epochs=3))
     write_image(two / "normal" / "0.png")
     with pytest.raises(UserError, match=f"the images in {two} have changed since$"):
@@ -774,21 +612,9 @@ def test_a_run_without_its_best_weights_is_trained_anew_and_not_resumed(
         train(tiny(tmp_path, resume="auto", epochs=2))
     capsys.readouterr()
     train(tiny(tmp_path, reuse=True, epochs=1))
-    assert "best.pt: there is no checkpoint there: not reused" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search("best.pt: there is no checkpoint there.* not reused", said)
     assert (folder / "best.pt").exists() and (tmp_path / "unet.1/last.pt").exists()
-
-
-def test_a_compiler_that_does_not_work_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch._dynamo.exc import InternalTorchDynamoError
-
-    def broken(*arguments: object) -> None:
-        raise InternalTorchDynamoError("backend='inductor' raised:\nno C compiler found\n")
-
-    monkeypatch.setattr(train_module, "train_all", broken)
-    with pytest.raises(UserError, match=r"^--compile does not work here .*no C compiler[^\n]*$"):
-        train(tiny(tmp_path))
 
 
 def test_a_world_size_without_a_launcher_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -796,13 +622,13 @@ def test_a_world_size_without_a_launcher_is_one_line(monkeypatch: pytest.MonkeyP
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"WORLD_SIZE is 4.*start it with torchrun, or unset"):
-        Ranks().meet(torch.device("cpu"))
+        train_module.join_processes(Config(device="cpu"))
 
 
 def test_fp16_on_an_apple_gpu_is_refused_where_its_scaler_would_fail(
     monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "autocast", lambda *_: None)
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(torch, "__version__", "2.7.1")
     with pytest.raises(UserError, match=r"--precision fp16: not on mps with PyTorch 2\.7\.1"):
         choose_precision("fp16", torch.device("mps"))
@@ -814,8 +640,6 @@ def test_fewer_images_than_processes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(Ranks, "meet", lambda self, device: device)
-    monkeypatch.setattr(Ranks, "_reduce", lambda self, value, how: value)
     with pytest.raises(UserError, match="--batch-size 2: fewer images than the 3 processes"):
         train(tiny(tmp_path, batch_size=2))
 
@@ -842,10 +666,6 @@ class FakeWandb(types.ModuleType):
         if self.broken == what:
             raise ConnectionError("the network is dead")
 
-    def login(self, verify: bool) -> bool:
-        self._maybe_break("login")
-        return verify
-
     def init(self, **how: object) -> "FakeWandb":
         assert os.environ["WANDB_API_KEY"], "it would ask for a key, and wait"
         self._maybe_break("init")
@@ -861,15 +681,12 @@ class FakeWandb(types.ModuleType):
         self._maybe_break("finish")
         self.finished += 1
 
-    def Settings(self) -> types.SimpleNamespace:
-        return types.SimpleNamespace(base_url="https://wandb.example")
-
-    def Image(self, path: str) -> str:
-        return path
+    @property
+    def api(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(api_key=os.environ.get("WANDB_API_KEY"))
 
 
-@pytest.mark.curves
-def test_wandb_gets_the_rows_of_the_csv_and_the_curves_and_a_resumed_run_goes_on_there(
+def test_wandb_gets_the_rows_of_the_csv_and_a_resumed_run_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeWandb()
@@ -877,10 +694,7 @@ def test_wandb_gets_the_rows_of_the_csv_and_the_curves_and_a_resumed_run_goes_on
     monkeypatch.setenv("WANDB_API_KEY", "key")
     train(tiny(tmp_path, wandb=True, wandb_project="films", epochs=1))
     folder, = train(tiny(tmp_path, wandb=True, epochs=2, resume="auto"))
-    rows = [{k: str(v) for k, v in row.items()} for row in fake.rows if "epoch" in row]
-    assert rows == log_of(folder)
-    assert [r for r in fake.rows if "epoch" not in r] == [
-        {"curves": str(folder / "curves.png")}] * 2
+    assert [{k: str(v) for k, v in row.items()} for row in fake.rows] == log_of(folder)
     assert fake.ids == [None, "abc123"] and fake.finished == 2 and fake.project == "imgae-dx"
     train(tiny(tmp_path / "off", epochs=1))
     assert len(fake.ids) == 2  # never unasked
@@ -902,29 +716,24 @@ def test_wandb_never_stops_training(
     assert (folder / "curves.png").exists()
 
 
-def test_a_large_checkpoint_is_written_at_most_once_a_minute(
+def test_a_checkpoint_is_written_after_every_epoch_and_as_often_as_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, saved = train_module.save_checkpoint, []
-    monkeypatch.setattr(train_module, "save_checkpoint", lambda state, path, *rest: (
-        saved.append(path.name), real(state, path, *rest)))
-    monkeypatch.setattr(train_module, "LARGE_FILE", 0)
-    train(tiny(tmp_path / "large", epochs=3, checkpoint_minutes=0.0))
-    assert saved.count("last.pt") == 2  # after the first step, and at the end
+    monkeypatch.setattr(train_module, "save_checkpoint", lambda state, path: (
+        saved.append(path.name), real(state, path)))
+    train(tiny(tmp_path / "seldom", epochs=3))
+    assert saved.count("last.pt") == 3
     saved.clear()
-    monkeypatch.undo()
-    monkeypatch.setattr(train_module, "save_checkpoint", lambda state, path, *rest: (
-        saved.append(path.name), real(state, path, *rest)))
-    train(tiny(tmp_path / "small", epochs=3, checkpoint_minutes=0.0))
+    train(tiny(tmp_path / "often", epochs=3, checkpoint_minutes=0.0))
     assert saved.count("last.pt") == 15  # after each of 12 steps, and after each epoch
 
 
-def test_a_save_that_fails_half_way_leaves_both_checkpoints(
+def test_a_save_that_fails_half_way_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
-    for number in (1, 2):
-        save_checkpoint({"a": number}, last, previous)
+    last = tmp_path / "last.pt"
+    save_checkpoint({"a": 1}, last)
 
     def half(state: dict, file: object) -> None:
         file.write(b"half")
@@ -932,7 +741,6 @@ def test_a_save_that_fails_half_way_leaves_both_checkpoints(
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be written"):
         patch.setattr(torch, "save", half)
-        save_checkpoint({"a": 3}, last, previous)
-    assert sorted(tmp_path.iterdir()) == [last, previous]
-    assert torch.load(last, weights_only=True) == {"a": 2}
-    assert torch.load(previous, weights_only=True) == {"a": 1}
+        save_checkpoint({"a": 2}, last)
+    assert list(tmp_path.iterdir()) == [last]
+    assert torch.load(last, weights_only=True) == {"a": 1}
