@@ -446,7 +446,7 @@ def draw_evenly(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 
 @dataclass
-class Tested:
+class Result:
     """A run, what it is tested on, and what came of it. Arrays have one entry an image."""
 
     run: TrainedRun
@@ -494,9 +494,9 @@ class Tested:
 
 
 def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int | None,
-               scorer: str) -> list[Tested]:
+               scorer: str) -> list[Result]:
     """What each run will be tested on; UserError if that is not the same for all."""
-    plans: list[Tested] = []
+    plans: list[Result] = []
     opened: dict[tuple, Source] = {}
     for run in runs:
         config = run.config if data is None else replace(run.config, data=data, samples=None)
@@ -520,7 +520,7 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
                 (s.key, s.patient, s.label) for s in plans[0].samples]:
             raise UserError(f"{run.folder} and {runs[0].folder} cannot be compared: their test "
                             "images differ; name common data with --data, or the runs to compare")
-        plans.append(Tested(run, source, samples, scorer, split, external))
+        plans.append(Result(run, source, samples, scorer, split, external))
     return plans
 
 
@@ -535,46 +535,46 @@ def training_reference(run: TrainedRun, source: Source) -> np.ndarray:
     return np.concatenate(found)
 
 
-def score_samples(t: Tested, trivial: TrivialScores | None = None) -> None:
+def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     """Score the images with every scorer, and note which of them could be read."""
     # Several batches of READ_AT_ONCE, so that what is read twice fills some; fewer of large images.
-    several = max(1, min(8, 8 * 128**2 // t.run.config.image_size**2))
-    stream = t.run.stream(t.source, t.samples, several * READ_AT_ONCE, stop_on_bad=True)
+    several = max(1, min(8, 8 * 128**2 // r.run.config.image_size**2))
+    stream = r.run.stream(r.source, r.samples, several * READ_AT_ONCE, stop_on_bad=True)
     found: list[dict[str, Tensor]] = []
     baselines: list[dict[str, np.ndarray]] = []
     order: list[int] = []
     pixels = np.zeros((2, len(PIXEL_BOUNDS) - 1))  # how many outside, and inside of lesions
     # Inside, the weights that autocast has cast are kept, instead of being cast for each batch
     # anew: of the full-sized Reversed AE these are 270 million numbers.
-    with (train.progress(len(t.samples), f"scoring with {t.run.name}") as bar,
-          t.run.setup.autocast(), models.no_autocast(t.run.setup.device)):
+    with (train.progress(len(r.samples), f"scoring with {r.run.name}") as bar,
+          r.run.setup.autocast(), models.no_autocast(r.run.setup.device)):
         for images, positions in stream:
-            _, scores, maps = t.run.score(images, t.scorer)
+            _, scores, maps = r.run.score(images, r.scorer)
             found.append(scores)
             baselines.append(trivial(images.numpy()) if trivial else {})
             for map_, i in zip(maps[:, 0].cpu().numpy(), positions.tolist(), strict=True):
-                mask = t.mask(t.samples[i])
+                mask = r.mask(r.samples[i])
                 if mask is not None and mask.any():
                     energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
-                    t.located.append((peak_in_lesion(map_, mask), energy, float(mask.mean())))
-                if mask is not None and not t.source.boxes:  # a box holds much besides its lesion
+                    r.located.append((peak_in_lesion(map_, mask), energy, float(mask.mean())))
+                if mask is not None and not r.source.boxes:  # a box holds much besides its lesion
                     for row, values in zip(pixels, (map_[~mask], map_[mask]), strict=True):
                         row += np.histogram(values.clip(0), PIXEL_BOUNDS)[0]
             order += positions.tolist()
             bar.update(len(images))
     if not order:
-        raise UserError(f"--data {t.source.spec}: none of the {len(t.samples)} images could be "
+        raise UserError(f"--data {r.source.spec}: none of the {len(r.samples)} images could be "
                         "read")
-    t.samples, t.bad, t.pixel_auroc = [t.samples[i] for i in order], stream.bad, pixel_auroc(pixels)
-    t.scored = {k: torch.cat([scores[k] for scores in found]).numpy() for k in SCORERS}
-    if not all(np.isfinite(v).all() for v in t.scored.values()):
-        raise UserError(f"{t.run.folder}: its scores are not finite numbers; train it again")
+    r.samples, r.bad, r.pixel_auroc = [r.samples[i] for i in order], stream.bad, pixel_auroc(pixels)
+    r.scored = {k: torch.cat([scores[k] for scores in found]).numpy() for k in SCORERS}
+    if not all(np.isfinite(v).all() for v in r.scored.values()):
+        raise UserError(f"{r.run.folder}: its scores are not finite numbers; train it again")
     if trivial:
-        t.trivial = {k: np.concatenate([b[k] for b in baselines]) for k in baselines[0]}
-        t.trivial["haze"] = t.scored["haze"]  # no model has a part in it
-        is_ap = np.array([s.view.startswith("AP") for s in t.samples], dtype=float)
+        r.trivial = {k: np.concatenate([b[k] for b in baselines]) for k in baselines[0]}
+        r.trivial["haze"] = r.scored["haze"]  # no model has a part in it
+        is_ap = np.array([s.view.startswith("AP") for s in r.samples], dtype=float)
         if 0 < is_ap.sum() < len(is_ap):
-            t.trivial["is it an AP view"] = is_ap
+            r.trivial["is it an AP view"] = is_ap
 
 
 def pixel_auroc(counts: np.ndarray) -> float | None:
@@ -594,11 +594,11 @@ def peak_in_lesion(map_: np.ndarray, mask: np.ndarray) -> bool:
     return bool((np.square(rows - y) + np.square(columns - x)).min() <= reach**2)
 
 
-def measure(t: Tested, scorer: str, weights: np.ndarray) -> dict[str, Any]:
+def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
     """The metrics of one run with one scorer; None where the labels do not allow a figure."""
-    scores, labels, normal = t.scored[scorer], t.labels, t.run.scorer.normal_scores[scorer]
+    scores, labels, normal = r.scored[scorer], r.labels, r.run.scorer.normal_scores[scorer]
     sick, well = scores[labels == ABNORMAL], scores[labels == NORMAL]
-    threshold90, threshold95 = (t.run.scorer.threshold(scorer, s) for s in (0.90, 0.95))
+    threshold90, threshold95 = (r.run.scorer.threshold(scorer, s) for s in (0.90, 0.95))
     result: dict[str, Any] = {
         "auroc": None, "auroc_ci": None, "average_precision": None, "average_precision_ci": None,
         "sensitivity_at_90_specificity": float((sick > threshold90).mean()) if len(sick) else None,
@@ -606,7 +606,7 @@ def measure(t: Tested, scorer: str, weights: np.ndarray) -> dict[str, Any]:
         "threshold": threshold95,
         "specificity_at_threshold": None, "specificity_ci": None, "specificity_chance": None,
         "n_normal": len(well), "n_abnormal": len(sick),
-        "n_patients": len({s.patient for s in t.samples}), "n_validation_normals": len(normal),
+        "n_patients": len({s.patient for s in r.samples}), "n_validation_normals": len(normal),
         "score_mean_normal": float(well.mean()) if len(well) else None,
         "score_mean_abnormal": float(sick.mean()) if len(sick) else None,
     }
@@ -623,14 +623,14 @@ def measure(t: Tested, scorer: str, weights: np.ndarray) -> dict[str, Any]:
         drawn = bootstrap(scores, labels, weights)
         for name, value, values in zip(("auroc", "average_precision"), once, drawn, strict=True):
             result |= {name: float(value), f"{name}_ci": interval(values)}
-        result |= {f"auroc_by_{kind}": by_group(t, scores, kind) for kind in ("finding", "view")}
+        result |= {f"auroc_by_{kind}": by_group(r, scores, kind) for kind in ("finding", "view")}
     return result
 
 
-def by_group(t: Tested, scores: np.ndarray, kind: str) -> dict[str, dict[str, float]]:
+def by_group(r: Result, scores: np.ndarray, kind: str) -> dict[str, dict[str, float]]:
     """AUROC of the images of each finding against all normals, or within those of each view; {}
     where findings are not known, or no two views."""
-    labels, values = t.labels, np.array([getattr(s, kind) for s in t.samples])
+    labels, values = r.labels, np.array([getattr(s, kind) for s in r.samples])
     grouped = labels == ABNORMAL if kind == "finding" else np.ones(len(labels), dtype=bool)
     table = {}
     for value, count in Counter(values[grouped].tolist()).most_common(12):
@@ -645,36 +645,36 @@ def best_direction(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return scores if auroc_of(scores, labels) >= 0.5 else -scores
 
 
-def localisation(t: Tested) -> dict[str, Any]:
+def localisation(r: Result) -> dict[str, Any]:
     """How well the maps point at lesions; lesions as large as the median count as large."""
-    hits, energies, areas = np.array(t.located).T
+    hits, energies, areas = np.array(r.located).T
     large = areas >= np.median(areas)
-    return {"pixel_auroc": t.pixel_auroc, "n_located": len(hits),
+    return {"pixel_auroc": r.pixel_auroc, "n_located": len(hits),
             "peak_in_lesion": float(hits.mean()), "peak_tolerance": PEAK_TOLERANCE,
             "peak_in_small_lesion": float(hits[~large].mean()) if not large.all() else None,
             "peak_in_large_lesion": float(hits[large].mean()),
             "energy_in_lesion": float(energies.mean()), "lesion_area": float(areas.mean())}
 
 
-def measure_all(t: Tested, weights: np.ndarray, every_scorer: bool) -> dict[str, Any]:
+def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str, Any]:
     """Everything that metrics.json tells of a run."""
-    well = t.labels == NORMAL
+    well = r.labels == NORMAL
     mse, similar = (float(x[well].mean()) if well.any() else None
-                    for x in (t.scored["mse"], 1 - t.scored["ssim"]))
-    metrics = measure(t, t.scorer, weights) | {
-        "reconstruction_mse": mse, "reconstruction_ssim": similar, "scorer": t.scorer,
-        "data": t.source.title, "external": t.external, "split": t.split,
-        "data_fingerprint": t.source.fingerprint(), "trained_on": t.run.config.data,
-        "model": t.run.config.model, "seed": t.run.config.seed, "unreadable": t.bad,
-        "left_out": dict(t.source.left_out)}
+                    for x in (r.scored["mse"], 1 - r.scored["ssim"]))
+    metrics = measure(r, r.scorer, weights) | {
+        "reconstruction_mse": mse, "reconstruction_ssim": similar, "scorer": r.scorer,
+        "data": r.source.title, "external": r.external, "split": r.split,
+        "data_fingerprint": r.source.fingerprint(), "trained_on": r.run.config.data,
+        "model": r.run.config.model, "seed": r.run.config.seed, "unreadable": r.bad,
+        "left_out": dict(r.source.left_out)}
     if metrics["auroc"] is not None:
-        best = {k: best_direction(v, t.labels) for k, v in t.trivial.items()}
-        metrics |= {"baselines": {k: auroc_of(v, t.labels) for k, v in best.items()},
-                    "baselines_ci": {k: interval(bootstrap(v, t.labels, weights)[0])
+        best = {k: best_direction(v, r.labels) for k, v in r.trivial.items()}
+        metrics |= {"baselines": {k: auroc_of(v, r.labels) for k, v in best.items()},
+                    "baselines_ci": {k: interval(bootstrap(v, r.labels, weights)[0])
                                      for k, v in best.items()}}
     if every_scorer:
-        metrics["scorers"] = {k: measure(t, k, weights) for k in SCORERS}
-    return metrics | (localisation(t) if t.located else {})
+        metrics["scorers"] = {k: measure(r, k, weights) for k in SCORERS}
+    return metrics | (localisation(r) if r.located else {})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -708,53 +708,53 @@ def evaluate(
         except UserError as error:
             log.info(f"          note: two trivial scores are left out ({error})")
             trivial = TrivialScores(None)
-        for t in tested:
-            score_samples(t, trivial if t is first else None)
-            if bad := t.bad.keys() ^ first.bad.keys():
-                raise UserError(f"{t.run.folder} and {first.run.folder} cannot be compared: "
+        for r in tested:
+            score_samples(r, trivial if r is first else None)
+            if bad := r.bad.keys() ^ first.bad.keys():
+                raise UserError(f"{r.run.folder} and {first.run.folder} cannot be compared: "
                                 f"{min(bad)} could be read for one of them only")
-            t.trivial = first.trivial
-            weights = patient_weights([s.patient for s in t.samples])
-            t.metrics = measure_all(t, weights, scorer == "all")
-            write_test(t)
+            r.trivial = first.trivial
+            weights = patient_weights([s.patient for s in r.samples])
+            r.metrics = measure_all(r, weights, scorer == "all")
+            write_test(r)
         again = ["python", "evaluate.py", *map(relative, paths)]
         for name, value in (("data", data), ("split", split), ("samples", samples),
                             ("scorer", scorer)):
             if value not in (None, "test"):
                 again += [flag(name), relative(str(value))]
-        groups = {name: [t for t in tested if t.run in group] for name, group in named.items()}
+        groups = {name: [r for r in tested if r.run in group] for name, group in named.items()}
         report(tested, groups, all_verdicts(groups, weights), shlex.join(again))
-    return [t.metrics for t in tested]
+    return [r.metrics for r in tested]
 
 
-def write_test(t: Tested) -> None:
+def write_test(r: Result) -> None:
     """Write what a test found to <run>/eval/<data name>/; with a digest added to that name if other
     data of that name is there."""
-    name, fingerprint = t.source.name + "-val" * (t.split == "val"), t.metrics["data_fingerprint"]
-    folder = t.folder = t.run.folder / "eval" / name
+    name, fingerprint = r.source.name + "-val" * (r.split == "val"), r.metrics["data_fingerprint"]
+    folder = r.folder = r.run.folder / "eval" / name
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         there = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         if there["data_fingerprint"] != fingerprint:
-            folder = t.folder = folder.with_name(f"{name}-{fingerprint[:6]}")
+            folder = r.folder = folder.with_name(f"{name}-{fingerprint[:6]}")
     folder.mkdir(parents=True, exist_ok=True)
-    train.write_text(folder / "metrics.json", json.dumps(t.metrics, indent=2) + "\n")
-    percentiles = {k: t.run.scorer.percentile(k, torch.from_numpy(v)).tolist()
-                   for k, v in t.scored.items()}
+    train.write_text(folder / "metrics.json", json.dumps(r.metrics, indent=2) + "\n")
+    percentiles = {k: r.run.scorer.percentile(k, torch.from_numpy(v)).tolist()
+                   for k, v in r.scored.items()}
     write_csv(folder / "scores.csv", [
         {k: getattr(s, k) for k in ("key", "patient", "label", "finding", "view")}
-        | {k: float(f"{v[i]:.6g}") for k, v in t.scored.items()}
+        | {k: float(f"{v[i]:.6g}") for k, v in r.scored.items()}
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
-        for i, s in enumerate(t.samples)])
+        for i, s in enumerate(r.samples)])
     plots: dict[str, Callable] = {"roc.png": plot_roc, "histogram.png": plot_histogram}
     for file, plot in plots.items():
         figure = Figure(figsize=(5.5, 5), layout="constrained")
-        plot(figure.subplots(), [t])
-        figure.suptitle(tested_on(t), fontsize=8)
+        plot(figure.subplots(), [r])
+        figure.suptitle(tested_on(r), fontsize=8)
         figure.savefig(folder / file, dpi=120)
-    draw_examples(t, folder / "examples.png")
-    draw_worst(t, folder / "worst.png")
-    if not t.external:
-        draw_healing(t, folder / "healing.png")
+    draw_examples(r, folder / "examples.png")
+    draw_worst(r, folder / "worst.png")
+    if not r.external:
+        draw_healing(r, folder / "healing.png")
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
 
 
@@ -768,12 +768,12 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     train.write_text(file, text.getvalue())
 
 
-def all_verdicts(groups: dict[str, list[Tested]], weights: np.ndarray) -> list[str]:
+def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[str]:
     """Sentences on each pair of models, and on each model against the best trivial score."""
     first = next(iter(groups.values()))[0]
     if not (baselines := first.metrics.get("baselines")):
         return []
-    every = [(name, np.array([t.scores for t in group])) for name, group in groups.items()]
+    every = [(name, np.array([r.scores for r in group])) for name, group in groups.items()]
     best, labels = max(baselines, key=baselines.get), first.labels
     alone = (f"{best[0].upper()}{best[1:]} alone", best_direction(first.trivial[best], labels))
     pairs = [*itertools.combinations(every, 2), *((alone, model) for model in every)]
@@ -781,16 +781,16 @@ def all_verdicts(groups: dict[str, list[Tested]], weights: np.ndarray) -> list[s
             for (a, one), (b, two) in pairs]
 
 
-def cautions(tested: list[Tested]) -> list[str]:
+def cautions(tested: list[Result]) -> list[str]:
     """Sentences on thresholds that do not hold what they promise, or cannot."""
-    found, normals = [], min(t.metrics["n_validation_normals"] for t in tested)
+    found, normals = [], min(r.metrics["n_validation_normals"] for r in tested)
     if normals < 100:
         found.append(f"Careful: with {normals} validation normals the threshold is rough." if
                      normals >= 20 else f"Careful: {normals} validation normals cannot hold a "
                      "threshold that 95 % of normals stay under. It takes 20, better 100.")
-    far = [t.metrics for t in tested if t.metrics["n_normal"]
-           and t.metrics["specificity_at_threshold"] < 0.90
-           and t.metrics["specificity_chance"] < 0.025]
+    far = [r.metrics for r in tested if r.metrics["n_normal"]
+           and r.metrics["specificity_at_threshold"] < 0.90
+           and r.metrics["specificity_chance"] < 0.025]
     if far:
         low = min(far, key=lambda m: m["specificity_at_threshold"])
         found.append(f"Careful: the threshold set for 95 % specificity reaches {specificity(low)} "
@@ -798,7 +798,7 @@ def cautions(tested: list[Tested]) -> list[str]:
     return found
 
 
-def report(tested: list[Tested], groups: dict[str, list[Tested]], verdicts: list[str],
+def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str],
            again: str) -> None:
     """Show what was found, and write it to report.html or the comparison.
 
@@ -807,7 +807,7 @@ def report(tested: list[Tested], groups: dict[str, list[Tested]], verdicts: list
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
     tables, sentences = result_tables(tested, groups), [*verdicts, *cautions(tested)]
     facts = {
-        "Trained on": "; ".join(dict.fromkeys(trained_on(t.run) for t in tested)),
+        "Trained on": "; ".join(dict.fromkeys(trained_on(r.run) for r in tested)),
         "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
         f"abnormal, of {m['n_patients']:,} patients"
@@ -825,33 +825,34 @@ def report(tested: list[Tested], groups: dict[str, list[Tested]], verdicts: list
         page = first.run.folder.resolve().parent / (
             "comparison.html" if own else f"comparison-{first.folder.name}.html")
         train.write_text(page.with_suffix(".md"), "\n\n".join([
-            "# Comparison", *lines, *sentences, *(f"```\n{text_table(t)}\n```" for t in tables),
+            "# Comparison", *lines, *sentences,
+            *(f"```\n{text_table(table)}\n```" for table in tables),
             "Research use only, not for diagnosis."]) + "\n")
         write_csv(page.with_suffix(".csv"), [row for name, group in groups.items()
                                              for row in comparison_rows(name, group)])
         picture = page.with_suffix(".png")
         draw_comparison([group[0] for group in groups.values()], picture)
         pictures[picture] = "ROC curves, histograms of scores, and example cases of every kind"
-    for name, (t, *_) in groups.items():
-        for picture, text in PICTURES.items():
-            if not (several and picture in ("roc.png", "histogram.png")):  # in comparison.png
-                pictures[t.folder / picture] = f"{name}: {text}"
-        pictures[t.run.folder / "curves.png"] = f"{name}: loss in training"
+    for name, (r, *_) in groups.items():
+        for file, text in PICTURES.items():
+            if not (several and file in ("roc.png", "histogram.png")):  # in comparison.png
+                pictures[r.folder / file] = f"{name}: {text}"
+        pictures[r.run.folder / "curves.png"] = f"{name}: loss in training"
     write_page(page, f"{' and '.join(groups)}, {'compared' if several else 'tested'}", sentences,
                facts, tables, pictures,
-               [*(command_to_train(t.run.config) for t in tested), again], settings_table(tested))
+               [*(command_to_train(r.run.config) for r in tested), again], settings_table(tested))
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
 
 
-def comparison_rows(name: str, group: list[Tested]) -> list[dict[str, Any]]:
+def comparison_rows(name: str, group: list[Result]) -> list[dict[str, Any]]:
     """Rows of comparison.csv for runs of one group: the figures of each, and over the seeds."""
-    aurocs = np.array([t.metrics["auroc"] for t in group], dtype=float)
+    aurocs = np.array([r.metrics["auroc"] for r in group], dtype=float)
     spread = aurocs.std(ddof=1) if len(group) > 1 else ""
-    return [{"run": t.run.folder.name, "group": name}
-            | {k: v for k, v in t.metrics.items() if not isinstance(v, dict | tuple)}
-            | dict(zip(("auroc_low", "auroc_high"), t.metrics["auroc_ci"] or ("", ""), strict=True))
-            | training_cost(t.run)
-            | {"auroc_mean": aurocs.mean(), "auroc_sd": spread} for t in group]
+    return [{"run": r.run.folder.name, "group": name}
+            | {k: v for k, v in r.metrics.items() if not isinstance(v, dict | tuple)}
+            | dict(zip(("auroc_low", "auroc_high"), r.metrics["auroc_ci"] or ("", ""), strict=True))
+            | training_cost(r.run)
+            | {"auroc_mean": aurocs.mean(), "auroc_sd": spread} for r in group]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -911,7 +912,7 @@ def specificity(m: dict[str, Any]) -> str:
     return share(m["specificity_at_threshold"]) + (f" ({low} to {high})" if m["n_normal"] else "")
 
 
-def result_tables(tested: list[Tested], groups: dict[str, list[Tested]]) -> list[Table]:
+def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list[Table]:
     """All tables of figures. Those by model hold means over the seeds."""
     first, names = tested[0].metrics, list(groups)
 
@@ -919,15 +920,15 @@ def result_tables(tested: list[Tested], groups: dict[str, list[Tested]]) -> list
         """A figure of each model, found in its metrics under these keys."""
         cells = []
         for group in groups.values():
-            values: list[Any] = [t.metrics for t in group]
+            values: list[Any] = [r.metrics for r in group]
             for key in keys:
                 values = [value[key] for value in values]
             cells.append(show(None if None in values else np.mean(values)))
         return cells
 
-    every = [(t.run.name, t.metrics) for t in tested] + [
-        (f"{t.run.name}, {name}", m) for t in tested
-        for name, m in t.metrics.get("scorers", {}).items() if name != t.scorer]
+    every = [(r.run.name, r.metrics) for r in tested] + [
+        (f"{r.run.name}, {name}", m) for r in tested
+        for name, m in r.metrics.get("scorers", {}).items() if name != r.scorer]
     tables = [Table(f"Results, scorer {tested[0].scorer}", [
         "", "AUROC (95 % interval)", "average precision", "sensitivity at 90 %",
         "sensitivity at 95 %", "specificity reached"], [
@@ -939,7 +940,7 @@ def result_tables(tested: list[Tested], groups: dict[str, list[Tested]]) -> list
         + "Sensitivities are at the thresholds that 90 % and 95 % of the validation normals stay "
         "under; the last column is the share of test normals under the second of them. Intervals: "
         f"{RESAMPLES} bootstrap resamples of patients, the same for all; of specificity Wilson's.")]
-    aurocs = {name: [t.metrics["auroc"] for t in group] for name, group in groups.items()}
+    aurocs = {name: [r.metrics["auroc"] for r in group] for name, group in groups.items()}
     if first["auroc"] is not None and len(groups) < len(tested):
         tables.append(Table("AUROC over seeds; the tables below hold means over them", [
             "", "seeds", "mean", "standard deviation", "lowest", "highest"], [
@@ -964,7 +965,7 @@ def result_tables(tested: list[Tested], groups: dict[str, list[Tested]]) -> list
             *([title, *by_model(share, key)] for title, key in rows.items())],
             f"The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside the lesion. "
             f"Lesions cover {share(first['lesion_area'])} of the image."))
-    costs = {t.run.name: training_cost(t.run) for t in tested}
+    costs = {r.run.name: training_cost(r.run) for r in tested}
     return [*tables, Table("Training", ["", "parameters", "epochs", "minutes", "images/s"], [
         [name, *("-" if x is None else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}"
                  for x in cost.values())] for name, cost in costs.items()])]
@@ -989,17 +990,17 @@ def trained_on(run: TrainedRun) -> str:
     return PHANTOM if run.config.data == "synthetic" else relative(run.config.data)
 
 
-def settings_table(tested: list[Tested]) -> Table:
+def settings_table(tested: list[Result]) -> Table:
     """What a run depends on: data, versions and all settings."""
     here = (f"python {platform.python_version()}, torch {torch.__version__}, numpy "
             f"{np.__version__}, scikit-learn {sklearn.__version__}")
-    rows = [{"trained on": trained_on(t.run), "trained with": t.run.made_with,
-             "scored with": f"{here}, {t.run.setup.device.type}, {t.run.setup.precision}",
-             "fingerprint of training data": t.run.fingerprint,
-             "fingerprint of test data": t.metrics["data_fingerprint"]}
+    rows = [{"trained on": trained_on(r.run), "trained with": r.run.made_with,
+             "scored with": f"{here}, {r.run.setup.device.type}, {r.run.setup.precision}",
+             "fingerprint of training data": r.run.fingerprint,
+             "fingerprint of test data": r.metrics["data_fingerprint"]}
             | {k: relative(v) if isinstance(v, str) else v
-               for k, v in dataclasses.asdict(t.run.config).items()} for t in tested]
-    return Table("Settings and versions", ["", *(t.run.name for t in tested)],
+               for k, v in dataclasses.asdict(r.run.config).items()} for r in tested]
+    return Table("Settings and versions", ["", *(r.run.name for r in tested)],
                  [[name, *(row[name] for row in rows)] for name in rows[0]])
 
 
@@ -1036,7 +1037,8 @@ class Row(NamedTuple):
     @property
     def above(self) -> float:
         """Inches that a heading takes, or the texts above the tiles."""
-        return LINE * max((t.above.count("\n") + bool(t.above) for t in self.tiles), default=2.5)
+        return LINE * max((tile.above.count("\n") + bool(tile.above) for tile in self.tiles),
+                          default=2.5)
 
 
 SIDE, GAP, LINE = 1.6, 0.08, 0.16  # inches: a tile's side, between tiles, a line of text
@@ -1101,36 +1103,36 @@ def grid_figure(rows: Sequence[Row], title: str, scorer: str, file: Path,
     figure.savefig(file, dpi=110)
 
 
-def plot_roc(axes: Axes, tested: list[Tested]) -> None:
+def plot_roc(axes: Axes, tested: list[Result]) -> None:
     """The ROC curves, on matplotlib's axes."""
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
-    for t, colour in zip(tested, itertools.cycle(COLOURS), strict=False):
-        if t.metrics["auroc"] is None:
+    for r, colour in zip(tested, itertools.cycle(COLOURS), strict=False):
+        if r.metrics["auroc"] is None:
             axes.text(0.5, 0.5, "needs normal and abnormal images", ha="center")
             continue
-        fpr, tpr, _ = roc_curve(t.labels, t.scores)
-        told = decimal(t.metrics["auroc"], t.metrics["auroc_ci"])
-        axes.plot(fpr, tpr, color=colour, linewidth=2, label=f"{t.run.name}: {told}")
+        fpr, tpr, _ = roc_curve(r.labels, r.scores)
+        told = decimal(r.metrics["auroc"], r.metrics["auroc_ci"])
+        axes.plot(fpr, tpr, color=colour, linewidth=2, label=f"{r.run.name}: {told}")
         axes.legend(loc="lower right", frameon=False, fontsize=9)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
              title="ROC, with AUROC and its 95 % interval", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
 
 
-def plot_histogram(axes: Axes, tested: list[Tested], which: int = 0) -> None:
+def plot_histogram(axes: Axes, tested: list[Result], which: int = 0) -> None:
     """The scores of one of the runs, on a scale for all: normal images in grey, abnormal ones in
     the run's colour."""
-    every = np.concatenate([t.scores for t in tested])
+    every = np.concatenate([r.scores for r in tested])
     bins = np.linspace(every.min(), max(np.quantile(every, 0.995), every.min() + 1e-9), 31)
     # The last bar takes what lies beyond.
-    counts = [[np.histogram(t.scores[t.labels == label].clip(max=bins[-1]), bins)[0]
-               for label in (NORMAL, ABNORMAL)] for t in tested]
-    t, colour = tested[which], COLOURS[which % len(COLOURS)]
+    counts = [[np.histogram(r.scores[r.labels == label].clip(max=bins[-1]), bins)[0]
+               for label in (NORMAL, ABNORMAL)] for r in tested]
+    r, colour = tested[which], COLOURS[which % len(COLOURS)]
     for count, label, shade in zip(counts[which], ("normal", "abnormal"), ("0.55", colour),
                                    strict=True):
         axes.stairs(count, bins, fill=True, color=shade, alpha=0.65, label=label)
-    axes.axvline(t.metrics["threshold"], color="0.1", linestyle="--", linewidth=1.2,
+    axes.axvline(r.metrics["threshold"], color="0.1", linestyle="--", linewidth=1.2,
                  label="threshold (95 % of\nvalidation normals)")
-    axes.set(xlabel=f"anomaly score ({t.scorer})", ylabel="images", title=t.run.name,
+    axes.set(xlabel=f"anomaly score ({r.scorer})", ylabel="images", title=r.run.name,
              ylim=(0, 1.05 * np.max(counts)))
     axes.legend(frameon=False, fontsize=9)
 
@@ -1140,88 +1142,88 @@ def describe_sample(sample: Sample) -> str:
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
 
 
-def tested_on(t: Tested) -> str:
+def tested_on(r: Result) -> str:
     """What a picture's title says of the data."""
-    return textwrap.fill(f"tested on {t.about}", 75)
+    return textwrap.fill(f"tested on {r.about}", 75)
 
 
-def read_again(t: Tested, positions: Sequence[int]) -> Tensor:
+def read_again(r: Result, positions: Sequence[int]) -> Tensor:
     """Images that have been scored, once more: uint8 [n,1,H,W]."""
-    stream = t.run.stream(t.source, [t.samples[i] for i in positions])
+    stream = r.run.stream(r.source, [r.samples[i] for i in positions])
     images = [images for images, _ in stream]
     if stream.bad:
         key, reason = next(iter(stream.bad.items()))
-        raise UserError(f"--data {t.source.spec}: {key} was scored, but cannot be read again for "
+        raise UserError(f"--data {r.source.spec}: {key} was scored, but cannot be read again for "
                         f"its picture ({reason})")
     return torch.cat(images)
 
 
-def tiles_of(t: Tested, positions: Sequence[int], above: Sequence[str],
+def tiles_of(r: Result, positions: Sequence[int], above: Sequence[str],
              over_maps: Sequence[str] = ()) -> list[list[Tile]]:
     """Tiles of the inputs, reconstructions and maps of a few images, with these texts above."""
     if not positions:
         return [[], [], []]
-    output, _, maps = t.run.score(read_again(t, positions), t.scorer)
+    output, _, maps = r.run.score(read_again(r, positions), r.scorer)
     inputs, backs, heat = (x[:, 0].cpu().numpy()
                            for x in (output.images, output.reconstruction, maps))
-    masks = [t.mask(t.samples[i]) for i in positions]
+    masks = [r.mask(r.samples[i]) for i in positions]
     return [list(map(Tile, inputs, above)), list(map(Tile, backs)),
             list(map(Tile, inputs, over_maps or [""] * len(inputs), heat, masks))]
 
 
-def draw_examples(t: Tested, file: Path) -> None:
+def draw_examples(r: Result, file: Path) -> None:
     """Input, reconstruction and map of the three highest, borderline and lowest scores."""
     chosen: dict[int, str] = {}
-    away = abs(t.scores - t.metrics["threshold"])
-    for why, order in (("highest", -t.scores), ("borderline", away), ("lowest", t.scores)):
+    away = abs(r.scores - r.metrics["threshold"])
+    for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
         fresh = [i for i in np.argsort(order).tolist() if i not in chosen][:3]
         chosen |= dict.fromkeys(fresh, why)
-    above = [f"{why}\n{describe_sample(t.samples[i])}\nscore {t.scores[i]:.3g}"
+    above = [f"{why}\n{describe_sample(r.samples[i])}\nscore {r.scores[i]:.3g}"
              for i, why in chosen.items()]
-    rows = map(Row, ("input", "reconstruction", "anomaly map"), tiles_of(t, list(chosen), above))
-    grid_figure(list(rows), f"{t.run.name}, threshold {t.metrics['threshold']:.3g}\n{tested_on(t)}",
-                t.scorer, file)
+    rows = map(Row, ("input", "reconstruction", "anomaly map"), tiles_of(r, list(chosen), above))
+    grid_figure(list(rows), f"{r.run.name}, threshold {r.metrics['threshold']:.3g}\n{tested_on(r)}",
+                r.scorer, file)
 
 
-def worst(t: Tested) -> tuple[list[int], list[int]]:
+def worst(r: Result) -> tuple[list[int], list[int]]:
     """(missed, false alarms): positions on the wrong side of the threshold, the worst first."""
-    order = np.argsort(t.scores, kind="stable")
-    flagged, sick = t.scores[order] > t.metrics["threshold"], t.labels[order] == ABNORMAL
+    order = np.argsort(r.scores, kind="stable")
+    flagged, sick = r.scores[order] > r.metrics["threshold"], r.labels[order] == ABNORMAL
     return order[sick & ~flagged].tolist(), order[~sick & flagged][::-1].tolist()
 
 
-def draw_worst(t: Tested, file: Path) -> None:
+def draw_worst(r: Result, file: Path) -> None:
     """Input and map of the eight worst misses, above, and the eight worst false alarms, below."""
-    percentiles = t.run.scorer.percentile(t.scorer, torch.from_numpy(t.scores)).tolist()
+    percentiles = r.run.scorer.percentile(r.scorer, torch.from_numpy(r.scores)).tolist()
     rows: list[Row] = []
-    for kind, wrong, found in zip(("abnormal", "normal"), ("missed", "flagged"), worst(t),
+    for kind, wrong, found in zip(("abnormal", "normal"), ("missed", "flagged"), worst(r),
                                   strict=True):
-        rows.append(Row(f"{len(found)} of {t.metrics[f'n_{kind}']} {kind} images {wrong}"
+        rows.append(Row(f"{len(found)} of {r.metrics[f'n_{kind}']} {kind} images {wrong}"
                         + ": the worst, with percentiles among validation normals" * bool(found)))
-        images, _, maps = tiles_of(t, found[:8], [
-            f"{describe_sample(t.samples[i])}\npercentile {percentiles[i]:.0f}\n"
-            f"{t.samples[i].key.rpartition('/')[2][-18:]}" for i in found[:8]])
+        images, _, maps = tiles_of(r, found[:8], [
+            f"{describe_sample(r.samples[i])}\npercentile {percentiles[i]:.0f}\n"
+            f"{r.samples[i].key.rpartition('/')[2][-18:]}" for i in found[:8]])
         rows += [Row("", images), Row("", maps)] if found else []
-    grid_figure(rows, f"{t.run.name}, {tested_on(t)}", t.scorer, file)
+    grid_figure(rows, f"{r.run.name}, {tested_on(r)}", r.scorer, file)
 
 
-def draw_healing(t: Tested, file: Path) -> None:
+def draw_healing(r: Result, file: Path) -> None:
     """Three validation normals, corrupted as in training, and what the model makes of them; below
     them a tested image with a finding."""
-    run, normals = t.run, t.run.normals(t.source, "val")
-    three = run.stream(t.source, normals[:: max(1, len(normals) // 3)][:3])
+    run, normals = r.run, r.run.normals(r.source, "val")
+    three = run.stream(r.source, normals[:: max(1, len(normals) // 3)][:3])
     if not (batches := [images for images, _ in three]):
         return
     clean = batches[0]
     draws = models.Draws(models.seeded(run.config.seed, "picture", 0), len(clean))
     seen = (255 * models.corrupt(clean / 255, run.config.objective, draws)).round().byte()
     cases: list[tuple[str, np.ndarray | None]] = [("normal", None)] * len(clean)
-    if sick := [i for i in np.argsort(t.scores).tolist() if t.samples[i].label == ABNORMAL]:
+    if sick := [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]:
         middle = sick[len(sick) // 2]
-        image = read_again(t, [middle])
+        image = read_again(r, [middle])
         clean, seen = torch.cat([clean, image]), torch.cat([seen, image])
-        cases.append((describe_sample(t.samples[middle]), t.mask(t.samples[middle])))
-    output, _, maps = run.score(seen, t.scorer)
+        cases.append((describe_sample(r.samples[middle]), r.mask(r.samples[middle])))
+    output, _, maps = run.score(seen, r.scorer)
     shown = torch.cat([clean / 255, output.images.cpu(), output.reconstructions.cpu()], 1).numpy()
     heat, rows = maps[:, 0].cpu().numpy(), list[Row]()
     titles = ["image", "what the model sees", "healed", "healed, without skips"]
@@ -1229,11 +1231,11 @@ def draw_healing(t: Tested, file: Path) -> None:
         tiles = map(Tile, views, titles if not rows else [""] * len(views))
         rows.append(Row(name, [*tiles, Tile(views[1], "" if rows else "map", map_, mask)]))
     # The colours end where the least of the maps does: corruptions are stronger than findings.
-    grid_figure(rows, f"{run.name}, objective {run.config.objective}", t.scorer, file,
+    grid_figure(rows, f"{run.name}, objective {run.config.objective}", r.scorer, file,
                 min(map_top([m]) for m in heat))
 
 
-def draw_comparison(tested: list[Tested], file: Path) -> None:
+def draw_comparison(tested: list[Result], file: Path) -> None:
     """ROC and histograms of all runs above, the same example cases through every model below.
 
     The cases have the middle score of the six most common findings, normal among them: the picture
@@ -1244,10 +1246,10 @@ def draw_comparison(tested: list[Tested], file: Path) -> None:
     for kind, count in Counter(kinds).most_common(6):
         cases[kind] = [i for i in order if kinds[i] == kind][count // 2]
     columns: list[list[Tile]] = []
-    for t in tested:
-        images, backs, maps = tiles_of(t, list(cases.values()), ["input"] + [""] * len(cases), [
-            f"score {t.scores[i]:.3g}" for i in cases.values()])
-        backs[0] = backs[0]._replace(above=f"{textwrap.fill(t.run.name, 22)}\nreconstruction")
+    for r in tested:
+        images, backs, maps = tiles_of(r, list(cases.values()), ["input"] + [""] * len(cases), [
+            f"score {r.scores[i]:.3g}" for i in cases.values()])
+        backs[0] = backs[0]._replace(above=f"{textwrap.fill(r.run.name, 22)}\nreconstruction")
         columns += [backs, maps] if columns else [images, backs, maps]
     rows = list(map(Row, cases, zip(*columns, strict=True)))
     wide, high = size_of_grid(rows)
