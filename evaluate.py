@@ -61,7 +61,6 @@ import io
 import itertools
 import json
 import math
-import platform
 import re
 import shlex
 import textwrap
@@ -82,6 +81,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from scipy.stats import betabinom, binomtest
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -588,10 +588,8 @@ def pixel_auroc(counts: np.ndarray) -> float | None:
 
 def peak_in_lesion(map_: np.ndarray, mask: np.ndarray) -> bool:
     """Whether the map's highest pixel lies in the mask or within 3 % of the side beside it."""
-    y, x = np.unravel_index(map_.argmax(), map_.shape)
-    rows, columns = np.nonzero(mask)
-    reach = PEAK_TOLERANCE * len(mask)
-    return bool((np.square(rows - y) + np.square(columns - x)).min() <= reach**2)
+    away = distance_transform_edt(~mask)  # of each pixel from the mask
+    return bool(away.flat[map_.argmax()] <= PEAK_TOLERANCE * len(mask))
 
 
 def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
@@ -811,8 +809,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
         f"abnormal, of {m['n_patients']:,} patients"
-        + (f"; {len(first.bad)} could not be read" if first.bad else ""),
-        "Thresholds": f"from {m['n_validation_normals']:,} validation normals"}
+        + (f"; {len(first.bad)} could not be read" if first.bad else "")}
     lines = [f"{name}: {fact}" for name, fact in facts.items()]
     log.info("\n" + "\n\n".join(["\n".join(lines), *map(text_table, tables), *sentences]) + "\n")
     for image, reason in first.bad.items():
@@ -937,9 +934,10 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
          share(m["sensitivity_at_90_specificity"]), share(m["sensitivity_at_95_specificity"]),
          specificity(m)] for name, m in every],
         "AUROC needs both normal and abnormal images: not computed. " * (first["auroc"] is None)
-        + "Sensitivities are at the thresholds that 90 % and 95 % of the validation normals stay "
-        "under; the last column is the share of test normals under the second of them. Intervals: "
-        f"{RESAMPLES} bootstrap resamples of patients, the same for all; of specificity Wilson's.")]
+        + "Sensitivities are at the thresholds that 90 % and 95 % of the "
+        f"{first['n_validation_normals']} validation normals stay under; the last column is the "
+        f"share of test normals under the second of them. Intervals: {RESAMPLES} bootstrap "
+        "resamples of patients, the same for all; of specificity Wilson's.")]
     aurocs = {name: [r.metrics["auroc"] for r in group] for name, group in groups.items()}
     if first["auroc"] is not None and len(groups) < len(tested):
         tables.append(Table("AUROC over seeds; the tables below hold means over them", [
@@ -992,8 +990,7 @@ def trained_on(run: TrainedRun) -> str:
 
 def settings_table(tested: list[Result]) -> Table:
     """What a run depends on: data, versions and all settings."""
-    here = (f"python {platform.python_version()}, torch {torch.__version__}, numpy "
-            f"{np.__version__}, scikit-learn {sklearn.__version__}")
+    here = f"torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}"
     rows = [{"trained on": trained_on(r.run), "trained with": r.run.made_with,
              "scored with": f"{here}, {r.run.setup.device.type}, {r.run.setup.precision}",
              "fingerprint of training data": r.run.fingerprint,
@@ -1053,7 +1050,7 @@ def picture_style() -> contextlib.AbstractContextManager:
 def size_of_grid(rows: Sequence[Row]) -> tuple[float, float]:
     """(width, height) of a grid in inches, its texts and colour bar included."""
     high = sum(row.above + (SIDE + GAP) * bool(row.tiles) for row in rows)
-    return max([4, *(len(row.tiles) for row in rows)]) * (SIDE + GAP) + 1.6, high + 0.7
+    return (max(len(row.tiles) for row in rows) or 4) * (SIDE + GAP) + 1.6, high + 0.7
 
 
 def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None = None) -> None:
@@ -1085,7 +1082,7 @@ def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None =
     if maps:
         unit = "\n(standard deviations\nof training normals)" * (map_name(scorer) in models.Z_MAPS)
         figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=axes, extend="max",
-                        label=map_name(scorer) + unit, shrink=min(1, 2.5 / y), aspect=15)
+                        label=map_name(scorer) + unit, shrink=min(1, 2.5 / y), aspect=15, pad=0.02)
 
 
 def map_top(maps: Sequence[np.ndarray]) -> float:
