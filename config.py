@@ -211,30 +211,27 @@ def load_config(path: str | Path) -> Config:
     return Config(**read_config_file(path / "config.json" if path.is_dir() else path))
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that answers a mistake with one line."""
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors. The description is shown as it is laid out."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
 
-
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser whose errors are UserErrors. The description is shown as it is laid out."""
-    return _Parser(prog=prog, description=description, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def parse_known(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, typing.Any]:
-    """The values of the arguments; argv defaults to the command line. UserError if one is unknown,
-    with the closest flag."""
-    values, rest = parser.parse_known_args(command_line() if argv is None else argv)
-    if rest:
-        names = [s for action in parser._actions for s in action.option_strings]
-        close = difflib.get_close_matches(rest[0].split("=")[0], names, 1)
-        raise UserError(f"unknown argument {rest[0]!r}; " + (
-            f"did you mean {close[0]}?" if close else
-            "--help lists the flags, and a name with spaces needs quotes"))
-    return vars(values)
+    def values(self, argv: list[str] | None) -> dict[str, typing.Any]:
+        """The values of the arguments; argv defaults to the command line. UserError if one is not
+        known, with the closest flag."""
+        values, rest = self.parse_known_args(command_line() if argv is None else argv)
+        if rest:
+            names = [s for action in self._actions for s in action.option_strings]
+            close = difflib.get_close_matches(rest[0].split("=")[0], names, 1)
+            raise UserError(f"unknown argument {rest[0]!r}; " + (
+                f"did you mean {close[0]}?" if close else
+                "--help lists the flags, and a name with spaces needs quotes"))
+        return vars(values)
 
 
 def in_notebook() -> bool:
@@ -247,9 +244,9 @@ def command_line() -> list[str]:
     return [] if in_notebook() else sys.argv[1:]
 
 
-def train_parser(description: str) -> argparse.ArgumentParser:
+def train_parser(description: str) -> Parser:
     """The parser of train.py: a flag for every setting, and --config and --check."""
-    parser = make_parser("train.py", description)
+    parser = Parser("train.py", description)
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON file")
     parser.add_argument("--check", action="store_true", help="train nothing: say whether training "
                         "with the other flags would work, and how long it would take")
@@ -275,7 +272,7 @@ def parse_config(argv: list[str] | None = None, description: str = "",
     With --resume, what the resumed run was trained with stands in for the defaults.
     """
     parser = train_parser(description)
-    flags = parse_known(parser, argv)
+    flags = parser.values(argv)
     del flags["check"]  # no setting, but what train.py does with them
     file = flags.pop("config")
     layers = read_config_file(file) if file else {}

@@ -20,7 +20,6 @@ from config import (
     command,
     command_line,
     flag,
-    load_config,
     log,
     on_screen,
     parse_config,
@@ -268,18 +267,19 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def differences(state: dict, config: Config, fingerprint: str,
-                besides: tuple[str, ...] = CHANGEABLE) -> list[str]:
+def differences(state: dict, config: Config, fingerprint: str, also: tuple[str, ...]) -> list[str]:
     """What makes a checkpoint another run than that of config and data; [] if nothing does.
 
     A setting that the checkpoint does not have is its default. Data may lie in another place.
+    also: settings of CHANGEABLE that must be the same all the same.
     """
-    saved = dataclasses.asdict(Config(**state["config"]))
-    same_data = state["data_fingerprint"] == fingerprint
-    if not same_data and saved["data"] == config.data:
+    saved, now = dataclasses.asdict(Config(**state["config"])), dataclasses.asdict(config)
+    if state["data_fingerprint"] == fingerprint:
+        now["data"] = saved["data"]
+    elif saved["data"] == config.data:
         return [f"the images in {config.data} have changed since"]
-    return [f"{flag(k)} was {saved[k]!r}, is {now!r}" for k, now in dataclasses.asdict(
-        config).items() if saved[k] != now and k not in besides and not (k == "data" and same_data)]
+    return [f"{flag(k)} was {saved[k]!r}, is {now[k]!r}" for k in now
+            if saved[k] != now[k] and (k not in CHANGEABLE or k in also)]
 
 
 @contextlib.contextmanager
@@ -831,20 +831,20 @@ def train_all(config: Config) -> list[Path]:
 
 
 def checkpoint_to_resume(config: Config, fingerprint: str, world: int) -> dict | None:
-    """The content of the last.pt that --resume or --reuse means; None if there is none to go on
-    from. UserError if a run that was asked for cannot go on so."""
+    """The content of the last.pt that --resume or --reuse means; None if there is none.
+
+    UserError if the run cannot go on so. With --reuse alone it must be of the same length, too.
+    """
     folder = run_folder(config)
-    last = folder / "last.pt"
-    if config.resume not in (None, "auto") and Path(config.resume).suffix == ".pt":
-        last = Path(config.resume)
-    elif not last.exists():
-        if config.resume not in (None, "auto"):
-            raise UserError(f"--resume {folder}: there is no checkpoint in it")
+    named = config.resume not in (None, "auto")
+    last = Path(config.resume) if named and config.resume.endswith(".pt") else folder / "last.pt"
+    if not named and not last.exists() and not (folder / "best.pt").exists():
         return None
     state = load_checkpoint(last, config.model)
     if "optimizer" not in state:
         raise UserError(f"{last}: holds weights only; resume from the last.pt beside it")
-    changed = differences(state, config, fingerprint)
+    length = () if config.resume else ("epochs", "patience", "min_delta")
+    changed = differences(state, config, fingerprint, length)
     if changed:
         raise UserError(f"{last}: cannot be resumed: {'; '.join(changed)}")
     if state["world"] != world:
@@ -859,33 +859,17 @@ def checkpoint_to_resume(config: Config, fingerprint: str, world: int) -> dict |
     return state
 
 
-def is_finished(config: Config, fingerprint: str) -> bool:
-    """Whether the run folder holds a run of these very settings and data that ran to its end."""
-    best = run_folder(config) / "best.pt"
-    if not best.is_file():
-        return False
-    state = load_checkpoint(best)
-    same = tuple(k for k in CHANGEABLE if k not in ("epochs", "patience", "min_delta"))
-    return bool(state["scorer"]) and not differences(state, config, fingerprint, same)
-
-
 def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
     """Train one model from start, or from a checkpoint, to calibrated best weights."""
     folder, fingerprint = run_folder(config), loaders.source.fingerprint()
     saved = None
-    try:
-        if config.reuse and is_finished(config, fingerprint):
-            log.info(f"reuse     {folder} is a finished run of these settings: left as it is\n")
-            with contextlib.suppress(UserError):
-                if setup.rank == 0 and load_config(folder).data != config.data:  # it has moved
-                    write_text(folder / "config.json", json.dumps(settings_of(config), indent=2))
-            return folder
-        if config.resume or config.reuse:
+    if config.resume or config.reuse:
+        try:
             saved = checkpoint_to_resume(config, fingerprint, setup.world)
-    except UserError as error:  # with --reuse alone: moved aside below
-        if config.resume:
-            raise
-        log.warning(f"reuse     {error}: not reused")
+        except UserError as error:
+            if config.resume:
+                raise
+            log.warning(f"reuse     {error}: not reused")
 
     precision, why = choose_precision(config.precision, setup.device)
     if saved and config.precision == "auto" and saved["device"] == setup.device.type:
@@ -926,7 +910,9 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
         parameters = sum(p.numel() for p in state.model.parameters())
         log.info(f"model     {config.model}, {parameters:,} parameters")
         if saved:
-            log.info(f"resume    {folder}, after epoch {state.epoch}, step {state.step}")
+            done = state.epoch >= config.epochs or state.bad_epochs >= config.patience
+            log.info(f"resume    {folder}, after epoch {state.epoch}, step {state.step}" + (
+                ": nothing is left to train" if done else ""))
             if config.data != (before := saved["config"]["data"]):
                 log.info(f"          its images were in {before}: the names of these are the same")
         elif config.resume:

@@ -578,7 +578,7 @@ def test_a_run_goes_on_where_its_data_has_another_place_and_no_other_content(
     capsys.readouterr()
     moved = dataclasses.replace(config, data=str(two))
     train(dataclasses.replace(moved, reuse=True))
-    assert "left as it is" in capsys.readouterr().out
+    assert "nothing is left to train" in capsys.readouterr().out
     assert load_run(folder).config.data == str(two)  # which evaluate.py goes by
     train(dataclasses.replace(moved, resume="auto", epochs=2))
     assert f"its images were in {one}: the names of these are the same" in capsys.readouterr().out

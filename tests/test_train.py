@@ -264,7 +264,7 @@ def test_reuse_leaves_a_finished_run_alone_and_finishes_an_unfinished_one(
     stamp = (folder / "best.pt").stat().st_mtime_ns
     train(tiny(tmp_path, reuse=True))
     assert (folder / "best.pt").stat().st_mtime_ns == stamp
-    assert "left as it is" in capsys.readouterr().out
+    assert "nothing is left to train" in capsys.readouterr().out
     train(tiny(tmp_path, reuse=True, dropout=0.2))
     assert (tmp_path / "unet.1").exists()
 
