@@ -15,12 +15,12 @@ import os
 import sys
 from typing import Any
 
-from config import UserError, command, make_parser, parse_known, require_packages, run_command
+from config import Parser, UserError, command, require_packages, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     """Keyword arguments for `evaluate` or `predict` from the command line."""
-    parser = make_parser("evaluate.py", __doc__)
+    parser = Parser("evaluate.py", __doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or "
                         "the folder above: every run in it that has its model's name")
     parser.add_argument("--data", metavar="SPEC", help="other data to test on: synthetic, a "
@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
                         "in the run folder); a number is added if predictions are there already")
     parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
-    arguments = parse_known(parser, argv)
+    arguments = parser.values(argv)
     if not arguments["runs"]:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
     if arguments["samples"] is not None and arguments["samples"] < 1:
