@@ -19,7 +19,7 @@ from config import Parser, UserError, command, require_packages, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
-    """Keyword arguments for `evaluate` or `predict` from the command line."""
+    """Read the command line: keyword arguments for `evaluate` or `predict`."""
     parser = Parser("evaluate.py", __doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or "
                         "the folder above: every run in it that has its model's name")
@@ -158,34 +158,33 @@ class TrainedRun:
     @torch.no_grad()
     def score(self, images: Tensor, map_by: str = DEFAULT_SCORER,
               ) -> tuple[Output, dict[str, Tensor], Tensor]:
-        """What the model makes of uint8 images [n,1,H,W], their scores [n] by every scorer, and
-        their anomaly maps [n,1,H,W] by `map_by`. An image's do not depend on the images beside
-        it."""
+        """Score uint8 images [n,1,H,W]: (Output, scores [n] by every scorer, anomaly maps [n,1,H,W]
+        by `map_by`). Those of an image do not depend on the other images."""
         check_scorer(map_by)
         return models.score_images(self.model, self.scorer, images, self.setup, map_by)
 
     def stream(self, source: Source, samples: list[Sample], batch_size: int = READ_AT_ONCE,
                stop_on_bad: bool = False) -> ImageStream:
-        """Batches of samples in order, within the memory that the run was trained in."""
+        """Stream samples in order, within the memory that the run was trained in."""
         return ImageStream(source, samples, self.config.image_size, batch_size,
                            memory=self.config.memory_bytes, cache=False, stop_on_bad=stop_on_bad)
 
     def normals(self, source: Source, split: str) -> list[Sample]:
-        """The normal images of one of its splits, as far as the source has them."""
+        """List the normal images of one of its splits, as far as the source has them."""
         there = {s.key for s in source.samples}
         splits = read_splits(self.folder / "split.csv")
         return [s for s in splits.normals(split) if s.key in there]
 
 
 def check_scorer(name: str) -> None:
-    """UserError unless there is a scorer of that name."""
+    """Raise UserError unless there is a scorer of that name."""
     if name not in SCORERS:
         why = "is for tests of runs; here name one of" if name == "all" else "not one of"
         raise UserError(f"--scorer {name}: {why} {', '.join(SCORERS)}")
 
 
 def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
-    """The run in a folder, from its best.pt. UserError if there is none, or it is unfinished."""
+    """Load a run folder's best.pt. UserError if there is none, or it is unfinished."""
     folder = Path(path)
     if not (folder / "best.pt").exists():
         inside = shlex.join(str(p.parent) for p in sorted(folder.glob("*/best.pt")))
@@ -222,7 +221,7 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
 
 
 def runs_in(path: str | Path) -> list[Path]:
-    """The run folder that a path is, or those in it that are named after model and seed."""
+    """Find the run folder that a path is, or those in it that are named after model and seed."""
     folder, found = Path(path), {}
     if not (folder / "best.pt").exists():
         for file in folder.glob("*/best.pt"):
@@ -232,8 +231,7 @@ def runs_in(path: str | Path) -> list[Path]:
 
 
 def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
-    """Name -> runs that differ by their seed alone; most often just one. Runs get names of their
-    own."""
+    """Group runs that differ by their seed alone, by name. Each run gets a name of its own."""
     if len({run.name for run in runs}) < len(runs):
         above = os.path.commonpath([run.folder.resolve().parent for run in runs])
         for run in runs:
@@ -261,8 +259,8 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
 
 
 def weighted_metrics(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC and average precision of scores [n] against labels [n] in {0,1}, under each row of
-    weights [R,n]: [2,R]. NaN where a row has no image of one label left.
+    """Compute AUROC and average precision of scores [n] against labels [n] in {0,1}, under each row
+    of weights [R,n]: [2,R]. NaN where a row has no image of one label left.
 
     AUROC is the probability that an abnormal image scores higher than a normal one, ties counting
     half. For the precision equal scores enter together.
@@ -281,13 +279,13 @@ def weighted_metrics(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray
 
 
 def auroc_of(scores: np.ndarray, labels: np.ndarray) -> float:
-    """AUROC with every image counted once."""
+    """Compute the AUROC with every image counted once."""
     return float(weighted_metrics(scores, labels, np.ones((1, len(labels))))[0, 0])
 
 
 def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
                     seed: int = 0) -> np.ndarray:
-    """How often each image [n] is drawn when whole patients are drawn with replacement: [R,n]."""
+    """Draw whole patients with replacement; give how often each image [n] is drawn: [R,n]."""
     names, of_image = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.Generator(np.random.PCG64(seed))
     weights = np.empty((resamples, len(of_image)), dtype=np.float32)
@@ -305,7 +303,7 @@ def bootstrap(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Central 95 % of bootstrap values, NaNs left out."""
+    """Give the central 95 % of bootstrap values, NaNs left out."""
     values = values[np.isfinite(values)]
     low, high = np.quantile(values, (0.025, 0.975)) if len(values) else (math.nan, math.nan)
     return float(low), float(high)
@@ -322,7 +320,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
 
 
 def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
-    """A plain sentence on the AUROC difference b - a and its 95 % interval.
+    """Put the AUROC difference b - a and its 95 % interval into a plain sentence.
 
     Clear is a difference whose interval, as it is shown, leaves out 0.
     """
@@ -350,7 +348,7 @@ class TrivialScores:
             self.pca = PCA(min(32, len(flat) - 1), random_state=0).fit(flat)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Name -> scores [B] of uint8 images [B,1,H,W]."""
+        """Score uint8 images [B,1,H,W]: name -> scores [B]."""
         x = images[:, 0] / np.float32(255)
         flat = x.reshape(len(x), -1)
         rows, columns = np.abs(np.diff(x, axis=1)), np.abs(np.diff(x, axis=2))
@@ -421,13 +419,13 @@ def samples_to_score(run: TrainedRun, source: Source, split: str,
 
 
 def file_of(spec: str, key: str) -> str:
-    """Where the image of that key lies; of data that is no folder something that no file has."""
+    """Tell where an image lies; of data that is no folder give something that no file has."""
     root = os.path.realpath(spec)
     return os.path.join(os.path.dirname(root) if root.lower().endswith(".csv") else root, key)
 
 
 def draw_evenly(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """At most `limit` samples, as evenly from both labels as there are; always the same ones."""
+    """Choose at most `limit` samples, as evenly from both labels as possible; always the same."""
     if limit is None or limit >= len(samples):
         return samples
     groups = [[s for s in samples if s.label == label] for label in (NORMAL, ABNORMAL)]
@@ -495,7 +493,7 @@ class Result:
 
 def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int | None,
                scorer: str) -> list[Result]:
-    """What each run will be tested on; UserError if that is not the same for all."""
+    """Choose what each run is tested on; UserError if that is not the same for all."""
     plans: list[Result] = []
     opened: dict[tuple, Source] = {}
     for run in runs:
@@ -525,8 +523,8 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
 
 
 def training_reference(run: TrainedRun, source: Source) -> np.ndarray:
-    """Up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores. UserError
-    if none can be read."""
+    """Read up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores.
+    UserError if none can be read."""
     normals = run.normals(source, "train")
     stream = run.stream(source, normals[:: max(1, math.ceil(len(normals) / 400))])
     found = [images.numpy() for images, _ in stream]
@@ -578,8 +576,8 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
 
 
 def pixel_auroc(counts: np.ndarray) -> float | None:
-    """AUROC of the map as a test of each pixel, from how many pixels outside and inside of lesions
-    lie between PIXEL_BOUNDS, [2,n]; None where there are none of one kind."""
+    """Compute the AUROC of the map as a test of each pixel, from how many pixels outside and inside
+    of lesions lie between PIXEL_BOUNDS, [2,n]; None where there are none of one kind."""
     if not counts.any(axis=1).all():
         return None
     truth, level = np.indices(counts.shape).reshape(2, -1)
@@ -587,13 +585,13 @@ def pixel_auroc(counts: np.ndarray) -> float | None:
 
 
 def peak_in_lesion(map_: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether the map's highest pixel lies in the mask or within 3 % of the side beside it."""
+    """Tell whether the map's highest pixel lies in the mask or within 3 % of the side beside it."""
     away = distance_transform_edt(~mask)  # of each pixel from the mask
     return bool(away.flat[map_.argmax()] <= PEAK_TOLERANCE * len(mask))
 
 
 def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
-    """The metrics of one run with one scorer; None where the labels do not allow a figure."""
+    """Compute the metrics with one scorer; None where the labels do not allow a figure."""
     scores, labels, normal = r.scored[scorer], r.labels, r.run.scorer.normal_scores[scorer]
     sick, well = scores[labels == ABNORMAL], scores[labels == NORMAL]
     threshold90, threshold95 = (r.run.scorer.threshold(scorer, s) for s in (0.90, 0.95))
@@ -626,7 +624,7 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
 
 
 def by_group(r: Result, scores: np.ndarray, kind: str) -> dict[str, dict[str, float]]:
-    """AUROC of the images of each finding against all normals, or within those of each view; {}
+    """Compute the AUROC of each finding against all normals, or within the images of each view; {}
     where findings are not known, or no two views."""
     labels, values = r.labels, np.array([getattr(s, kind) for s in r.samples])
     grouped = labels == ABNORMAL if kind == "finding" else np.ones(len(labels), dtype=bool)
@@ -639,12 +637,12 @@ def by_group(r: Result, scores: np.ndarray, kind: str) -> dict[str, dict[str, fl
 
 
 def best_direction(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A trivial score, negated if that tells more: its AUROC is then the most it can claim."""
+    """Negate a trivial score if that tells more: its AUROC is then the most it can claim."""
     return scores if auroc_of(scores, labels) >= 0.5 else -scores
 
 
 def localisation(r: Result) -> dict[str, Any]:
-    """How well the maps point at lesions; lesions as large as the median count as large."""
+    """Measure how well the maps point at lesions. Those as large as the median count as large."""
     hits, energies, areas = np.array(r.located).T
     large = areas >= np.median(areas)
     return {"pixel_auroc": r.pixel_auroc, "n_located": len(hits),
@@ -655,12 +653,12 @@ def localisation(r: Result) -> dict[str, Any]:
 
 
 def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str, Any]:
-    """Everything that metrics.json tells of a run."""
+    """Compute everything that metrics.json tells of a run."""
     well = r.labels == NORMAL
-    mse, similar = (float(x[well].mean()) if well.any() else None
-                    for x in (r.scored["mse"], 1 - r.scored["ssim"]))
+    mse, ssim = (float(r.scored[k][well].mean()) if well.any() else None for k in ("mse", "ssim"))
     metrics = measure(r, r.scorer, weights) | {
-        "reconstruction_mse": mse, "reconstruction_ssim": similar, "scorer": r.scorer,
+        "reconstruction_mse": mse, "reconstruction_ssim": 1 - ssim if well.any() else None,
+        "scorer": r.scorer,
         "data": r.source.title, "external": r.external, "split": r.split,
         "data_fingerprint": r.source.fingerprint(), "trained_on": r.run.config.data,
         "model": r.run.config.model, "seed": r.run.config.seed, "unreadable": r.bad,
@@ -757,7 +755,7 @@ def write_test(r: Result) -> None:
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as CSV. Texts that a spreadsheet would take for a formula get an apostrophe."""
+    """Write rows as CSV. Texts that a spreadsheet would take for a formula get an apostrophe."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -767,7 +765,7 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[str]:
-    """Sentences on each pair of models, and on each model against the best trivial score."""
+    """Compare each pair of models, and each model with the best trivial score, in sentences."""
     first = next(iter(groups.values()))[0]
     if not (baselines := first.metrics.get("baselines")):
         return []
@@ -780,7 +778,7 @@ def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[s
 
 
 def cautions(tested: list[Result]) -> list[str]:
-    """Sentences on thresholds that do not hold what they promise, or cannot."""
+    """Warn, in sentences, of thresholds that do not hold what they promise, or cannot."""
     found, normals = [], min(r.metrics["n_validation_normals"] for r in tested)
     if normals < 100:
         found.append(f"Careful: with {normals} validation normals the threshold is rough." if
@@ -842,7 +840,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
 
 
 def comparison_rows(name: str, group: list[Result]) -> list[dict[str, Any]]:
-    """Rows of comparison.csv for runs of one group: the figures of each, and over the seeds."""
+    """Make rows of comparison.csv for runs of one group: their figures, and those over seeds."""
     aurocs = np.array([r.metrics["auroc"] for r in group], dtype=float)
     spread = aurocs.std(ddof=1) if len(group) > 1 else ""
     return [{"run": r.run.folder.name, "group": name}
@@ -866,7 +864,7 @@ class Table(NamedTuple):
 
 
 def text_table(table: Table) -> str:
-    """The table as aligned text; long column titles take several lines."""
+    """Lay the table out as aligned text. Long column titles take several lines."""
     columns = [[str(cell) for cell in column] for column in zip(*table.rows, strict=True)]
     titles = [textwrap.wrap(title, max([12, *map(len, column)]), break_long_words=False)
               for title, column in zip(table.header, columns, strict=True)]
@@ -881,7 +879,7 @@ def text_table(table: Table) -> str:
 
 
 def html_table(table: Table) -> str:
-    """The table as HTML, in a region that scrolls."""
+    """Write the table as HTML, in a region that scrolls."""
     name = escape(table.title)
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     rows = "\n".join(f'<tr><th scope="row">{escape(str(first))}</th>' + "".join(
@@ -910,11 +908,11 @@ def specificity(m: dict[str, Any]) -> str:
 
 
 def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list[Table]:
-    """All tables of figures. Those by model hold means over the seeds."""
+    """Make all tables of figures. Those by model hold means over the seeds."""
     first, names = tested[0].metrics, list(groups)
 
     def by_model(show: Callable[[Any], str], *keys: str) -> list[str]:
-        """A figure of each model, found in its metrics under these keys."""
+        """Show a figure of each model, found in its metrics under these keys."""
         cells = []
         for group in groups.values():
             values: list[Any] = [r.metrics for r in group]
@@ -970,7 +968,7 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
 
 
 def training_cost(run: TrainedRun) -> dict[str, float | None]:
-    """Parameters, epochs, minutes and images a second; None where log.csv is gone or damaged."""
+    """Count parameters, epochs, minutes and images a second; None if log.csv is gone or damaged."""
     cost: dict[str, float | None] = {"parameters": sum(p.numel() for p in run.model.parameters()),
                                      "epochs": None, "minutes": None, "images_per_second": None}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, csv.Error):
@@ -984,12 +982,12 @@ def training_cost(run: TrainedRun) -> dict[str, float | None]:
 
 
 def trained_on(run: TrainedRun) -> str:
-    """The run's data, without the place where it lies."""
+    """Name the run's data, without the place where it lies."""
     return PHANTOM if run.config.data == "synthetic" else relative(run.config.data)
 
 
 def settings_table(tested: list[Result]) -> Table:
-    """What a run depends on: data, versions and all settings."""
+    """List what a run depends on: data, versions and all settings."""
     here = f"torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}"
     rows = [{"trained on": trained_on(r.run), "trained with": r.run.made_with,
              "scored with": f"{here}, {r.run.setup.device.type}, {r.run.setup.precision}",
@@ -1002,7 +1000,7 @@ def settings_table(tested: list[Result]) -> Table:
 
 
 def command_to_train(config: Config) -> str:
-    """What to type to train a run again: every setting that is not the default."""
+    """Give what to type to train a run again: every setting that is not the default."""
     words = ["python", "train.py", "--model", config.model]
     for name, value in dataclasses.asdict(config).items():
         if name in ("model", "resume", "reuse") or value == FIELDS[name].default:
@@ -1042,8 +1040,8 @@ SIDE, GAP, LINE = 1.6, 0.08, 0.16  # inches: a tile's side, between tiles, a lin
 
 
 def picture_style() -> contextlib.AbstractContextManager:
-    """While inside, pictures are drawn alike, whatever the user's own settings of matplotlib; and a
-    name with a $ in it is a name."""
+    """Draw pictures alike while inside, whatever the user's own settings of matplotlib; and a name
+    with a $ in it is a name."""
     return matplotlib.style.context({"text.parse_math": False}, after_reset=True)
 
 
@@ -1086,13 +1084,13 @@ def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None =
 
 
 def map_top(maps: Sequence[np.ndarray]) -> float:
-    """Upper end of the colour scale of maps that are shown beside each other."""
+    """Choose the upper end of the colour scale of maps that are shown beside each other."""
     return max(float(np.quantile(np.concatenate([m.ravel() for m in maps]), 0.998)), 1e-6)
 
 
 def grid_figure(rows: Sequence[Row], title: str, scorer: str, file: Path,
                 top: float | None = None) -> None:
-    """A picture of rows of tiles."""
+    """Save a picture of rows of tiles."""
     wide, high = size_of_grid(rows)
     figure = Figure(figsize=(wide, high + LINE * title.count("\n")), layout="constrained")
     draw_grid(figure, rows, scorer, top)
@@ -1101,7 +1099,7 @@ def grid_figure(rows: Sequence[Row], title: str, scorer: str, file: Path,
 
 
 def plot_roc(axes: Axes, tested: list[Result]) -> None:
-    """The ROC curves, on matplotlib's axes."""
+    """Draw the ROC curves on matplotlib's axes."""
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
     for r, colour in zip(tested, itertools.cycle(COLOURS), strict=False):
         if r.metrics["auroc"] is None:
@@ -1116,8 +1114,8 @@ def plot_roc(axes: Axes, tested: list[Result]) -> None:
 
 
 def plot_histogram(axes: Axes, tested: list[Result], which: int = 0) -> None:
-    """The scores of one of the runs, on a scale for all: normal images in grey, abnormal ones in
-    the run's colour."""
+    """Draw the scores of one of the runs, on a scale for all: normal images in grey, abnormal ones
+    in the run's colour."""
     every = np.concatenate([r.scores for r in tested])
     bins = np.linspace(every.min(), max(np.quantile(every, 0.995), every.min() + 1e-9), 31)
     # The last bar takes what lies beyond.
@@ -1135,17 +1133,17 @@ def plot_histogram(axes: Axes, tested: list[Result], which: int = 0) -> None:
 
 
 def describe_sample(sample: Sample) -> str:
-    """What is written over an image: its finding, shortened."""
+    """Name an image in a picture: its finding, shortened."""
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
 
 
 def tested_on(r: Result) -> str:
-    """What a picture's title says of the data."""
+    """Say in a picture's title what the data is."""
     return textwrap.fill(f"tested on {r.about}", 75)
 
 
 def read_again(r: Result, positions: Sequence[int]) -> Tensor:
-    """Images that have been scored, once more: uint8 [n,1,H,W]."""
+    """Read images that have been scored once more: uint8 [n,1,H,W]."""
     stream = r.run.stream(r.source, [r.samples[i] for i in positions])
     images = [images for images, _ in stream]
     if stream.bad:
@@ -1157,7 +1155,7 @@ def read_again(r: Result, positions: Sequence[int]) -> Tensor:
 
 def tiles_of(r: Result, positions: Sequence[int], above: Sequence[str],
              over_maps: Sequence[str] = ()) -> list[list[Tile]]:
-    """Tiles of the inputs, reconstructions and maps of a few images, with these texts above."""
+    """Make tiles of the inputs, reconstructions and maps of a few images, with texts above."""
     if not positions:
         return [[], [], []]
     output, _, maps = r.run.score(read_again(r, positions), r.scorer)
@@ -1169,7 +1167,7 @@ def tiles_of(r: Result, positions: Sequence[int], above: Sequence[str],
 
 
 def draw_examples(r: Result, file: Path) -> None:
-    """Input, reconstruction and map of the three highest, borderline and lowest scores."""
+    """Draw input, reconstruction and map of the three highest, borderline and lowest scores."""
     chosen: dict[int, str] = {}
     away = abs(r.scores - r.metrics["threshold"])
     for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
@@ -1190,7 +1188,7 @@ def worst(r: Result) -> tuple[list[int], list[int]]:
 
 
 def draw_worst(r: Result, file: Path) -> None:
-    """Input and map of the eight worst misses, above, and the eight worst false alarms, below."""
+    """Draw input and map of the eight worst misses, and below of the worst false alarms."""
     percentiles = r.run.scorer.percentile(r.scorer, torch.from_numpy(r.scores)).tolist()
     rows: list[Row] = []
     for kind, wrong, found in zip(("abnormal", "normal"), ("missed", "flagged"), worst(r),
@@ -1205,8 +1203,8 @@ def draw_worst(r: Result, file: Path) -> None:
 
 
 def draw_healing(r: Result, file: Path) -> None:
-    """Three validation normals, corrupted as in training, and what the model makes of them; below
-    them a tested image with a finding."""
+    """Draw three validation normals, corrupted as in training, and what the model makes of them;
+    below them a tested image with a finding."""
     run, normals = r.run, r.run.normals(r.source, "val")
     three = run.stream(r.source, normals[:: max(1, len(normals) // 3)][:3])
     if not (batches := [images for images, _ in three]):
@@ -1233,7 +1231,7 @@ def draw_healing(r: Result, file: Path) -> None:
 
 
 def draw_comparison(tested: list[Result], file: Path) -> None:
-    """ROC and histograms of all runs above, the same example cases through every model below.
+    """Draw ROC and histograms of all runs, and below the same example cases through every model.
 
     The cases have the middle score of the six most common findings, normal among them: the picture
     shows what is usual, and nothing is picked by hand.
@@ -1308,7 +1306,7 @@ to whom you give it. Research use only, not for diagnosis.</p></footer></body></
 def write_page(file: Path, title: str, sentences: list[str], facts: dict[str, str],
                tables: list[Table], pictures: dict[Path, str], commands: list[str],
                settings: Table) -> None:
-    """All that was found, in one file that fetches nothing. pictures: with what they show."""
+    """Write all that was found into one file that fetches nothing. pictures: with captions."""
     figures = []
     for picture, text in pictures.items():
         if picture.exists():
@@ -1328,8 +1326,8 @@ def write_page(file: Path, title: str, sentences: list[str], facts: dict[str, st
 
 
 def relative(path: str | Path) -> str:
-    """A path below the working directory, or else its last name: what is sent on tells nothing of
-    the machine that it was made on. Other texts as they are."""
+    """Shorten an absolute path to what lies below the working directory, or to its last name: what
+    is sent on tells nothing of the machine. Other texts stay as they are."""
     if not os.path.isabs(path):
         return str(path)
     path, here = Path(path), Path.cwd()
@@ -1438,8 +1436,8 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
 
 
 def distinct_stems(names: list[str]) -> list[str]:
-    """What the files of each image's results begin with; with a digest of the name where two would
-    be the same, or too long for a file system."""
+    """Name the files of each image's results; with a digest of its name where two would be equal,
+    or too long for a file system."""
     stems = [name.rpartition(".")[0].replace("/", "__") for name in names]
     counts = Counter(stem.lower() for stem in stems)
     return [stem if counts[stem.lower()] == 1 and len(os.fsencode(stem)) <= 200 else
