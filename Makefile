@@ -41,7 +41,7 @@ compare: setup ## train both models on the same data and budget, test and compar
 	$(PY) train.py --model both --data "$(DATA)" --output-dir "$(OUT)" --reuse $(QUICK) $(ARGS)
 	$(PY) evaluate.py "$(OUT)" $(EVAL_ARGS)
 
-evaluate: setup ## test and compare what was trained last
+evaluate: setup ## test and compare all runs in OUT
 	$(PY) evaluate.py "$(OUT)" $(EVAL_ARGS)
 
 colab: ## write a notebook, and one cell to paste, for Google Colab to build/
@@ -55,7 +55,7 @@ test: setup ## run the tests
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m "not drill" -n 3 --dist worksteal tests $(ARGS)
 
-drills: setup ## run the long tests: faults, notebooks, the benchmark, what README adds
+drills: setup ## run the long tests: faults, notebooks, the benchmark, what docs/extending.md adds
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES)
 	$(PY) -m pytest -q -m drill tests $(ARGS)
 

@@ -10,6 +10,7 @@ One road for every source: Source.fetch(samples) -> bytes -> decode_image -> uin
 import bisect
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -26,12 +27,11 @@ import re
 import struct
 import sys
 import threading
-import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -75,7 +75,7 @@ Box = tuple[float, float, float, float]
 
 
 class Source:
-    """A set of labelled images. Subclasses fill the fields and say how to read one."""
+    """A set of labelled images. Subclasses fill the fields and say how to read a file."""
 
     spec: str  # what --data said
     name: str  # short name, used for folders of results
@@ -88,15 +88,15 @@ class Source:
     version = ""  # tells a set from a later one of the same name, where the source knows
 
     def read_file(self, name: str) -> bytes:
-        """A file's bytes. OSError, BadImage or TooLarge if they cannot be had."""
+        """Read a file. OSError, BadImage or TooLarge if it cannot be had."""
         raise NotImplementedError
 
     def read(self, sample: Sample) -> bytes:
-        """The image file's bytes. OSError or BadImage if they cannot be had."""
+        """Read an image's file. OSError or BadImage if it cannot be had."""
         return self.read_file(sample.key)
 
     def read_text(self, name: str) -> str:
-        """A CSV or list among the files."""
+        """Read a CSV or a list. UserError if it cannot be had."""
         try:
             return self.read_file(name).decode("utf-8-sig", errors="replace")
         except (OSError, BadImage) as error:
@@ -124,25 +124,23 @@ class Source:
         return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
 
     def file_bytes(self, sample: Sample) -> int:
-        """Bytes of the file; 0 if that is not known before it is read."""
+        """Size of the file; 0 if that is not known before it is read."""
         return 0
 
     def glance(self, sample: Sample) -> bytes:
-        """A few bytes that are equal for files of equal size and content. OSError."""
+        """A few bytes that are equal for equal files of one size. OSError."""
         return b""
 
     def digest(self, sample: Sample) -> bytes:
-        """Equal for files of equal size and content. OSError if the file cannot be had."""
+        """A digest that is equal for equal files of one size alone. OSError."""
         return hashlib.blake2b(self.read(sample), digest_size=16).digest()
 
     def width_and_height(self, sample: Sample) -> tuple[int, int] | None:
         """(width, height) from the file's header; None if it is not known before it is read."""
         return None
 
-    # What is fetched together: for sources where one request for several files is cheaper.
-
     def blocks(self, samples: list[Sample]) -> np.ndarray:
-        """Number of the block that each sample is in, int64 [n]; each its own if it is all one."""
+        """Number of each sample's block, int64 [n]: one request fetches a block's samples."""
         return np.arange(len(samples))
 
     def cost(self, samples: list[Sample]) -> int:
@@ -151,10 +149,8 @@ class Source:
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
-        """Each of the samples, in any order, with its bytes or with what is wrong with it.
-
-        Ends early by Cancelled once `cancelled` is set.
-        """
+        """Yield each sample, in any order, with its bytes or with what is wrong with it. Raises
+        Cancelled soon after that is set."""
         for sample in samples:
             if cancelled.is_set():
                 raise Cancelled
@@ -164,8 +160,7 @@ class Source:
                 yield sample, error
 
     def fingerprint(self) -> str:
-        """A short digest of names, patients, labels and prescribed splits: equal for equal data,
-        wherever it lies."""
+        """A digest of names, patients, labels and prescribed splits, wherever the data lies."""
         digest = hashlib.blake2b(digest_size=8)
         for s in self.samples:
             digest.update(f"{s.key}\t{s.patient}\t{s.label}\t{s.split}\n".encode())
@@ -199,6 +194,8 @@ class PhantomSource(Source):
         self.spec = self.name = "synthetic"
         self.title = "built-in phantom (drawn chest films, not real X-rays)"
         self.left_out, self.image_size = Counter(), image_size
+        # One large array freed makes glibc keep the memory of later ones: up to twice the speed.
+        np.empty(1 << 22, np.uint8)
         if image_size <= 128:  # threads that draw with small arrays wait for one another
             self.threads = 1
         self.masks, self.boxes = {}, {}
@@ -827,7 +824,7 @@ def read_covid(
 
 NO_KAGGLE_KEY = """no Kaggle credentials found. On kaggle.com: Settings, API, Create New Token. Then
     export KAGGLE_API_TOKEN=your_token                          (the newer kind, one text)
-    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind)
+    export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind, both)
 or put {{"username": "your_name", "key": "your_key"}} in {file} (chmod 600);
 in Colab add the same names under Secrets. Images of your own need no account: --data FOLDER"""
 
@@ -835,42 +832,35 @@ in Colab add the same names under Secrets. Images of your own need no account: -
 def kaggle_credentials() -> dict[str, str]:
     """Return {"api_token": ...} or {"username": ..., "password": ...} for kagglesdk's client.
 
-    Looks where the official client looks: for an access token, then for a name and key, where the
-    environment overrides kaggle.json; and last in Colab's secrets. UserError says what to do.
+    Looks where the official client looks: for a token, then for a name and key, in the environment
+    before kaggle.json; and last in Colab's secrets. UserError says what to do.
     """
     if not os.environ.get("KAGGLE_API_TOKEN", "unset").strip():
         del os.environ["KAGGLE_API_TOKEN"]  # blank: the client would send it all the same
     try:
         from kagglesdk import get_access_token_from_env
 
-        token = (get_access_token_from_env()[0] or "").strip()
+        token = (get_access_token_from_env()[0] or _colab_secret("KAGGLE_API_TOKEN")).strip()
     except ImportError:
         raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
                         "pip install -U kaggle") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = type(error).__name__
-        raise UserError(f"the Kaggle access token cannot be read ({reason})") from None
+    except (OSError, UnicodeDecodeError):
+        raise UserError("the Kaggle access token cannot be read from its file") from None
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
     if not folder.exists() and sys.platform == "linux":
         folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
-    file, found = folder / "kaggle.json", dict[str, str]()
-    if not token and file.is_file():
+    file, found = folder / "kaggle.json", {"api_token": token}
+    if not token:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            found = {"username": str(content["username"]), "password": str(content["key"])}
-        except (OSError, ValueError, LookupError, TypeError):
+            there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            found = {part: str(os.environ.get(name) or there.get(key) or _colab_secret(name))
+                     for part, name, key in (("username", "KAGGLE_USERNAME", "username"),
+                                             ("password", "KAGGLE_KEY", "key"))}
+        except (OSError, ValueError, AttributeError):
             raise UserError(f'{file}: wanted is {{"username": "your_name", "key": "your_key"}}; '
                             "download it again from kaggle.com, Settings, API") from None
-    names = {"username": "KAGGLE_USERNAME", "password": "KAGGLE_KEY"}
-    found |= {part: os.environ[name] for part, name in names.items() if os.environ.get(name)}
-    if not token and not found and "google.colab" in sys.modules:
-        token = _colab_secret("KAGGLE_API_TOKEN")
-        found = {part: v for part, name in names.items() if (v := _colab_secret(name))}
-    if not token and len(found) < 2:
-        raise UserError("Kaggle credentials: KAGGLE_USERNAME or KAGGLE_KEY is missing beside its "
-                        "other half" if found else NO_KAGGLE_KEY.format(file=file))
-    if token:
-        found = {"api_token": token}
+    if not all(found.values()):
+        raise UserError(NO_KAGGLE_KEY.format(file=file))
     if not all(value.isascii() and value.isprintable() for value in found.values()):
         raise UserError("the Kaggle credentials hold characters that no key has (typographic "
                         "quotes?); copy them again from kaggle.com, Settings, API")
@@ -878,12 +868,12 @@ def kaggle_credentials() -> dict[str, str]:
 
 
 def _colab_secret(name: str) -> str:
-    try:
-        from google.colab import userdata
+    with contextlib.suppress(Exception):  # not there, or not granted to this notebook
+        if "google.colab" in sys.modules:
+            from google.colab import userdata
 
-        return userdata.get(name).strip()
-    except Exception:  # not there, or this notebook has not been granted access to it
-        return ""
+            return userdata.get(name).strip()
+    return ""
 
 
 TIMEOUT = (10, 30)  # seconds: to connect; without a byte
@@ -940,26 +930,30 @@ class KaggleApi:
         """Make the error that ends the run."""
         return UserError(f"--data {self.spec}: {reason}")
 
-    def call(self, method: str, kind: str, **fields: object) -> Any:
-        """Call a method of the API, with a request of this kind. Its errors are for `retry`."""
+    def call(self, method: str, request: str, **fields: object) -> Any:
+        """Call a method of the API with the client's class of requests. Errors are for `retry`."""
         from kagglesdk.datasets.types import dataset_api_service
 
-        request = getattr(dataset_api_service, kind)()
-        for name, value in {"owner_slug": self.owner, "dataset_slug": self.name,
-                            "dataset_version_number": self.version, **fields}.items():
-            setattr(request, name, value)
+        fields |= {"ownerSlug": self.owner, "datasetSlug": self.name,
+                   "datasetVersionNumber": self.version}
+        message = getattr(dataset_api_service, request).from_dict(fields)
+        send = getattr(self.connections.api, method)
         self.traffic["API calls"] += 1
-        return getattr(self.connections.api, method)(request)
+        try:
+            return send(message)
+        except (TypeError, ValueError, LookupError, AttributeError):
+            raise ConnectionError("an answer that Kaggle's client does not understand") from None
 
-    def retry(self, cancelled: threading.Event, attempt: Callable, *args: Any,
-              **named: Any) -> Any:
-        """Return attempt(...), called again after growing, random waits while it fails in passing.
+    def retry(self, cancelled: threading.Event, attempt: Callable, *args: Any, **named: Any) -> Any:
+        """Return attempt(...), called again after growing, random waits while its error may pass.
 
         Not by urllib3's Retry: its waits cannot be cancelled, it does not see bodies that are cut
         short, and `report` tells what was tried again.
         """
         for failures in itertools.count(1):
             after = None
+            if cancelled.is_set():
+                raise Cancelled
             try:
                 result = attempt(*args, **named)
                 self.worked = True
@@ -984,7 +978,7 @@ class KaggleApi:
             pause(after, cancelled)
 
     def _judge(self, response: requests.Response) -> tuple[str, float | None]:
-        """Return (reason, seconds to wait if told) of a passing error, or raise UserError."""
+        """Return (reason, seconds to wait if told) of an error that may pass, else UserError."""
         status, after = response.status_code, None
         if status < 400:  # the client also raises for an error told in the body
             status = int(response.json()["code"])
@@ -992,10 +986,9 @@ class KaggleApi:
             with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
                 after = urllib3.Retry().get_retry_after(response.raw)
             return f"Kaggle answers {status}" + " (too many requests)" * (status == 429), after
-        means = {401: "it refuses the credentials; make a new token: Settings, API, Create New "
-                      "Token",
-                 403: "this account may not read it; it may be private, or have terms to be "
-                      "accepted", 404: "there is no such data set"}.get(status, "an error")
+        means = {401: "the credentials are refused; get new ones: Settings, API, Create New Token",
+                 403: "not for this account; it may be private, or have terms to be accepted",
+                 404: "there is no such data set"}.get(status, "it refuses")
         raise self.stop(f"Kaggle answers {status}: {means}. See "
                         f"https://www.kaggle.com/datasets/{self.owner}/{self.name}") from None
 
@@ -1063,27 +1056,25 @@ class RemoteFile(io.RawIOBase):
             span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)",
                                 response.headers.get("Content-Range", ""))
             first, last, total = map(int, span.groups()) if span else (-1, -1, self.size)
-            etag = response.headers.get("ETag") or self.etag
+            etag = response.headers.get("ETag", "")
             if status == 206 and not self.size:
                 self.size, self.etag = total, etag
-            if status == 416 or (status == 206 and (total, etag) != (self.size, self.etag)):
+            if (status == 416 and self.size) or (status == 206 and (
+                    total != self.size or len({etag, self.etag} - {""}) > 1)):
                 raise self.api.stop("the data set was changed on Kaggle meanwhile. Start over, or "
                                     "name a version that stays: kaggle:owner/name/versions/N")
             response.raise_for_status()
             if status != 206 or first != start or not start <= last < start + len(into):
                 raise ConnectionError("another part of the archive than was asked for")
-            try:
+            with contextlib.suppress(*NO_CONNECTION):
                 while chunk := response.raw.read(min(CHUNK, last + 1 - start - done)):
                     into[done : done + len(chunk)] = chunk
                     done += len(chunk)
                     self.api.traffic["bytes"] += len(chunk)
                     if cancelled.is_set():
                         raise Cancelled
-            except NO_CONNECTION:
-                if not done:
-                    raise
         if not done:
-            raise ConnectionError("an empty answer")
+            raise ConnectionError("an answer that broke before its content")
         return done
 
 
@@ -1122,11 +1113,11 @@ class KaggleSource(Source):
             with zipfile.ZipFile(self.file) as archive:
                 infos = archive.infolist()
             starts = sorted({archive.start_dir, *(i.header_offset for i in infos)})
-            for i in infos:
+            for i in infos:  # whose names are copied: they would hold on to the infos' memory
                 end = starts[bisect.bisect_right(starts, i.header_offset)]
                 method = -1 if i.flag_bits & 1 else i.compress_type
                 if not i.is_dir():
-                    self.members[i.filename] = MEMBER.pack(
+                    self.members[i.filename.encode().decode()] = MEMBER.pack(
                         i.header_offset, end, i.compress_size, i.file_size, i.CRC, method)
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, LookupError,
                 OverflowError, struct.error) as error:
@@ -1154,16 +1145,18 @@ class KaggleSource(Source):
             raise content
         return content
 
-    def _runs(self, samples: list[Sample]) -> list[list[tuple[int, Member]]]:
+    def _runs(self, samples: list[Sample]) -> Iterator[list[tuple[int, Member]]]:
         """Group the places in `samples`, with their members, so that a request serves a group."""
-        members = [(place, self.member(s.key)) for place, s in enumerate(samples)]
-        runs: list[list[tuple[int, Member]]] = []
-        for place, member in sorted(members, key=lambda each: each[1].start):
-            if (not runs or member.start - runs[-1][-1][1].end > GAP
-                    or member.end - runs[-1][0][1].start > BLOCK):
-                runs.append([])
-            runs[-1].append((place, member))
-        return runs
+        run: list[tuple[int, Member]] = []
+        for place in sorted(range(len(samples)), key=lambda i: self.member(samples[i].key).start):
+            member = self.member(samples[place].key)
+            if run and (member.start - run[-1][1].end > GAP
+                        or member.end - run[0][1].start > BLOCK):
+                yield run
+                run = []
+            run.append((place, member))
+        if run:
+            yield run
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
         # Groups of the shuffle are wanted at different times: their images are fetched apart.
@@ -1173,13 +1166,12 @@ class KaggleSource(Source):
         return numbers
 
     def cost(self, samples: list[Sample]) -> int:
-        runs = self._runs(samples)
-        members = [member for run in runs for _, member in run]
+        runs = list(self._runs(samples))
         # One request's bytes; a member that is fetched once more; and unpacked, which zlib does
         # in pieces that it joins, beside the one before.
         return (max((run[-1][1].end - run[0][1].start for run in runs), default=0)
-                + max((m.end - m.start for m in members), default=0)
-                + 3 * max((m.size for m in members), default=0))
+                + max((m.end - m.start for run in runs for _, m in run), default=0)
+                + 3 * max((m.size for run in runs for _, m in run), default=0))
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
@@ -1219,7 +1211,9 @@ def unpack(member: Member, span: memoryview) -> bytes | Exception:
         return BadImage(f"damaged in the archive ({error})")
     if len(data) > member.size:
         return BadImage(f"longer than the {member.size:,} bytes that the archive declares")
-    return data if zlib.crc32(data) == member.crc else BadImage("its checksum is wrong")
+    if len(data) < member.size or zlib.crc32(data) != member.crc:
+        return BadImage("its checksum is wrong")
+    return data
 
 
 class KaggleFilesSource(KaggleSource):
@@ -1234,10 +1228,11 @@ class KaggleFilesSource(KaggleSource):
         token = ""
         while True:
             page = self.api.retry(NEVER, self.api.call, "list_dataset_files",
-                                  "ApiListDatasetFilesRequest", page_size=200, page_token=token)
+                                  "ApiListDatasetFilesRequest", pageSize=200, pageToken=token)
             for f in page.dataset_files or []:  # CHUNK: what `_download` holds beyond the file
                 self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, 0, 0)
-            if not (token := page.next_page_token):  # an empty page does not mean the end
+            token = page.next_page_token
+            if not token:  # an empty page does not mean the end
                 return
 
     def digest(self, sample: Sample) -> bytes:
@@ -1254,7 +1249,7 @@ class KaggleFilesSource(KaggleSource):
     def _download(self, name: str) -> bytes:
         size = self.member(name).size
         try:
-            answer = self.api.call("download_dataset", "ApiDownloadDatasetRequest", file_name=name)
+            answer = self.api.call("download_dataset", "ApiDownloadDatasetRequest", fileName=name)
         except requests.HTTPError as error:
             if error.response.status_code == 404:
                 raise BadImage("listed by Kaggle, but not there (404)") from None
@@ -1262,12 +1257,10 @@ class KaggleFilesSource(KaggleSource):
         with answer:
             data = answer.raw.read(size + CHUNK, decode_content=True)
         self.api.traffic["bytes"] += len(data)
-        if data[:4] == b"PK\3\4" and not name.endswith(".zip"):  # Kaggle zips large files
-            try:
-                with zipfile.ZipFile(io.BytesIO(data)) as packed:
-                    data = packed.open(packed.infolist()[0]).read(size + 1)
-            except (zipfile.BadZipFile, zlib.error, RuntimeError, IndexError, EOFError):
-                raise BadImage("a zip file that cannot be unpacked") from None
+        if len(data) != size and data[:4] == b"PK\3\4":  # Kaggle zips large files
+            with contextlib.suppress(zipfile.BadZipFile, zlib.error, RuntimeError, LookupError,
+                                     EOFError), zipfile.ZipFile(io.BytesIO(data)) as packed:
+                data = packed.open(packed.infolist()[0]).read(size + 1)
         if len(data) != size:
             raise BadImage(f"{len(data):,} bytes long instead of {size:,} as listed")
         return data
@@ -1588,43 +1581,52 @@ class Cancelled(Exception):
 
 
 class Memory:
-    """Counts the bytes that images take in all streams that share it. Safe among threads.
+    """The bytes that images may take in all streams that share it. Safe among threads.
 
-    Files in flight may take an eighth of the limit, pixels being decoded a quarter: a thread that
-    wants more waits until others have done. The rest is for images that wait for their batch and
-    for cached ones. Each stream takes a fixed part of it (of `left`) when it is made, and keeps to
-    that by itself, so that images never wait for room.
+    Files in flight may take an eighth, pixels being decoded a quarter: a thread that wants more
+    waits until others have done. `left` is for decoded images, cached or waiting for their batch:
+    each stream takes a fixed part of it when it is made, and keeps to that by itself.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.most = {"files": limit // 8, "pixels": limit // 4}
+        self.limit, self.most = limit, {"files": limit // 8, "pixels": limit // 4}
         self.left = limit - sum(self.most.values())
-        self.held = {"files": 0, "pixels": 0, "images": 0}
-        self.peak = 0
+        self.held, self.peak = {"files": 0, "pixels": 0}, 0
         self._change = threading.Condition()
-
-    def count(self, use: str, change: int) -> None:
-        """Count bytes of this use as held, or with a negative number as released."""
-        with self._change:
-            self.held[use] += change
-            self.peak = max(self.peak, sum(self.held.values()))
-            self._change.notify_all()
+        share_one_heap()
 
     @contextlib.contextmanager
     def hold(self, use: str, count: int) -> Iterator[None]:
-        """Hold bytes for files or pixels while inside. BadImage if there is never room for them."""
+        """Hold bytes for "files" or "pixels" while inside. BadImage if they are too many."""
         most = self.most[use]
         if count > most:
             raise BadImage(f"needs {count / 1e6:,.1f} MB at once, more than the {most / 1e6:,.1f} "
                            "MB that --memory-limit-gb leaves for it")
         with self._change:
             self._change.wait_for(lambda: self.held[use] + count <= most)
-            self.count(use, count)
+            self.held[use] += count
+            self.peak = max(self.peak, sum(self.held.values()))
         try:
             yield
         finally:
-            self.count(use, -count)
+            with self._change:
+                self.held[use] -= count
+                self._change.notify_all()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes taken so far: files and pixels, and what streams have set aside for images."""
+        return self.peak + self.limit - sum(self.most.values()) - self.left
+
+
+def share_one_heap() -> None:
+    """Let all threads take memory from one heap (Linux with glibc; elsewhere nothing happens).
+
+    Each of 8 threads would keep what it freed for itself: four times the bytes that are counted.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_arena_max = -8
+        libc.mallopt(m_arena_max, 1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1646,7 +1648,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-Batch = tuple[Tensor, Tensor]  # images uint8 [B,1,H,W], positions int64 [B]
+Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class ImageStream(IterableDataset):
@@ -1656,14 +1658,13 @@ class ImageStream(IterableDataset):
     incomplete last batch is dropped; without one it is the order of `samples`, and complete.
     Rank r of `world` gets the r-th of as many slices of each batch (perhaps an empty one).
 
-    Threads read and decode ahead, and end when the iteration does. What all of it takes stays
-    within `memory` (bytes, or a Memory shared with other streams), of which this stream takes at
-    most the part `share` of what is left. If `cache`, the first of `samples` are cached for later
-    epochs, as many as fit; the rest is read again each time. One iteration at a time: a second
-    one is possible, but loads its batches beyond the bound.
+    Threads read and decode ahead, and end when the iteration does. One iteration at a time stays
+    within `memory` (bytes, or a Memory that streams share; `share` is the most that this one takes
+    of what is left for images). If `cache`, the first of `samples` are cached for later epochs, as
+    many as fit; the others are read again each time.
 
-    Unreadable images are skipped, counted and named in `bad`; more than 5 % of them (and more than
-    one) end the run with a UserError if `stop_on_bad`.
+    Unreadable images are skipped, and named in `bad` with the reason. More than 5 % of them (and
+    more than one) end the run with a UserError if `stop_on_bad`.
     """
 
     def __init__(self, source: Source, samples: list[Sample], image_size: int, batch_size: int,
@@ -1677,40 +1678,37 @@ class ImageStream(IterableDataset):
         self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
         self.blocks = source.blocks(samples)
+        # Images of one block that are wanted within `_span` images are fetched together.
+        grouped = len(np.unique(self.blocks)) < len(samples)
+        self._span, ahead = (SHUFFLE_WINDOW,) * 2 if grouped else (1, 4 * source.threads)
 
-        # Room, in images: for a batch that is made while the consumer has the one before it, for
-        # those in the window, and for cached ones. The window holds the next batch, the neighbours
-        # of its images, which may be wanted a window of the shuffle later, and a few for each
-        # thread. With less memory it shrinks, down to one image more than a batch.
-        together = len(np.unique(self.blocks)) < len(self.blocks)
-        ahead = max(batch_size, 4 * source.threads * (SHUFFLE_GROUP if together else 1))
-        wanted = 3 * self.batch_size + (SHUFFLE_WINDOW if together else 1) + ahead
-        least, pixels = 3 * self.batch_size + 1, image_size**2
+        # What is set aside, in images: two batches, as one is made while the consumer has the one
+        # before it; a window for those on their way, which are a batch, what is fetched together
+        # with it, and some ahead of it; and the cache.
+        pixels, least = image_size**2, 3 * self.batch_size + 1
+        wanted = least + self._span + max(batch_size, ahead)
         room = int(share * self.memory.left) // pixels
         if room < least:
             raise UserError(
                 f"--memory-limit-gb: {self.memory.limit / 2**30:.4f} is too little for batches of "
                 f"{self.batch_size} images of {image_size}x{image_size} pixels; "
                 f"{7 * least * pixels / 2**30 + 5e-5:.4f} is enough")
-        uncached = min(wanted, max(least, room // 2))
-        self.cached = min(len(samples), room - uncached) if cache else 0
+        self.cached = min(len(samples), room - min(wanted, max(least, room // 2))) if cache else 0
         self.window = min(wanted, room - self.cached) - 2 * self.batch_size
         self.bound = (2 * self.batch_size + self.window + self.cached) * pixels  # bytes
         self.memory.left -= self.bound
         self._cache = np.empty((self.cached, image_size, image_size), np.uint8)
         self._is_cached = np.zeros(len(samples), dtype=bool)
-        # Images that are wanted so close together are fetched together. A batch and all that is
-        # fetched with it fit into the window.
-        most = SHUFFLE_WINDOW if together else 1
-        self._reach = min(most, (self.window - self.batch_size + 1) // 2)
+        # A batch fits into the window beside all that is fetched before its last image.
+        self._span = min(self._span, (self.window - self.batch_size + 1) // 2)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         n = len(self.samples)
         return math.ceil(n / self.batch_size) if self.seed is None else n // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch's order the next iteration takes, from its beginning."""
+        """Choose which epoch's order the next iteration takes, from its beginning."""
         self.epoch, self.next_batch, self._start = epoch, 0, 0
 
     def state_dict(self) -> dict[str, object]:
@@ -1724,111 +1722,91 @@ class ImageStream(IterableDataset):
         mine = self.state_dict()
         changed = [f"{k} was {state[k]!r}, is {mine[k]!r}" for k in mine
                    if k not in ("epoch", "next_batch") and state[k] != mine[k]
-                   and not (k == "version" and "" in (state[k], mine[k]))]  # not known everywhere
+                   and not (k == "version" and "" in (state[k], mine[k]))]  # not always known
         if changed:
             raise UserError(f"--data {self.source.spec}: cannot go on within an epoch, because "
                             f"the stream has changed: {'; '.join(changed)}")
         self.set_epoch(state["epoch"])
         self.next_batch = self._start = state["next_batch"]
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def __iter__(self) -> Batches:
         if get_worker_info():
             raise RuntimeError("an ImageStream has threads of its own: num_workers must be 0")
         n, size = len(self.samples), self.batch_size
         order = np.arange(n) if self.seed is None else epoch_order(n, self.seed, self.epoch)
-        first, self._start = self._start, 0
-        self.next_batch = first
+        self.next_batch, self._start = self._start, 0
+        numbers = range(self.next_batch, len(self))
         batches = [np.array_split(order[i * size : (i + 1) * size], self.world)[self.rank]
-                   for i in range(first, len(self))]
+                   for i in numbers]
         # What training leaves over is loaded all the same if it will be cached, so that no later
         # epoch need read it.
         rest = order[len(self) * size :] if self.world == 1 else order[:0]
         batches.append(rest[(rest < self.cached) & ~self._is_cached[rest]])
         with contextlib.closing(self._load(batches, self.stop_on_bad)) as loaded:
-            for number, (images, positions) in enumerate(loaded, first):
-                if number == len(self):  # the rest
-                    return
+            for number, batch in zip(numbers, loaded, strict=False):
                 self.next_batch = number + 1
-                if len(positions) or self.world > 1:  # where every batch is counted on
-                    yield images, positions
+                if len(batch[0]) or self.world > 1:  # where every batch is counted on
+                    yield batch
+            next(loaded)  # the rest
 
-    def every(self, step: int) -> Generator[Batch, None, None]:
-        """Iterate over every step-th image in the order of `samples`, whole for every rank,
-        however many are unreadable. Shares the cache."""
+    def every(self, step: int) -> Batches:
+        """Iterate over every step-th of `samples`, whole for every rank. Shares the cache."""
         positions = np.arange(0, len(self.samples), step)
         return self._load([positions[i : i + self.batch_size]
                            for i in range(0, len(positions), self.batch_size)], False)
 
     def _groups(self, batches: list[np.ndarray]) -> Iterator[list[int]]:
-        """Split the positions that must be read into those that are fetched together, the first
-        one wanted first."""
-        wanted = np.concatenate(batches).astype(np.int64)
+        """Yield the positions that must be read, in the order in which they are wanted, but
+        neighbours together."""
+        wanted = np.concatenate(batches)
         wanted = wanted[~self._is_cached[wanted]]
-        for start in range(0, len(wanted), self._reach):
-            together: dict[int, list[int]] = {}
-            for i in wanted[start : start + self._reach].tolist():
-                if self.samples[i].key not in self.bad:  # as found in an earlier epoch
-                    together.setdefault(int(self.blocks[i]), []).append(i)
-            yield from together.values()
+        for start in range(0, len(wanted), self._span):
+            blocks: dict[int, list[int]] = {}
+            for i in wanted[start : start + self._span].tolist():
+                if self.samples[i].key not in self.bad:  # found in an earlier epoch
+                    blocks.setdefault(int(self.blocks[i]), []).append(i)
+            yield from blocks.values()
 
-    def _load(self, batches: list[np.ndarray],
-              stop_on_bad: bool) -> Generator[Batch, None, None]:
-        """Yield the readable images of each batch of positions, and their positions.
-
-        This thread alone counts images, before it hands their groups to the threads that load
-        them. A group has room if all images before it have been delivered up to the batch that is
-        wanted, because the window holds a batch and `_reach` images: so nothing can lock up.
-        """
-        groups, group = self._groups(batches), list[int]()
-        futures: dict[int, Future] = {}  # of images that are handed over and not yet delivered
+    def _load(self, batches: list[np.ndarray], stop_on_bad: bool) -> Batches:
+        """Yield the images of each batch of positions that can be read, and their positions."""
+        groups = self._groups(batches)
+        group = next(groups, [])
+        loading: dict[int, Future] = {}  # images on their way, those of a group by one future
         jobs, cancelled = queue.SimpleQueue[Any](), threading.Event()
+        # Daemons: an iteration that is left early waits for no network, nor does Python's end.
         threads = [threading.Thread(target=self._work, args=(jobs, cancelled), daemon=True,
                                     name=f"decode-{i}") for i in range(self.source.threads)]
-        held = lent = 0  # images counted; those of the batch that the consumer has
-
-        def count(change: int) -> None:
-            nonlocal held
-            held += change
-            self.memory.count("images", change * self.image_size**2)
 
         def hand_over() -> None:
+            """Give groups to the threads while there is room for their images."""
             nonlocal group
-            group = group or next(groups, [])
-            while group and len(futures) + len(group) <= self.window:
-                count(len(group))
+            while group and len(loading) + len(group) <= self.window:
                 future: Future = Future()
-                futures.update(dict.fromkeys(group, future))
+                loading.update(dict.fromkeys(group, future))
                 jobs.put((group, future))
                 group = next(groups, [])
 
         try:
             hand_over()
-            for thread in threads if futures else ():
+            for thread in threads:
                 thread.start()
             for batch in batches:
-                count(len(batch))
                 images = np.empty((len(batch), 1, self.image_size, self.image_size), np.uint8)
                 positions: list[int] = []
-                # Woken once, and not for every image: each time costs a decoding thread its core.
-                mine = {i: futures[i] for i in batch.tolist() if i in futures}
-                wait(mine.values(), return_when=FIRST_EXCEPTION)
                 for i in batch.tolist():
-                    if i in mine:
-                        found = futures.pop(i).result().pop(i)
-                        if isinstance(found, str):
-                            self._note_bad(self.samples[i].key, found, stop_on_bad)
-                            continue
-                        if i < self.cached and not self._is_cached[i]:
-                            self.memory.count("images", found.size)
+                    key = self.samples[i].key
+                    if i in loading:
+                        found = loading.pop(i).result().pop(key)
+                        if i < self.cached and not isinstance(found, str):
                             self._cache[i], self._is_cached[i] = found, True
-                    elif self._is_cached[i]:
-                        found = self._cache[i]
-                    else:  # found unreadable in an earlier epoch
+                    else:
+                        found = self._cache[i] if self._is_cached[i] else self.bad[key]
+                    if isinstance(found, str):
+                        self._note_bad(key, found, stop_on_bad)
                         continue
                     images[len(positions), 0] = found
                     positions.append(i)
-                count(-lent - len(mine))
-                lent = len(batch)
+                found = None  # nor held any longer, as its room is given to others
                 hand_over()
                 yield (torch.from_numpy(images[: len(positions)]),
                        torch.tensor(positions, dtype=torch.int64))
@@ -1836,36 +1814,31 @@ class ImageStream(IterableDataset):
             cancelled.set()
             for _ in threads:
                 jobs.put(None)
-            count(-held)
-            # Soon they have ended; only one that waits for the network is left to itself.
-            deadline = time.monotonic() + 1
-            for thread in threads:
+            for thread in threads:  # soon they have ended, but for one that waits for the network
                 if thread.ident:
-                    thread.join(max(0.0, deadline - time.monotonic()))
+                    thread.join(1 / len(threads))
 
     def _work(self, jobs: queue.SimpleQueue, cancelled: threading.Event) -> None:
-        while (job := jobs.get()) is not None and not cancelled.is_set():
+        while (job := jobs.get()) and not cancelled.is_set():
             group, future = job
             try:
-                future.set_result(self._load_group(group, cancelled))
+                future.set_result(self._load_group([self.samples[i] for i in group], cancelled))
             except BaseException as error:  # the consumer raises it
                 future.set_exception(error)
 
-    def _load_group(self, group: list[int],
-                    cancelled: threading.Event) -> dict[int, np.ndarray | str]:
-        """Map each position to its image, uint8 [H,W], or to what is wrong with it."""
-        position = {self.samples[i].key: i for i in group}
-        samples, found = [self.samples[i] for i in group], {}
-        cost = self.source.cost(samples)
+    def _load_group(self, group: list[Sample],
+                    cancelled: threading.Event) -> dict[str, np.ndarray | str]:
+        """Map each sample's key to its image, uint8 [H,W], or to what is wrong with it."""
+        cost, found = self.source.cost(group), {}
         if cost > self.memory.most["files"] and len(group) > 1:  # together they are too many
-            return {i: self._load_group([i], cancelled)[i] for i in group}
+            return {s.key: self._load_group([s], cancelled)[s.key] for s in group}
         try:
             with self.memory.hold("files", cost):
-                for sample, data in self.source.fetch(samples, cancelled):
-                    found[position[sample.key]] = self._decode(data)
+                for sample, data in self.source.fetch(group, cancelled):
+                    found[sample.key] = self._decode(data)
                     del data
         except BadImage as error:  # too large a file
-            found[group[0]] = str(error)
+            found |= {s.key: str(error) for s in group if s.key not in found}
         return found
 
     def _decode(self, data: bytes | Exception) -> np.ndarray | str:
@@ -1876,9 +1849,9 @@ class ImageStream(IterableDataset):
         except BadImage as error:
             return str(error)
 
-    def _note_bad(self, key: str, reason: str, stop: bool) -> None:
+    def _note_bad(self, key: str, reason: str, stop_on_bad: bool) -> None:
         self.bad[key] = reason
-        if stop and len(self.bad) > max(1, MAX_BAD_SHARE * len(self.samples)):
+        if stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * len(self.samples)):
             raise UserError(
                 f"--data {self.source.spec}: {len(self.bad)} of {len(self.samples)} images cannot "
                 f"be read, more than {MAX_BAD_SHARE:.0%}; the last is {key}: {reason}. Replace "
@@ -1910,24 +1883,23 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
     test = ImageStream(source, splits.test, size, batch, None, memory, 1 / 4, cache=False)
     val = ImageStream(source, splits.normals("val"), size, batch, None, memory, 1 / 3,
                       rank=rank, world=world)
-    train = ImageStream(source, splits.train, size, batch, config.seed, memory, rank=rank,
-                        world=world)
+    train = ImageStream(source, splits.train, size, batch, config.seed, memory,
+                        rank=rank, world=world)
     return Loaders(train, val, test, source, splits)
 
 
 def describe_memory(loaders: Loaders) -> str:
-    """The bound on what the streams hold, and what it is made of."""
-    streams, memory = loaders[:3], loaders.train.memory
-    cached = sum(stream.cached for stream in streams)
-    cached_bytes = cached * loaders.train.image_size**2
-    waiting = sum(stream.bound for stream in streams) - cached_bytes
+    """The bound on what the streams hold, and what it is made of, in one or two lines."""
+    memory, streams = loaders.train.memory, loaders[:3]
+    cached, pixels = sum(stream.cached for stream in streams), loaders.train.image_size**2
     there = len(loaders.train.samples) + len(loaders.val.samples)
-    parts = (memory.limit, memory.most["files"], memory.most["pixels"], waiting, cached_bytes)
-    limit, files, pixels, waiting_mb, cached_mb = (f"{math.ceil(p / 1e6):,}" for p in parts)
-    return (f"memory    images never take more than {limit} MB: files in flight at most {files}, "
-            f"decoding {pixels},\n          waiting {waiting_mb}, and {cached_mb} for "
-            f"{'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
-            "validation images, which are cached for later epochs")
+    waiting = sum(stream.bound for stream in streams) - cached * pixels
+    files, decoding, images, cache = (f"{math.ceil(count / 1e6):,}" for count in (
+        *memory.most.values(), waiting, cached * pixels))
+    return (f"memory    images never take more than {memory.limit / 1e6:,.0f} MB: files in flight "
+            f"{files}, decoding {decoding}, waiting {images},\n          cached for later epochs "
+            f"{cache} ({'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
+            "validation images)")
 
 
 def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:

@@ -1056,7 +1056,7 @@ def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Se
                         folder / "best.pt")
     write_log(state.log, folder / "log.csv")  # also where nothing was left to train
     draw_curves(state.log, folder / "curves.png", folder.name)
-    log.info(f"memory    images took {loaders.train.memory.peak / 1e6:,.1f} MB at the most")
+    log.info(f"memory    images took {loaders.train.memory.peak_bytes / 1e6:,.1f} MB at the most")
     if isinstance(loaders.source, KaggleSource):
         log.info(loaders.source.report())
     for name, stream in (("train", loaders.train), ("validation", loaders.val)):

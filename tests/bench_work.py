@@ -352,7 +352,7 @@ def evaluation(model: str, sizes: dict, images: int) -> Answer:
     known = {"folder": Path(), "name": model, "config": config, "model": folded(network),
              "scorer": scorer, "device": CPU, "precision": precision}  # the rest is of no moment
     run = evaluate.Run(**{f.name: known.get(f.name, "") for f in dataclasses.fields(evaluate.Run)})
-    test = loaders.test.dataset.samples
+    test = loaders.test.samples
     some = [*test[: images // 2], *test[-(images // 2):]]  # normal ones, and abnormal
     trivial = evaluate.TrivialScores(np.concatenate([x for x, _ in loaders.train]))
     batches = [to_float(x, CPU) for x in phantom_batches(2, batch, config.image_size)]

@@ -5,13 +5,11 @@ for http://localhost, and serves the archives itself. Nothing else is touched.
 """
 
 import base64
-import email.utils
 import io
 import json
 import re
 import struct
 import threading
-import time
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -60,39 +58,32 @@ class VirtualNIH:
         # Bytes after the end of a PNG are ignored: padding, and a number that makes it unique.
         self.body = buffer.getvalue().ljust(member_bytes - 8, b"\0")
         crc = zlib.crc32(self.body)
-        names = [f"images_{1 + i // 9400:03d}/images/{i // 4:08d}_{i % 4:03d}.png"
-                 for i in range(images)]
-        self.record = 30 + len(names[0]) + member_bytes
-        findings = ["No Finding" if i // 4 % 100 < 54 else "Effusion" for i in range(images)]
-        base = [name.rpartition("/")[2] for name in names]
+        self.names = [f"images_{1 + i // 9400:03d}/images/{i // 4:08d}_{i % 4:03d}.png"
+                      for i in range(images)]
+        self.record = 30 + len(self.names[0]) + member_bytes
+        members = [(name, member_bytes, zlib.crc32(i.to_bytes(8, "little"), crc), i * self.record)
+                   for i, name in enumerate(self.names)]
+        base = [name.rpartition("/")[2] for name in self.names]
+        rows = [f"{b},{'No Finding' if i // 4 % 100 < 54 else 'Effusion'},0,{i // 4},50,M,PA\n"
+                for i, b in enumerate(base)]
         tables = {
             "Data_Entry_2017.csv": "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,"
-            "Patient Gender,View Position\n" + "".join(
-                f"{b},{f},0,{i // 4},50,M,PA\n" for i, (b, f) in enumerate(
-                    zip(base, findings, strict=True))),
+            "Patient Gender,View Position\n" + "".join(rows),
             "train_val_list.txt": "\n".join(b for i, b in enumerate(base) if i // 4 % 5),
-            "test_list.txt": "\n".join(b for i, b in enumerate(base) if not i // 4 % 5),
-        }
-        directory = bytearray()
-        for i, name in enumerate(names):
-            tail = i.to_bytes(8, "little")
-            directory += self._entry(name, member_bytes, zlib.crc32(tail, crc), i * self.record)
-        self.names, self.after = names, b""
+            "test_list.txt": "\n".join(b for i, b in enumerate(base) if not i // 4 % 5)}
+        films, self.after = images * self.record, b""
         for name, text in tables.items():
-            content = text.encode()
-            start = images * self.record + len(self.after)
-            directory += self._entry(name, len(content), zlib.crc32(content), start)
-            self.after += self._header(name, len(content), zlib.crc32(content)) + content
-        start = images * self.record + len(self.after)
-        n = images + len(tables)
-        self.after += bytes(directory)
-        end64 = start + len(directory)
-        self.after += struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, n, n, len(directory),
-                                  start)
-        self.after += struct.pack("<4sIQI", b"PK\6\7", 0, end64, 1)
-        self.after += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF,
-                                  0xFFFFFFFF, 0)
-        self.size = images * self.record + len(self.after)
+            entry = name, len(text), zlib.crc32(text.encode())
+            members.append((*entry, films + len(self.after)))
+            self.after += self._header(*entry) + text.encode()
+        start, n = films + len(self.after), len(members)
+        directory = b"".join(self._entry(*member) for member in members)
+        # Zip64's record of the end, what says where it is, and the old record with no numbers.
+        self.after += directory + struct.pack(
+            "<4sQ2H2I4Q4sIQI4s4H2IH", b"PK\6\6", 44, 45, 45, 0, 0, n, n, len(directory), start,
+            b"PK\6\7", 0, start + len(directory), 1,
+            b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+        self.size = films + len(self.after)
 
     @staticmethod
     def _header(name: str, size: int, crc: int) -> bytes:
@@ -127,8 +118,8 @@ class StandIn(ThreadingHTTPServer):
 
     A fault is the name of what happens to the next request for a range: status-429 (with
     `retry_after`), status-500, drop (half of it), truncate (a shorter range), long (more than the
-    range), prefix (the first bytes where the last are wanted), whole (200), expire (403), change
-    (another ETag), corrupt (a byte), stall (nothing until closed). `api_faults` are statuses for
+    range), prefix (the first bytes instead), no-range (it does not say which), empty, whole (200),
+    expire (403), corrupt (a byte), stall (nothing until closed). `api_faults` are statuses for
     the API.
     """
 
@@ -141,7 +132,7 @@ class StandIn(ThreadingHTTPServer):
         self.faults: deque[str] = deque()
         self.api_faults: deque[int] = deque()
         self.retry_after: str | None = None
-        self.ranges_allowed, self.delay, self.empty_page = True, 0.0, False
+        self.ranges_allowed, self.empty_page = True, False
         self.calls: Counter = Counter()  # "api", "range", "whole", "file", "list"
         self.ranges: list[tuple[int, int]] = []
         self.versions: set[int | None] = set()  # of the data set that were asked for
@@ -150,11 +141,15 @@ class StandIn(ThreadingHTTPServer):
         self.signature = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def patience(self) -> dict[str, str]:
+        return {"Retry_After": self.retry_after} if self.retry_after else {}
 
     def environment(self) -> dict[str, str]:
         """What points the official client here."""
@@ -199,8 +194,7 @@ class Handler(BaseHTTPRequestHandler):
                      "file" if body.get("fileName") else "api"] += 1
         if server.api_faults:
             status = server.api_faults.popleft()
-            extra = {"Retry_After": server.retry_after} if server.retry_after else {}
-            return self.json(status, {"code": status, "message": "no"}, **extra)
+            return self.json(status, {"code": status, "message": "no"}, **server.patience)
         archive = server.archives.get(name)
         if archive is None:
             return self.json(404, {"code": 404, "message": "no such data set"})
@@ -233,23 +227,19 @@ class Handler(BaseHTTPRequestHandler):
         if url.path == "/file":
             content = archive.files[query["file"]]
             return self.answer(200, content, Content_Type="application/octet-stream")
-        m = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        m = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not m:
             server.calls["whole"] += 1
             return self.give_whole(archive)
         server.calls["range"] += 1
         if server.served:
             server.served(server.calls["range"])
-        if server.delay:
-            time.sleep(server.delay)
         if int(query["signature"]) < server.signature:
             return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")
         with server.lock:
             fault = server.faults.popleft() if server.faults else ""
-        etag = '"v2"' if fault == "change" else archive.etag
         if fault.startswith("status-"):
-            extra = {"Retry_After": server.retry_after} if server.retry_after else {}
-            return self.answer(int(fault[7:]), **extra)
+            return self.answer(int(fault[7:]), **server.patience)
         if fault == "expire":
             server.signature += 1
             return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")
@@ -257,11 +247,11 @@ class Handler(BaseHTTPRequestHandler):
             server.closing.wait(60)
             self.close_connection = True
             return None
-        if_range = self.headers.get("If-Range")
-        if not server.ranges_allowed or fault == "whole" or (if_range and if_range != etag):
-            return self.give_whole(archive, etag)
-        start = int(m[1]) if m[1] else max(0, archive.size - int(m[2]))
-        end = min(archive.size, int(m[2]) + 1) if m[1] and m[2] else archive.size
+        if not server.ranges_allowed or fault == "whole":
+            return self.give_whole(archive)
+        start, end = int(m[1]), min(archive.size, int(m[2]) + 1)
+        if start >= end:
+            return self.answer(416)
         if fault == "truncate":
             end = start + (end - start) // 2
         if fault == "prefix":
@@ -274,20 +264,20 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "long":
             body += bytes(1000)
         self.send_response(206)
-        for name, value in (("Content-Length", len(body)), ("ETag", etag),
-                            ("Content-Range", f"bytes {start}-{end - 1}/{archive.size}"),
-                            ("Date", email.utils.formatdate(usegmt=True))):
-            self.send_header(name, str(value))
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", archive.etag)
+        if fault != "no-range":
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{archive.size}")
         self.end_headers()
-        if fault == "drop":
-            body, self.close_connection = body[: len(body) // 2], True
+        if fault in ("drop", "empty"):
+            body, self.close_connection = body[: len(body) // 2 * (fault == "drop")], True
         self.wfile.write(body)
         return None
 
-    def give_whole(self, archive: Archive, etag: str | None = None) -> None:
+    def give_whole(self, archive: Archive) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(archive.size))
-        self.send_header("ETag", etag or archive.etag)
+        self.send_header("ETag", archive.etag)
         self.end_headers()
         self.close_connection = True
         for start in range(0, archive.size, 1 << 16):

@@ -5,9 +5,10 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import colab
 import matplotlib.font_manager  # makes its cache of fonts, once for all kernels
@@ -19,7 +20,8 @@ nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("ipykernel")
 
 SMALL = {"IMAGE_SIZE": 32, "SAMPLES": 64, "EPOCHS": 5, "WIDTH": 4}
-# Run by the kernel before anything else: as if there were no network.
+MODELS = ("unet", "reversed_ae")
+# Run before anything else: as if there were no network.
 OFFLINE = """
 import socket
 def refuse(*arguments, **more):
@@ -27,51 +29,24 @@ def refuse(*arguments, **more):
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 """
 # What stands in for Colab's own package: a Drive that is there once it is mounted, and a person who
-# chooses a film to upload.
+# chooses an image to upload, which Colab saves.
 COLAB = """
-import sys, types
+import shutil, sys, types
 from pathlib import Path
 drive = types.SimpleNamespace(mount=lambda path: Path("hidden").rename(path))
-files = types.SimpleNamespace(upload=lambda: {{"my film.png": Path({film!r}).read_bytes()}})
+files = types.SimpleNamespace(upload=lambda: {{shutil.copy({image!r}, "my image.png"): b""}})
 for name in ("google", "google.colab"):
     sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = []
-vars(sys.modules["google.colab"]).update(drive=drive, files=files)
+sys.modules["google.colab"].drive, sys.modules["google.colab"].files = drive, files
 """
-
-
-class Output:
-    """What a cell showed."""
-
-    def __init__(self) -> None:
-        self.text = {"stdout": "", "stderr": ""}
-        self.pictures: list[bytes] = []
-        self.error: list[str] = []  # the lines that are shown of it
-
-    def add(self, message: dict) -> None:
-        kind, content = message["msg_type"], message["content"]
-        if kind == "stream":
-            self.text[content["name"]] += content["text"]
-        elif kind == "display_data":
-            self.pictures.append(base64.b64decode(content["data"]["image/png"]))
-        elif kind == "error":
-            self.error += content["traceback"]
 
 
 class Kernel:
     """A kernel of a notebook in a folder, without a network, as Jupyter and Colab start it."""
 
     def __init__(self, folder: Path) -> None:
-        startup = folder / "ipython" / "profile_default" / "startup" / "offline.py"
-        startup.parent.mkdir(parents=True)
-        startup.write_text(OFFLINE)
-        spec = folder / "kernels" / "here" / "kernel.json"
-        spec.parent.mkdir(parents=True)
-        spec.write_text(json.dumps({"display_name": "here", "language": "python", "argv": [
-            sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}))
-        specs = jupyter_client.kernelspec.KernelSpecManager(kernel_dirs=[str(spec.parent.parent)])
-        self.manager = jupyter_client.KernelManager(
-            kernel_name="here", kernel_spec_manager=specs,
+        self.manager = jupyter_client.KernelManager(  # without directories: this Python's own
+            kernel_spec_manager=jupyter_client.kernelspec.KernelSpecManager(kernel_dirs=[]),
             connection_file=str(folder / "connection.json"))
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("KAGGLE", "MPLBACKEND"))}
         self.manager.start_kernel(cwd=str(folder), env=kept | {
@@ -80,22 +55,36 @@ class Kernel:
         self.client = self.manager.blocking_client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=60)
+        self.run(OFFLINE)
 
-    def run(self, code: str, interrupt_at: str | None = None, timeout: float = 120) -> Output:
-        """Run a cell; with interrupt_at, interrupt it once it has printed that."""
-        output = Output()
+    def run(self, code: str, interrupt_at: str | None = None) -> SimpleNamespace:
+        """What a cell shows; `error` are its lines. It is interrupted once it prints that."""
+        output = SimpleNamespace(stdout="", stderr="", pictures=[], error=[])
 
         def hook(message: dict) -> None:
             nonlocal interrupt_at
-            output.add(message)
-            if interrupt_at and interrupt_at in output.text["stdout"]:
+            kind, content = message["msg_type"], message["content"]
+            if kind == "stream":
+                vars(output)[content["name"]] += content["text"]
+            elif kind == "display_data":
+                output.pictures.append(base64.b64decode(content["data"]["image/png"]))
+            elif kind == "error":
+                output.error += content["traceback"]
+            if interrupt_at and interrupt_at in output.stdout:
                 interrupt_at = None
                 self.manager.interrupt_kernel()
 
         # stop_on_error would have an earlier kernel refuse what is sent soon after an error.
-        self.client.execute_interactive(code, timeout=timeout, allow_stdin=False,
+        self.client.execute_interactive(code, timeout=900, allow_stdin=False,
                                         stop_on_error=False, output_hook=hook)
         return output
+
+    def run_all(self, notebook: dict, **settings: object) -> list[SimpleNamespace]:
+        """Run a notebook's code cells one after the other, and see that each went well."""
+        cells = [c["source"] + "\n" for c in notebook["cells"] if c["cell_type"] == "code"]
+        outputs = [self.run(with_settings(code, **settings)) for code in cells]
+        assert not any(o.error or o.stderr for o in outputs)
+        return outputs
 
     def close(self) -> None:
         self.client.stop_channels()
@@ -103,154 +92,99 @@ class Kernel:
 
 
 def with_settings(code: str, **settings: object) -> str:
-    """The code with other values for the variables that its first lines set."""
-    for name, value in settings.items():
-        code, found = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value!r}  ", code, count=1,
-                              flags=re.MULTILINE)
-        assert found, name
-    return code
+    """The code with other values for these settings."""
+    assert all(f"\n{name} = " in colab.SETTINGS for name in settings)
+    values = "".join(f"{name} = {value!r}\n" for name, value in settings.items())
+    return code.replace(colab.SETTINGS, colab.SETTINGS + values)
+
+
+def step(title: str) -> str:
+    """The code under that title."""
+    return next(code for text, code in colab.STEPS.items() if text.startswith(f"## {title}"))
 
 
 @pytest.fixture(scope="module")
-def cell() -> str:
-    return with_settings(colab.single_cell(colab.read_modules()), **SMALL)
-
-
-@pytest.fixture(scope="module")
-def pasted(tmp_path_factory: pytest.TempPathFactory,
-           cell: str) -> Iterator[tuple[Kernel, Path, Output, Output]]:
+def pasted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
     """(kernel, its folder, what the pasted cell showed when it was interrupted, and run again)."""
-    folder = tmp_path_factory.mktemp("colab")
+    folder, cell = tmp_path_factory.mktemp("colab"), with_settings(colab.single_cell(), **SMALL)
     kernel = Kernel(folder)
-    interrupted = kernel.run(cell, interrupt_at="epoch 1/5")
-    yield kernel, folder, interrupted, kernel.run(cell)
+    yield kernel, folder, kernel.run(cell, interrupt_at="epoch 1/5"), kernel.run(cell)
     kernel.close()
 
 
 @pytest.mark.drill
-def test_an_interrupted_cell_says_in_one_line_that_it_has_saved(
-    pasted: tuple[Kernel, Path, Output, Output]
-) -> None:
-    _, _, interrupted, _ = pasted
-    assert interrupted.error == ["ended as asked, and saved; go on with: the same cell again"]
-    assert "epoch 5/5" not in interrupted.text["stdout"]
+def test_an_interrupted_cell_saves_and_goes_on_when_run_again(pasted: tuple) -> None:
+    folder, interrupted, again = pasted[1:]
+    assert len(interrupted.error) == 1 and "saved; go on with" in interrupted.error[0]
+    assert "epoch 5/5" not in interrupted.stdout
+    assert again.error == [] and again.stderr == ""
+    assert again.stdout.count("epoch 1/5") == 1  # the other's
+    for row in (r"U-Net +0\.\d{3} ", r"Reversed AE +0\.\d{3} ", r"PCA reconstruction error +0\.\d",
+                r"AUROC.+95 % interval", r"example\.pgm"):
+        assert re.search(row, again.stdout), row
+    files = ["comparison.png", *(f"{m}/predictions/example/example_heatmap.png" for m in MODELS)]
+    assert again.pictures == [(folder / "runs" / name).read_bytes() for name in files]
 
 
 @pytest.mark.drill
-def test_the_same_cell_again_goes_on_and_ends_with_table_and_pictures(
-    pasted: tuple[Kernel, Path, Output, Output]
-) -> None:
-    _, folder, _, again = pasted
-    shown = again.text["stdout"]
-    assert again.error == [] and again.text["stderr"] == ""
-    assert "resume    runs/unet/last.pt" in shown and shown.count("epoch 1/5") == 1  # the other's
-    for model in ("unet", "reversed_ae"):  # every line once, though the modules came in twice
-        assert shown.count(f"model     {model}, ") == 1
-    for row in (r"AUROC +95 % interval", r"U-Net +0\.\d{3} ", r"Reversed AE +0\.\d{3} ",
-                r"PCA reconstruction error +0\.\d{3}", r"example\.pgm +score"):
-        assert re.search(row, shown), row
-    files = [folder / "runs" / name for name in (
-        "comparison.png", *(f"{model}/predictions/example/example_heatmap.png"
-                            for model in ("unet", "reversed_ae")))]
-    assert [p for p in again.pictures if p in [f.read_bytes() for f in files]] == again.pictures[1:]
-    assert len(again.pictures) == 1 + len(files) and again.pictures[0][:4] == b"\x89PNG"
-
-
-@pytest.mark.drill
-def test_what_a_cell_runs_is_this_very_code_and_can_be_read_there(
-    pasted: tuple[Kernel, Path, Output, Output]
-) -> None:
-    kernel, folder, _, _ = pasted
-    for name, text in colab.read_modules().items():
-        assert (folder / "imgae_dx" / name).read_text(encoding="utf-8") == text
-    shown = kernel.run("import inspect; print(inspect.getsource(train), inspect.getfile(predict))")
-    assert shown.text["stdout"].startswith("def train(config: Config) -> list[Path]:")
-    assert f"{folder.resolve()}/imgae_dx/evaluate.py" in shown.text["stdout"]
-
-
-@pytest.mark.drill
-def test_a_module_that_is_changed_in_the_notebook_is_imported_anew(
-    pasted: tuple[Kernel, Path, Output, Output]
-) -> None:
-    kernel, text = pasted[0], colab.read_modules()["models.py"]
-    for addition in ("CHANGED = True\n", ""):
-        kernel.run(f"%%writefile imgae_dx/models.py\n{text}{addition}")
-        kernel.run(colab.PROGRAM.code)
-        shown = kernel.run("import models; print(hasattr(models, 'CHANGED'))")
-        assert shown.text["stdout"] == f"{bool(addition)}\n"
+def test_a_cell_runs_this_very_code_and_imports_a_change_to_it(pasted: tuple) -> None:
+    kernel, folder = pasted[:2]
+    for file in colab.ROOT.glob("*.py"):
+        assert (folder / "imgae_dx" / file.name).read_bytes() == file.read_bytes()
+    with open(folder / "imgae_dx/models.py", "a") as file:
+        file.write("CHANGED = True\n")
+    kernel.run(step("Start"))
+    assert kernel.run("import models; print(models.CHANGED)").stdout == "True\n"
 
 
 @pytest.mark.drill
 @pytest.mark.parametrize(("title", "settings", "says"), [
-    ("The data", {"DATA": "nowhere"}, "--data nowhere: there is nothing at "),
-    ("The data", {"DATA": "kaggle:someone/xrays"}, "no Kaggle credentials found."),
-    ("Where results are kept", {"MOUNT_DRIVE": True}, "MOUNT_DRIVE: only in Google Colab"),
-    ("Score an image of your own", {"IMAGE": "upload"}, 'IMAGE = "upload": only in Google Colab'),
-    ("Score an image of your own", {"IMAGE": "gone.png"}, "--image gone.png: there is nothing at"),
+    ("Train", {"DATA": "nowhere"}, "--data nowhere: there is nothing at "),
+    ("Train", {"DATA": "kaggle:someone/xrays"}, "no Kaggle credentials"),
+    ("Start", {"MOUNT_DRIVE": True}, "MOUNT_DRIVE, for Google Colab only: "),
+    ("Score", {"IMAGE": "upload"}, "IMAGE: no file was chosen; upload works in Google Colab "),
+    ("Score", {"IMAGE": "gone.png"}, "--image gone.png: there is no"),
 ])
-def test_a_mistake_is_shown_as_its_message_alone(
-    pasted: tuple[Kernel, Path, Output, Output], title: str, settings: dict, says: str
-) -> None:
-    (step,) = (s for s in colab.STEPS if s.title == title)
-    shown = pasted[0].run(with_settings(f"{step.settings}\n{step.code}", **settings))
+def test_a_mistake_is_one_line(pasted: tuple, title: str, settings: dict, says: str) -> None:
+    shown = pasted[0].run(with_settings(colab.SETTINGS, **settings) + step("Start") + step(title))
     assert len(shown.error) == 1 and shown.error[0].startswith(says)
-    assert shown.pictures == [] and shown.text["stderr"] == ""
-
-
-def run_notebook(kernel: Kernel, content: dict, **settings: object) -> list[Output]:
-    """Run a notebook's code cells one after the other, and see that each went well."""
-    outputs = []
-    for cell in content["cells"]:
-        if cell["cell_type"] == "code":
-            code = "".join(cell["source"])
-            here = {k: v for k, v in settings.items() if f"\n{k} = " in f"\n{code}"}
-            outputs.append(kernel.run(with_settings(code, **here), timeout=900))
-            assert outputs[-1].error == [] and outputs[-1].text["stderr"] == "", code[:200]
-    return outputs
+    assert shown.pictures == [] and shown.stderr == ""
 
 
 @pytest.mark.drill
-def test_the_notebook_finds_finished_runs_in_drive_and_scores_an_uploaded_image(
-    pasted: tuple[Kernel, Path, Output, Output], tmp_path: Path
-) -> None:
+def test_the_notebook_uses_runs_in_drive_and_an_upload(pasted: tuple, tmp_path: Path) -> None:
     shutil.copytree(pasted[1] / "runs", tmp_path / "hidden/MyDrive/imgae_dx")
-    write_image(tmp_path / "film.png")
-    text = json.dumps(colab.notebook(colab.read_modules()))
-    content = json.loads(text.replace("/content/drive", str(tmp_path / "drive")))
+    write_image(tmp_path / "image.png")
+    text = json.dumps(colab.notebook()).replace("/content/drive", str(tmp_path / "drive"))
     kernel = Kernel(tmp_path)
-    kernel.run(COLAB.format(film=str(tmp_path / "film.png")))
-    outputs = run_notebook(kernel, content, **SMALL, MOUNT_DRIVE=True, IMAGE="upload")
+    kernel.run(COLAB.format(image=str(tmp_path / "image.png")))
+    outputs = kernel.run_all(json.loads(text), **SMALL, MOUNT_DRIVE=True, IMAGE="upload")
     kernel.close()
-    shown = "".join(output.text["stdout"] for output in outputs)
+    shown = "".join(output.stdout for output in outputs)
     assert f"Results are kept in {tmp_path}/drive/MyDrive/imgae_dx\n" in shown
-    assert shown.count("is a finished run of these settings: left as it is") == 2
-    assert "epoch" not in shown.replace("epochs", "") and re.search(r"U-Net +0\.\d{3} ", shown)
-    assert [len(output.pictures) for output in outputs[-5:]] == [0, 1, 0, 1, 2]
-    assert "my film.png  score" in outputs[-1].text["stdout"]
-    for model in ("unet", "reversed_ae"):
-        predictions = tmp_path / "drive/MyDrive/imgae_dx" / model / "predictions/my film"
-        assert (predictions / "my film_heatmap.png").read_bytes() in outputs[-1].pictures
+    assert "epoch 1/5" not in shown and re.search(r"U-Net +0\.\d{3} ", shown)
+    assert [len(output.pictures) for output in outputs[-3:]] == [0, 1, 2]
+    assert "my image.png" in outputs[-1].stdout
 
 
-def test_make_colab_writes_a_valid_notebook_without_outputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in colab.read_modules():
-        shutil.copy(colab.ROOT / name, tmp_path)
-    monkeypatch.setattr(colab, "ROOT", tmp_path)
-    colab.main()
+def test_make_colab_writes_a_valid_notebook_that_shows_little_source(tmp_path: Path) -> None:
+    for file in colab.ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    with mock.patch.object(colab, "ROOT", tmp_path):
+        colab.main()
     content = nbformat.read(tmp_path / "build/imgae_dx.ipynb", as_version=4)
     nbformat.validate(content)
-    assert all(not c.outputs for c in content.cells if c.cell_type == "code")
+    sizes = [len(c.source) for c in content.cells if not c.metadata.get("jupyter")]
+    assert sum(sizes) < 5000 and len(content.cells) == len(sizes) + 1
     compile((tmp_path / "build/colab_cell.py").read_text(encoding="utf-8"), "cell", "exec")
 
 
 @pytest.mark.drill
 def test_the_notebook_runs_with_its_own_settings(tmp_path: Path) -> None:
     kernel = Kernel(tmp_path)
-    outputs = run_notebook(kernel, colab.notebook(colab.read_modules()))
+    outputs = kernel.run_all(colab.notebook())
     kernel.close()
-    metrics = [json.loads((tmp_path / f"runs/{model}/eval/synthetic/metrics.json").read_text())
-               for model in ("unet", "reversed_ae")]
-    assert all(m["auroc"] > max(m["baselines"].values()) + 0.1 for m in metrics)
-    assert sum(len(output.pictures) for output in outputs) == 4
+    for model in MODELS:
+        metrics = json.loads((tmp_path / f"runs/{model}/eval/synthetic/metrics.json").read_text())
+        assert metrics["auroc"] > max(metrics["baselines"].values()) + 0.1
+    assert sum(len(output.pictures) for output in outputs) == 3

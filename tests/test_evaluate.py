@@ -631,7 +631,7 @@ def test_large_images_are_scored_within_the_memory_that_they_were_trained_in(
             run, "score", score_small, create=True):
         ev.score_samples(t)
     assert len(t.samples) == 12 and streams[0].memory.limit == 0.25 * 2**30
-    assert 0 < streams[0].memory.peak <= streams[0].memory.limit
+    assert 0 < streams[0].memory.peak_bytes <= streams[0].memory.limit
 
 
 @pytest.mark.usefixtures("blank_pictures")

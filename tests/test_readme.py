@@ -1,4 +1,4 @@
-"""What the README says it takes to add to this is all that it takes."""
+"""What README and docs say it takes to use and to extend this is all that it takes."""
 
 import re
 import subprocess
@@ -9,49 +9,62 @@ import pytest
 from conftest import write_image
 
 ROOT = Path(__file__).parent.parent
+SIZES = ["--width", "4", "--image-size", "32", "--latent-dim", "64"]
 
 
-def apply(folder: Path, diff: str) -> None:
-    """Apply a diff of the README's to modules in a folder; each place must be found just once."""
-    for name, hunks in re.findall(r"^--- (.+)\n((?:(?!--- ).*\n?)*)", diff, re.M):
-        file = folder / name
+def extend(folder: Path) -> None:
+    """Apply all diffs of docs/extending.md to modules in a folder; each has just one place."""
+    diffs = re.findall(r"```diff\n(.*?)\n```", (ROOT / "docs/extending.md").read_text(), re.S)
+    assert len(diffs) == 6
+    for name, hunks in re.findall(r"^--- (.+)\n((?:(?!--- ).*\n?)*)", "\n".join(diffs), re.M):
         for hunk in hunks.strip("\n").split("@@\n")[1:]:
             lines = hunk.rstrip("\n").split("\n")
             old, new = ("\n" + "\n".join(line[1:] for line in lines if line[0] in kinds)
                         for kinds in (" -", " +"))
-            text = file.read_text()
+            text = (folder / name).read_text()
             assert text.count(old) == 1, f"{name} has no single place for:{old}"
-            file.write_text(text.replace(old, new))
+            (folder / name).write_text(text.replace(old, new))
+            compile(text.replace(old, new), name, "exec")
 
 
 @pytest.fixture
-def added_to(tmp_path: Path) -> Path:
-    """A copy of the modules with all that the README adds."""
-    for name in ("config", "models", "data", "train", "evaluate"):
-        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    section = (ROOT / "README.md").read_text().split("\n## Adding to it\n")[1].split("\n## ")[0]
-    diffs = re.findall(r"```diff\n(.*?)\n```", section, re.S)
-    assert len(diffs) == 4
-    for diff in diffs:
-        apply(tmp_path, diff)
+def copy(tmp_path: Path) -> Path:
+    for file in ROOT.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
     return tmp_path
 
 
-def test_each_addition_has_its_place_and_makes_valid_code(added_to: Path) -> None:
-    for file in added_to.glob("*.py"):
-        compile(file.read_text(), file.name, "exec")
+def run(folder: Path, *words: str) -> str:
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_addition_has_its_place(copy: Path) -> None:
+    extend(copy)
+
+
+def test_what_readme_and_docs_point_at_is_there() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for path, section in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", page.read_text()):
+            assert (page.parent / path).exists(), f"{page.name} points at {path}"
+            title = f"\n## {section.replace('-', ' ')}\n"
+            assert not section or title in (page.parent / path).read_text().lower(), title
 
 
 @pytest.mark.drill
-def test_what_it_takes_to_add_a_model_an_objective_a_scorer_and_a_layout(added_to: Path) -> None:
+def test_additions_and_the_lines_from_python_work(copy: Path) -> None:
     for i in range(70):
-        write_image(added_to / "films" / f"{'ok' if i < 60 else 'ill'}_{i}.png", i)
-    run = [sys.executable, "train.py", "--model", "spatial_ae", "--objective", "erase", "--data",
-           "films", "--width", "4", "--image-size", "32", "--latent-dim", "64", "--epochs", "1"]
-    done = subprocess.run(run, cwd=added_to, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "films named ok_ or ill_" in done.stdout
-    test = [sys.executable, "evaluate.py", "runs/spatial_ae", "--scorer", "maximum"]
-    done = subprocess.run(test, cwd=added_to, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "maximum" in done.stdout
+        write_image(copy / "images" / ("normal" if i < 60 else "ill") / f"{i}.png", i)
+        write_image(copy / "named" / f"{'ok' if i < 60 else 'ill'}_{i}.png", i)
+    run(copy, "train.py", "--data", "images", "--epochs", "1", *SIZES)
+    extend(copy)
+    assert "epoch 2/2" in run(copy, "train.py", "--resume", "--epochs", "2")  # of before --gamma
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    shown = run(copy, "-c", "import numpy; images = numpy.zeros((3, 1, 32, 32), numpy.uint8)\n"
+                f"{code}print(reconstruction.shape, anomaly_map.shape, score.shape)")
+    assert shown == "(3, 1, 32, 32) (3, 1, 32, 32) (3,)\n"
+    shown = run(copy, "train.py", "--model", "spatial_ae", "--objective", "erase", "--gamma", "0.3",
+                "--data", "named", "--epochs", "1", *SIZES)
+    assert "images named ok_ or ill_" in shown
+    assert "maximum" in run(copy, "evaluate.py", "runs/spatial_ae", "--scorer", "maximum")
