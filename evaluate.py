@@ -428,14 +428,11 @@ def draw_evenly(samples: list[Sample], limit: int | None) -> list[Sample]:
     """Choose at most `limit` samples, as evenly from both labels as possible; always the same."""
     if limit is None or limit >= len(samples):
         return samples
-    groups = [[s for s in samples if s.label == label] for label in (NORMAL, ABNORMAL)]
     rng = np.random.Generator(np.random.PCG64(0))
-    small = min(groups, key=len)
-    n_small = min(len(small), limit // 2)
-    kept: set[str] = set()
-    for group in groups:
-        n = n_small if group is small else min(len(group), limit - n_small)
-        kept |= {group[i].key for i in rng.permutation(len(group))[:n]}
+    groups = ([s for s in samples if s.label == label] for label in (NORMAL, ABNORMAL))
+    drawn = [[group[i] for i in rng.permutation(len(group))] for group in groups]
+    in_turn = [s for pair in itertools.zip_longest(*drawn) for s in pair if s]
+    kept = {s.key for s in in_turn[:limit]}
     return [s for s in samples if s.key in kept]
 
 
@@ -1138,7 +1135,7 @@ def describe_sample(sample: Sample) -> str:
 
 
 def tested_on(r: Result) -> str:
-    """Say in a picture's title what the data is."""
+    """Say in a picture's title what the data is, in short lines."""
     return textwrap.fill(f"tested on {r.about}", 75)
 
 
