@@ -1456,7 +1456,7 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         if not train.is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory ({train.first_line(error)[:200]}); does another program "
+        raise UserError(f"out of memory ({train.reason_of(error)[:200]}); does another program "
                         "use it? Give fewer runs at a time, or --device cpu") from None
 
 
