@@ -13,20 +13,8 @@ import os
 import sys
 
 from config import (
-    MODELS,
-    Config,
-    GracefulExit,
-    UserError,
-    command,
-    command_line,
-    flag,
-    log,
-    on_screen,
-    parse_config,
-    require_packages,
-    run_command,
-    run_folder,
-)
+    MODELS, Config, GracefulExit, UserError, command, command_line, flag, log, on_screen,
+    parse_config, require_packages, run_command, run_folder)
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
     if status := (run_command(lambda: parse_config(description=__doc__), "train.py")
@@ -65,33 +53,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
-    PHANTOM_SAMPLES,
-    ImageStream,
-    KaggleSource,
-    Loaders,
-    create_dataloaders,
-    describe,
-    describe_memory,
-    open_source,
-    write_splits,
-)
+    PHANTOM_SAMPLES, ImageStream, KaggleSource, Loaders, create_dataloaders, describe,
+    describe_memory, open_source, write_splits)
 from models import (
-    READ_AT_ONCE,
-    AnomalyScorer,
-    Draws,
-    Setup,
-    augment,
-    choose_device,
-    choose_precision,
-    corrupt,
-    create_model,
-    objective_loss,
-    reconstruct_evenly,
-    score_images,
-    seeded,
-    to_float,
-    with_lesions,
-)
+    READ_AT_ONCE, AnomalyScorer, Draws, Setup, augment, choose_device, choose_precision,
+    corrupt, create_model, objective_loss, reconstruct_evenly, score_images, seeded, to_float,
+    with_lesions)
 
 FORMAT = 12  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most

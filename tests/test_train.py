@@ -17,15 +17,7 @@ from conftest import tiny, write_image
 
 import data as data_module
 import train as train_module
-from config import (
-    Config,
-    GracefulExit,
-    UserError,
-    command,
-    load_config,
-    parse_config,
-    run_command,
-)
+from config import Config, GracefulExit, UserError, command, load_config, parse_config, run_command
 from data import read_splits
 from models import Setup, create_model
 from train import learning_rate_at, load_checkpoint, save_checkpoint, train, write_text
