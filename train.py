@@ -357,6 +357,7 @@ class LeanAdam(torch.optim.Adam):
             mean[part] = moment
             weight[part].addcmul_(moment.mul_(below), left[part])
 
+
 def is_large(parameter: Tensor) -> bool:
     """Whether LeanAdam keeps less state of the parameter."""
     return parameter.ndim == 2 and parameter.numel() >= LARGE_MATRIX
@@ -585,10 +586,11 @@ class Signals:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
         if threading.current_thread() is threading.main_thread():  # only there they can be had
-            self._old = {n: signal.signal(n, self._note) for n in (
-                getattr(signal, name) for name in names)}
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it
+                if number and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
