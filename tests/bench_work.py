@@ -346,9 +346,9 @@ def evaluation(model: str, sizes: dict, images: int) -> Answer:
         return len(some) // batch * batch
 
     def scoring() -> int:
-        tested = evaluate.Tested(run, loaders.source, some)
-        evaluate.score_samples(tested, trivial)
-        return len(tested.scores)
+        result = evaluate.Result(run, loaders.source, some)
+        evaluate.score_samples(result, trivial)
+        return len(result.scores)
 
     def twice() -> int:
         """As if no image lay where it is most like normal ones; those of the phantom all do."""
