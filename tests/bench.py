@@ -351,7 +351,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     known: dict = {}
     with Worker(scale, "machine", sizes=scale.sizes) as worker:
         known["machine"] = worker.ask()
-    with Worker(scale, "image_folders", scratch=str(SCRATCH), count=scale.files, side=scale.side) as worker:
+    with Worker(scale, "image_folders", scratch=str(SCRATCH), count=scale.files,
+                side=scale.side) as worker:
         known |= {suffix: worker.ask(suffix=suffix)["folder"] for suffix in ("jpg", "png")}
     for key, value in known["machine"].items():
         print(f"{key:<16}{value}", flush=True)

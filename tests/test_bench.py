@@ -41,7 +41,8 @@ def test_the_fast_step_learns_what_the_plain_one_learns(rows: dict[str, bench.Ro
 
 
 def test_a_process_that_cannot_go_on_says_why(tmp_path: Path) -> None:
-    with bench.Worker(bench.Scale(), "image_folders", scratch=str(tmp_path), count=1, side=16) as worker:
+    settings = {"scratch": str(tmp_path), "count": 1, "side": 16}
+    with bench.Worker(bench.Scale(), "image_folders", **settings) as worker:
         folder = Path(worker.ask(suffix="png")["folder"])
         assert len(list(folder.glob("normal/*.png"))) == 5
         with pytest.raises(SystemExit, match=r"image_folders:[\s\S]*unexpected keyword"):
