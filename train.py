@@ -344,15 +344,20 @@ class LeanAdam(torch.optim.Adam):
         t = float(state["step"])
         # In tiles, of which the temporaries stay in the CPU's cache.
         rows = max(1, (1 << 20 if weight.device.type == "cpu" else 1 << 24) // weight.shape[1])
-        row_sq.lerp_(torch.linalg.vector_norm(g, dim=1).square() / g.shape[1], 1 - beta2)
-        column_sq.lerp_(torch.linalg.vector_norm(g, dim=0).square() / len(g), 1 - beta2)
+        parts = [slice(i, i + rows) for i in range(0, len(weight), rows)]
+        row_sum, column_sum = torch.zeros_like(row_sq), torch.zeros_like(column_sq)
+        for part in parts:  # on a CPU five times as fast as the norms of the columns
+            squares = g[part].square()
+            row_sum[part] = squares.sum(1)
+            column_sum += squares.sum(0)
+        row_sq.lerp_(row_sum / g.shape[1], 1 - beta2)
+        column_sq.lerp_(column_sum / len(g), 1 - beta2)
         # weight -= lr * mean / (sqrt(second moment) + eps), the second moment being
         # row_sq * column_sq / mean(row_sq)
         right = (row_sq / row_sq.mean().clamp(min=1e-30)).sqrt().clamp(min=1e-6)
         below = 1 / ((column_sq / (1 - beta2**t)).sqrt() + eps)
         left = (-group["lr"] / (1 - beta1**t) / right)[:, None]
-        for i in range(0, len(weight), rows):
-            part = slice(i, i + rows)
+        for part in parts:
             moment = mean[part].float().mul_(beta1).add_(g[part], alpha=1 - beta1)
             mean[part] = moment
             weight[part].addcmul_(moment.mul_(below), left[part])

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import statistics
@@ -42,15 +43,13 @@ class Scale:
     curve_sizes: dict = field(default_factory=lambda: {"width": 8, "image_size": 64,
                                                        "latent_dim": 64})
     curve_steps: int = 96
-    films: int = 60  # different ones; each lies there five times
+    files: int = 60  # different ones; each lies there five times
     side: int = 1024
-    small_films: tuple[int, ...] = (1_000, 10_000, 100_000)
-    trained: int = 16  # images, in two epochs
+    small_images: tuple[int, ...] = (1_000, 10_000, 100_000)
     scored: int = 24
-    scores: int = 10_000
 
 
-QUICK = Scale(True, TINY, 4, 1, TINY, 12, 10, 64, (64, 96, 128), 16, 16, 100)
+QUICK = Scale(True, TINY, 4, 1, TINY, 12, 10, 64, (64, 96, 128), 16)
 
 
 @dataclass
@@ -167,21 +166,26 @@ def mega(size: int | None) -> float | None:
 
 def step(scale: Scale, known: dict) -> Iterator[Row]:
     """Training steps, and the memory that they take."""
-    # Without matrix units the products themselves are not five times as fast in bf16.
-    wanted = 5 if "amx_bf16" in known["machine"]["flags"] else 1
-    for model, name in MODELS.items():
+    precisions = dict.fromkeys(("fp32", known["machine"]["precision"]))
+    for model, precision in itertools.product(MODELS, precisions):
+        name = f"{MODELS[model]} {precision}"
+        # Without matrix units the products themselves are not five times as fast in bf16.
+        fast = precision == "bf16" and "amx_bf16" in known["machine"]["flags"]
         settings = {"model": model, "batch": scale.batch, "sizes": scale.sizes}
-        with Worker(scale, "our_training", PASSIVE, **settings) as ours, \
+        with Worker(scale, "our_training", PASSIVE, precision=precision, **settings) as ours, \
                 Worker(scale, "plain_training", **settings) as theirs:
             in_turn([ours, theirs], 1, steps=1, batch=8)  # to warm up
-            for batch, bound in ((8, 1), (scale.batch, wanted)):
+            for batch, bound in ((8, 1), (scale.batch, 5 if fast else 1)):
                 a, b = in_turn([ours, theirs], 2 * scale.rounds, steps=1, batch=batch)
-                known[model, batch] = rate(a)
-                yield row(f"step.{model}.{batch}", f"{name}, batch {batch}: images/s trained",
+                yield row(f"step.{model}.{precision}.{batch}",
+                          f"{name}, batch {batch}: images/s trained",
                           rate(a), rate(b), "plain fp32 loop", ratio_from=bound)
         ours, theirs = (answers[-1]["memory"] / 1e9 for answers in (a, b))
-        yield row(f"memory.{model}", "  peak memory in GB", ours, theirs, "plain fp32 loop",
-                  at_most=3 if model == "unet" else 4, imports=a[0]["imported"] / 1e9)
+        yield row(f"memory.{model}.{precision}", "  peak memory in GB", ours, theirs,
+                  "plain fp32 loop", at_most=3 if model == "unet" else 4,
+                  imports=a[0]["imported"] / 1e9)
+        yield row(f"promise.{model}.{precision}", "  minutes for 2,000 images, 10 epochs",
+                  20_000 / rate(a) / 60, at_most=30 if model == "unet" else 60)
 
 
 def loss(scale: Scale, known: dict) -> Iterator[Row]:
@@ -208,19 +212,16 @@ def data(scale: Scale, known: dict) -> Iterator[Row]:
     """From files to a training step."""
     for suffix, kind in (("jpg", "JPEG"), ("png", "PNG")):
         with Worker(scale, "our_folder", PASSIVE, sizes=scale.sizes) as ours, \
-                Worker(scale, "their_folder", sizes=scale.sizes) as theirs, \
-                Worker(scale, "decoding", PASSIVE, sizes=scale.sizes) as bare:
+                Worker(scale, "their_folder", sizes=scale.sizes) as theirs:
             memory = [mega(w.ask(data=known[suffix], memory=True)["memory"])
                       for w in (ours, theirs)]
-            a, b, c = in_turn([ours, theirs, bare], 2 * scale.rounds, data=known[suffix])
+            a, b = in_turn([ours, theirs], 2 * scale.rounds, data=known[suffix])
         yield row(f"data.{suffix}", f"{kind} of {scale.side}x{scale.side}: images/s, first epoch",
                   rate(a), rate(b), "ImageFolder, 2 workers",
                   ratio_from=2 if suffix == "jpg" else 1)
-        yield row(f"data.{suffix}.limit", "  the same", rate(a), rate(c), "decoding alone",
-                  ratio_from=0.95 if suffix == "png" else None)
         yield row(f"data.{suffix}.memory", "  memory in MB above the imports", *memory,
                   "ImageFolder, 2 workers", ratio_to=0.25)
-    with Worker(scale, "small_films", PASSIVE, count=scale.small_films[1], cache=True,
+    with Worker(scale, "small_images", PASSIVE, count=scale.small_images[1], cache=True,
                 sizes=scale.sizes) as worker:
         worker.ask()  # which fills the cache
         known["cache"] = rate([worker.ask() for _ in range(2 * scale.rounds)])
@@ -234,23 +235,13 @@ def stream(scale: Scale, known: dict) -> Iterator[Row]:
         return
     with Worker(scale, "archive", folder=known["jpg"]) as server, \
             Worker(scale, "our_folder", PASSIVE, sizes=scale.sizes) as ours:
-        request = {"data": "kaggle:bench/films"} | server.ask()
+        request = {"data": "kaggle:bench/images"} | server.ask()
         memory = mega(ours.ask(memory=True, **request)["memory"])
         streamed = rate([ours.ask(**request) for _ in range(scale.rounds)])
     yield row("stream", "JPEG streamed from a server here: images/s", streamed, 50,
               "first aim: 10 to 50", at_least=50)
     yield row("stream.memory", "  memory in MB above the imports", memory, 500, "first aim: 500",
               at_most=500)
-
-
-def wait(scale: Scale, known: dict) -> Iterator[Row]:
-    """The share of a training step that is spent waiting for data."""
-    with Worker(scale, "short_run", PASSIVE, scratch=str(SCRATCH), sizes=scale.sizes, batch=8,
-                samples=scale.trained) as worker:
-        first, later = worker.ask(data=known["jpg"])["rows"]
-    yield row("wait.first", "share of waiting for data, U-Net, batch 8, from JPEGs",
-              float(first["data_wait"]), at_most=0.05)
-    yield row("wait.later", "  in later epochs", float(later["data_wait"]), at_most=0.05)
 
 
 def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
@@ -266,9 +257,6 @@ def evaluation(scale: Scale, known: dict) -> Iterator[Row]:
                   "bare forward pass", ratio_from=0.9)
         yield row(f"evaluation.{model}.twice", "  if all are read twice", rate(c), rate(b) / 2,
                   "two bare forward passes", ratio_from=0.9)
-    with Worker(scale, "figures", PASSIVE, scratch=str(SCRATCH), scores=scale.scores) as worker:
-        yield row("evaluation.figures", f"intervals, figures of {scale.scores:,} scores: seconds",
-                  worker.ask()["seconds"], at_most=10)
 
 
 def start(scale: Scale, known: dict) -> Iterator[Row]:
@@ -283,25 +271,21 @@ def start(scale: Scale, known: dict) -> Iterator[Row]:
         yield row(f"start.{script}", f"{script}.py --help: seconds", statistics.median(seconds),
                   at_most=0.5)
     for model, name in MODELS.items():
-        seconds, probing = [], []
+        seconds = []
         for _ in range(scale.rounds):
             began = time.time()
             with Worker(scale, "first_step", PASSIVE, model=model, sizes=scale.sizes) as worker:
-                answer = worker.ask()
-            seconds.append(answer["at"] - began - answer["probing"])
-            probing.append(answer["probing"])
-        yield row(f"start.{model}", f"train.py, {name}: seconds to the first step",
-                  statistics.median(seconds), at_most=6)
-        yield row(f"start.{model}.probe", "  and to measure what a step takes, before it",
-                  statistics.median(probing))
+                seconds.append(worker.ask()["at"] - began)
+        yield row(f"start.{model}", f"train.py, {name}: seconds to the end of the first step",
+                  statistics.median(seconds), at_most=10)
 
 
 def growth(scale: Scale, known: dict) -> Iterator[Row]:
     """Ten and a hundred times as many images, nothing kept."""
     # There and back, so that what the machine does meanwhile falls on all alike.
-    counts = scale.small_films
+    counts = scale.small_images
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(scale, "small_films", PASSIVE, count=count,
+        workers = [stack.enter_context(Worker(scale, "small_images", PASSIVE, count=count,
                                               cache=False, sizes=scale.sizes)) for count in counts]
         watched: list[list[dict]] = [[] for _ in counts]
         for i in (0, 1, 2, 1, 0):
@@ -314,9 +298,9 @@ def growth(scale: Scale, known: dict) -> Iterator[Row]:
     rates = [rate(answers) for answers in watched]
     once = f"{counts[0]:,} images"
     for i in (1, 2):
-        yield row(f"growth.{i}", f"{counts[i]:,} small films: images/s, none kept",
+        yield row(f"growth.{i}", f"{counts[i]:,} small images: images/s, none kept",
                   rates[i], rates[0], once, ratio_from=0.95)
-        yield row(f"growth.{i}.memory", "  whole memory in MB, less the list of images", memory[i],
+        yield row(f"growth.{i}.memory", "  whole memory in MB, minus the list of images", memory[i],
                   memory[0], once, ratio_to=1.05)
     yield row("growth.list", "bytes that an image takes in that list",
               names[-1] / counts[-1])
@@ -349,18 +333,8 @@ def gpu(scale: Scale, known: dict) -> Iterator[Row]:
                           "trained", ratio_from=1)
 
 
-def promises(scale: Scale, known: dict) -> Iterator[Row]:
-    """2,000 images for 10 epochs, from the rates above; steps alone."""
-    for model, name in MODELS.items():
-        if trained := known.get((model, scale.batch)):
-            most, told = (30, "15 to 30") if model == "unet" else (60, "30 to 60")
-            yield row(f"promise.{model}", f"{name}, batch {scale.batch}: minutes for 2,000 x 10",
-                      20_000 / trained / 60, most, f"first aim: {told}", at_most=most)
-
-
 GROUPS: dict[str, Callable[[Scale, dict], Iterator[Row]]] = {
-    f.__name__: f for f in (step, loss, data, stream, wait, evaluation, start, growth, gpu,
-                            promises)}
+    f.__name__: f for f in (step, loss, data, stream, evaluation, start, growth, gpu)}
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -375,9 +349,10 @@ def main(argv: list[str] | None = None) -> list[Row]:
     scale, began = QUICK if arguments.quick else Scale(), time.monotonic()
     SCRATCH.mkdir(parents=True, exist_ok=True)
     known: dict = {}
-    with Worker(scale, "machine", sizes=scale.sizes, side=64 if scale.quick else 2048) as worker:
+    with Worker(scale, "machine", sizes=scale.sizes) as worker:
         known["machine"] = worker.ask()
-    with Worker(scale, "films", scratch=str(SCRATCH), count=scale.films, side=scale.side) as worker:
+    with Worker(scale, "image_folders", scratch=str(SCRATCH), count=scale.files,
+                side=scale.side) as worker:
         known |= {suffix: worker.ask(suffix=suffix)["folder"] for suffix in ("jpg", "png")}
     for key, value in known["machine"].items():
         print(f"{key:<16}{value}", flush=True)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import augment
-from models import SKIP_FREE_SHARE, Draws, corrupt
+from config import Config
+from models import SKIP_FREE_SHARE, Draws, augment, corrupt
 
 
 def double_conv(i: int, o: int, dropout: float) -> nn.Sequential:
@@ -90,6 +90,11 @@ class PlainReversedAE(nn.Module):
 
 
 PLAIN_MODELS = {"unet": PlainUNet, "reversed_ae": PlainReversedAE}
+
+
+def plain_model(config: Config) -> nn.Module:
+    return PLAIN_MODELS[config.model](config.image_size, config.latent_dim, config.width,
+                                      config.dropout)
 
 
 def plain_loss(model: nn.Module, inputs: Tensor, images: Tensor) -> Tensor:

@@ -28,14 +28,8 @@ from PIL import Image
 import data
 from config import Config, UserError
 from data import (
-    FolderSource,
-    ImageStream,
-    KaggleFilesSource,
-    create_dataloaders,
-    kaggle_credentials,
-    open_source,
-    split_for_training,
-)
+    FolderSource, ImageStream, KaggleFilesSource, create_dataloaders, kaggle_credentials,
+    open_source, split_for_training)
 from evaluate import evaluate
 from train import main as train_main
 from train import train
