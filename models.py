@@ -144,16 +144,23 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that stays in fp32 on a CPU.
+    """nn.Linear that stays in fp32 on a CPU, where casting the matrix takes longer than multiplying
+    a few images by it.
 
-    There, casting the matrix takes longer than multiplying a few images by it.
+    If the weight has a list `factors`, its gradient is not computed: pairs (g [B,out], x [B,in])
+    are put there, and the sum of g.T @ x is the gradient: for a few images far less memory.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
+        x, factors = x.to(self.weight.dtype), getattr(self.weight, "factors", None)
         with no_autocast(x.device):
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+            if factors is None or not torch.is_grad_enabled():
+                return F.linear(x, self.weight, self.bias)
+            y, seen = F.linear(x, self.weight.detach(), self.bias), x.detach()
+            y.register_hook(lambda g: factors.append((g, seen)))
+            return y
 
 
 def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequential:
@@ -182,6 +189,8 @@ class UNet(nn.Module):
 
     width: channels of the first level; the levels have 1, 2, 4, 8 and 8 times as many.
     """
+
+    cpu_micro_batch = 8  # on a CPU more images at a time gain no speed, and take memory
 
     def __init__(
         self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.0
@@ -273,6 +282,8 @@ class ReversedAutoencoder(nn.Module):
 
     width: channels of the first level; the encoder's levels have 1, 2, 4 and 8 times as many.
     """
+
+    cpu_micro_batch = 32  # its activations are few, and every part reads a gigabyte of weights
 
     def __init__(
         self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.0

@@ -74,7 +74,6 @@ BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
 LARGE_MATRIX = 1 << 25  # numbers; LeanAdam keeps less state of such a parameter
 TO_RESUME = "the same command and --resume (in a notebook: resume=\"auto\")"
 ENDED = f"ended as asked, and saved; go on with {TO_RESUME}"
-CPU_MICRO_BATCH = 8  # on a CPU more images at a time gain no speed, and take memory
 
 
 # ----------------------------------------------------------------------------------------------
@@ -327,40 +326,60 @@ class LeanAdam(torch.optim.Adam):
         """Take a step. Gradients of large matrices are freed."""
         for group in self.param_groups:
             for weight in group["params"]:
-                if is_large(weight) and weight.grad is not None:
+                if is_large(weight) and (weight.grad is not None or factors_of(weight)):
                     self._step_large(weight, group)
                     weight.grad = None  # PyTorch's own step passes it over
         super().step()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what large ones are the product of."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                factors_of(weight).clear()
+
     def _step_large(self, weight: Tensor, group: dict[str, Any]) -> None:
-        g, state = weight.grad, self.state[weight]
-        (beta1, beta2), eps = group["betas"], group["eps"]
+        state, (beta1, beta2) = self.state[weight], group["betas"]
         if not state:
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"] = torch.zeros_like(weight, dtype=torch.bfloat16)
-            state["row_sq"], state["column_sq"] = g.new_zeros(len(g)), g.new_zeros(g.shape[1])
+            state["row_sq"], state["column_sq"] = map(weight.new_zeros, weight.shape)
         mean, row_sq, column_sq = state["exp_avg"], state["row_sq"], state["column_sq"]
         state["step"] += 1
         t = float(state["step"])
-        # In tiles, of which the temporaries stay in the CPU's cache.
-        rows = max(1, (1 << 20 if weight.device.type == "cpu" else 1 << 24) // weight.shape[1])
-        parts = [slice(i, i + rows) for i in range(0, len(weight), rows)]
-        row_sum, column_sum = torch.zeros_like(row_sq), torch.zeros_like(column_sq)
-        for part in parts:  # on a CPU five times as fast as the norms of the columns
-            squares = g[part].square()
-            row_sum[part] = squares.sum(1)
-            column_sum += squares.sum(0)
-        row_sq.lerp_(row_sum / g.shape[1], 1 - beta2)
-        column_sq.lerp_(column_sum / len(g), 1 - beta2)
+        # In tiles, of which all temporaries stay in the CPU's cache.
+        width = min(4096, weight.shape[1])
+        height = (1 << 20 if weight.device.type == "cpu" else 1 << 24) // width
+        tiles = [(slice(i, i + height), slice(j, j + width)) for i in range(0, len(weight), height)
+                 for j in range(0, weight.shape[1], width)]
+        if factors := factors_of(weight):
+            g, x = map(torch.cat, zip(*factors, strict=True))  # micro-batches one below the other
+            # The means of squares of g.T @ x. In fp64: shares of images may all but cancel.
+            rows, columns = ((b @ b.T @ a * a).sum(0).float() / b.shape[1]
+                             for a, b in itertools.permutations((g.double(), x.double())))
+        else:
+            rows, columns = torch.zeros_like(row_sq), torch.zeros_like(column_sq)
+            for a, b in tiles:
+                squares = weight.grad[a, b].square()
+                rows[a] += squares.sum(1) / weight.shape[1]
+                columns[b] += squares.sum(0) / weight.shape[0]
+        row_sq.lerp_(rows, 1 - beta2)
+        column_sq.lerp_(columns, 1 - beta2)
         # weight -= lr * mean / (sqrt(second moment) + eps), the second moment being
         # row_sq * column_sq / mean(row_sq)
-        right = (row_sq / row_sq.mean().clamp(min=1e-30)).sqrt().clamp(min=1e-6)
-        below = 1 / ((column_sq / (1 - beta2**t)).sqrt() + eps)
-        left = (-group["lr"] / (1 - beta1**t) / right)[:, None]
-        for part in parts:
-            moment = mean[part].float().mul_(beta1).add_(g[part], alpha=1 - beta1)
-            mean[part] = moment
-            weight[part].addcmul_(moment.mul_(below), left[part])
+        scale = (row_sq / row_sq.mean().clamp(min=1e-30)).sqrt().clamp(min=1e-6)
+        below = 1 / ((column_sq / (1 - beta2**t)).sqrt() + group["eps"])
+        left = (-group["lr"] / (1 - beta1**t) / scale)[:, None]
+        for a, b in tiles:
+            part = g[:, a].T @ x[:, b] if factors else weight.grad[a, b]
+            moment = mean[a, b].float().mul_(beta1).add_(part, alpha=1 - beta1)
+            mean[a, b] = moment
+            weight[a, b].addcmul_(moment.mul_(below[b]), left[a])
+
+
+def factors_of(weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What a weight's gradient is the product of, if it is kept like that (see models.Linear)."""
+    return getattr(weight, "factors", [])
 
 
 def is_large(parameter: Tensor) -> bool:
@@ -377,6 +396,11 @@ def make_optimizer(config: Config, model: nn.Module, setup: Setup) -> torch.opti
     kind, extra = kinds[config.optimizer]
     # The gradient scaler shows gradients unscaled, and only finite ones, to unfused kernels alone.
     fused = setup.device.type != "mps" and setup.precision != "fp16"
+    # Nor can a gradient be kept in factors where it is unscaled, exchanged or compiled.
+    if kind is LeanAdam and setup.device.type == "cpu" and fused and setup.world == 1 and (
+            not config.compile):
+        for weight in filter(is_large, model.parameters()):
+            weight.factors = []  # type: ignore[attr-defined]
     return kind(model.parameters(), lr=config.learning_rate, fused=fused, **extra)
 
 
@@ -469,9 +493,9 @@ class TrainingState:
 def new_state(config: Config, setup: Setup) -> TrainingState:
     """An untrained model and its optimizer, on the device."""
     torch.manual_seed(config.seed)
-    model = setup.place(create_model(config.model, config))
+    model: Any = setup.place(create_model(config.model, config))
     slice_size = math.ceil(config.batch_size / setup.world)
-    rule = min(slice_size, CPU_MICRO_BATCH) if setup.device.type == "cpu" else slice_size
+    rule = model.cpu_micro_batch if setup.device.type == "cpu" else slice_size
     return TrainingState(
         model, make_optimizer(config, model, setup),
         torch.amp.GradScaler(setup.device.type, enabled=setup.precision == "fp16"),

@@ -70,6 +70,26 @@ def test_adam_is_torchs_for_all_parameters_and_lean_adam_for_those_that_are_not_
             assert ("row_sq" in optimizers[0].state[a]) == lean
 
 
+@pytest.mark.parametrize("micro", [8, 3])
+def test_factors_of_a_gradient_give_the_step_of_the_gradient(micro: int) -> None:
+    config = Config(model="reversed_ae", width=4, image_size=32, latent_dim=16, epochs=1,
+                    micro_batch=micro)
+    images = torch.randint(0, 256, (8, 1, 32, 32), generator=torch.Generator().manual_seed(1))
+    weights = []
+    for factored in (True, False):
+        state = new_state(config, CPU)
+        large = [p for p in state.model.parameters() if is_large(p)]
+        assert len(large) == 4 and all(p.factors == [] for p in large)
+        for parameter in large if not factored else []:
+            del parameter.factors
+        for state.step in range(3):
+            train_step(state, Objective(state.model), images.byte(), config, 8, CPU)
+        assert all((p.grad is None) for p in large)
+        weights.append([p.detach().clone() for p in large])
+    for a, b in zip(*weights, strict=True):  # bf16 moments may be rounded another way
+        assert (a - b).abs().max() < 5e-5 and (a - b).abs().mean() < 1e-6
+
+
 def test_it_learns_as_well_as_adam() -> None:
     def losses(optimizer: str) -> list[float]:
         config = Config(model="reversed_ae", width=4, image_size=32, latent_dim=16, epochs=1,
