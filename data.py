@@ -1007,7 +1007,8 @@ class RemoteArchive(io.RawIOBase):
                         raise Cancelled
         if not done:
             raise ConnectionError("an answer that broke before its content")
-        self.tried_again["an answer cut short"] += done < len(into)
+        if done < len(into):
+            self.tried_again["an answer cut short"] += 1
         return done
 
     def seekable(self) -> bool:
@@ -1128,7 +1129,7 @@ class KaggleSource(Source):
 
     def report(self) -> str:
         """Tell what went over the network so far, in one line or two."""
-        traffic, again = self.remote.traffic, +self.remote.tried_again
+        traffic, again = self.remote.traffic, self.remote.tried_again
         reasons = ", ".join(f"{times} times {reason}" for reason, times in again.most_common())
         return (f"network   {traffic['bytes'] / 1e6:,.1f} MB in {traffic['requests']:,} requests, "
                 f"API calls: {traffic['API calls']:,}"

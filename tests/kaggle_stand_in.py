@@ -99,13 +99,10 @@ class VirtualNIH:
         return self.body + i.to_bytes(8, "little")
 
     def read(self, start: int, end: int) -> bytes:
-        parts = []
-        while start < min(end, self.films):
-            i, at = divmod(start, self.record)
-            parts.append(self._member(i)[at : at + end - start])
-            start += len(parts[-1])
-        parts.append(self.after[max(0, start - self.films) : max(0, end - self.films)])
-        return b"".join(parts)
+        first, last = start // self.record, min(len(self.names), -(-end // self.record))
+        films = b"".join(map(self._member, range(first, last)))
+        return films[start - first * self.record : end - first * self.record] + (
+            self.after[max(0, start - self.films) : max(0, end - self.films)])
 
 
 class StandIn(ThreadingHTTPServer):
@@ -126,16 +123,13 @@ class StandIn(ThreadingHTTPServer):
         self.archives: dict[str, Archive | VirtualNIH] = {}
         self.faults: deque[str] = deque()
         self.api_faults: deque[int] = deque()
-        self.retry_after: str | None = None
-        self.ranges_allowed, self.empty_page = True, False
+        self.ranges_allowed, self.empty_page, self.retry_after = True, False, None
         self.calls: Counter = Counter()  # "api", "file", "range"
         self.ranges: list[tuple[int, int]] = []
         self.versions: set[int | None] = set()  # of the data set that were asked for
-        self.whole_sent = 0  # bytes given away in answers with status 200
         self.served = None  # called with the number of ranges so far, before each
-        self.signature = 0
-        self.lock = threading.Lock()
-        self.closing = threading.Event()
+        self.whole_sent = self.signature = 0  # bytes sent with status 200; the one that is valid
+        self.lock, self.closing = threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -177,7 +171,6 @@ class Handler(BaseHTTPRequestHandler):
         basic = "Basic " + base64.b64encode(f"{USER}:{KEY}".encode()).decode()
         if self.headers.get("Authorization") not in (basic, f"Bearer {TOKEN}"):
             return self.answer(401, {"code": 401, "message": f"bad {KEY}"})
-        listing = self.path.endswith("/ListDatasetFiles")
         name, file = f"{body['ownerSlug']}/{body['datasetSlug']}", body.get("fileName")
         server.versions.add(body.get("datasetVersionNumber"))
         server.calls["file" if file else "api"] += 1
@@ -186,14 +179,13 @@ class Handler(BaseHTTPRequestHandler):
             404 if archive is None or (file and file not in archive.files) else 0)
         if status:
             self.answer(status, {"code": status, "message": "no"})
-        elif listing:
+        elif self.path.endswith("/ListDatasetFiles"):
             self.list_files(archive, body)
         elif file:
             self.answer(302, Location=f"{server.url}/file?name={name}&file={file}")
         else:
             server.signature += 1
-            self.answer(302, Location=f"{server.url}/archive?name={name}"
-                                      f"&signature={server.signature}")
+            self.answer(302, Location=f"{server.url}/all?name={name}&signature={server.signature}")
 
     def list_files(self, archive: Archive, body: dict) -> None:
         names, token = sorted(archive.files), body.get("pageToken") or "0"
@@ -220,7 +212,8 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             fault = server.faults.popleft() if (
                 server.faults and int(query["signature"]) == server.signature) else ""
-        server.signature += fault == "expire"
+        if fault == "expire":
+            server.signature += 1
         start, end = int(m[1]), min(archive.size, int(m[2]) + 1)
         if int(query["signature"]) < server.signature:
             return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")

@@ -46,14 +46,12 @@ real = data.pause  # which the fixture `kaggle` replaces
 def chest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in Kermany's layout: 72 normals to train on, a test split."""
     root = tmp_path_factory.mktemp("kermany")
-    for i in range(72):
-        write_image(root / "chest_xray/train/NORMAL" / f"IM-{i:04d}-0001.jpeg", i)
-    for i in range(8):
-        write_image(root / "chest_xray/train/PNEUMONIA" / f"person{i}_virus_{i}.jpeg", 100 + i)
-    for i in range(10):
-        write_image(root / "chest_xray/test/NORMAL" / f"NORMAL2-IM-{i:04d}-0001.jpeg", 200 + i)
-        write_image(root / "chest_xray/test/PNEUMONIA" / f"person{90 + i}_bacteria_{i}.jpeg",
-                    300 + i)
+    for count, seed, name in ((72, 0, "train/NORMAL/IM-{:04d}-0001"),
+                              (8, 100, "train/PNEUMONIA/person{0}_virus_{0}"),
+                              (10, 200, "test/NORMAL/NORMAL2-IM-{:04d}-0001"),
+                              (10, 300, "test/PNEUMONIA/person9{0}_bacteria_{0}")):
+        for i in range(count):
+            write_image(root / "chest_xray" / f"{name.format(i)}.jpeg", seed + i)
     return root
 
 
@@ -194,7 +192,7 @@ def test_copies_in_the_kermany_archive_are_left_out(kaggle: StandIn, chest: Path
     files = Archive.of_folder(chest).files
     files |= {f"chest_xray/{name}": content for name, content in files.items()}
     files["chest_xray/__MACOSX/train/NORMAL/._IM-0001.jpeg"] = b"shadow"
-    source = opened(kaggle, Archive.of(files))
+    source = opened(kaggle, files)
     assert source.samples == FolderSource(str(chest)).samples
     assert source.left_out == {"copies inside the archive": 100}  # hidden files are not counted
 
@@ -215,9 +213,8 @@ def test_zip64_archives_of_many_gigabytes_are_read(kaggle: StandIn) -> None:
     nih = VirtualNIH(12_000, 375_000, 24)
     assert nih.size > 1 << 32
     source = opened(kaggle, nih)
-    last = source.samples[-1]
-    assert source.read(last) == nih.content(11_999)
-    assert source.file_bytes(last) == 375_000
+    assert source.read(source.samples[-1]) == nih.content(11_999)
+    assert source.file_bytes(source.samples[-1]) == 375_000
 
 
 def test_names_beyond_ascii_and_a_comment_are_understood(kaggle: StandIn) -> None:
@@ -260,7 +257,7 @@ def test_only_what_is_needed_is_fetched(kaggle: StandIn) -> None:
     nih = VirtualNIH(4000, 30_000, 24)
     source = opened(kaggle, nih)
     tables = sum(end - start for start, end in kaggle.ranges)
-    assert kaggle.calls["api"] == 1 and tables < 1.6 * len(nih.after) + (1 << 18)
+    assert tables < 1.6 * len(nih.after) + (1 << 18)
     chosen = split_for_training(source, Config(data=SPEC, samples=200)).train
     kaggle.ranges.clear()
     everything(ImageStream(source, chosen, 32, 8, seed=0))
@@ -355,8 +352,7 @@ def test_a_lasting_fault_ends_in_one_line(faulty: Opened, fault: str) -> None:
 
 
 def test_a_whole_archive_sent_for_a_range_is_not_read(kaggle: StandIn) -> None:
-    nih = VirtualNIH(1000, 375_000, 24)
-    source = opened(kaggle, nih)
+    source = opened(kaggle, nih := VirtualNIH(1000, 375_000, 24))
     before = kaggle.whole_sent
     kaggle.faults.append("whole")
     source.read(source.samples[0])
@@ -386,11 +382,9 @@ def test_a_changed_data_set_stops_the_run(faulty: Opened, change: dict) -> None:
 
 
 def test_damaged_members_are_skipped_counted_and_named(kaggle: StandIn) -> None:
-    archive = Archive.of(images(60), zipfile.ZIP_STORED)
-    broken = bytearray(archive.data)
-    broken[archive.data.index(png(7)) + 100] ^= 1
-    source = opened(kaggle, Archive(bytes(broken), {}))
-    stream = stream_of(source)
+    broken = bytearray(Archive.of(images(60), zipfile.ZIP_STORED).data)
+    broken[broken.index(png(7)) + 100] ^= 1
+    stream = stream_of(opened(kaggle, Archive(bytes(broken), {})))
     order, _ = everything(stream)
     assert order == [i for i in range(60) if i != 7]
     assert stream.bad == {"normal/007.png": "its length or checksum is wrong"}
@@ -430,6 +424,16 @@ def test_a_member_that_lies_is_refused(kaggle: StandIn, fields: dict, reason: st
     assert "full" not in fields or stream.memory.peak_bytes < limit
 
 
+def test_a_bomb_is_not_inflated_beyond_its_declared_size(kaggle: StandIn) -> None:
+    files = images(3) | {"normal/bomb.png": bytes(64 << 20)}
+    source = opened(kaggle, lie(Archive.of(files), "normal/bomb.png", full=1000))
+    tracemalloc.start()
+    with pytest.raises(data.BadImage, match="length"):
+        source.read_file("normal/bomb.png")
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
 def test_a_damaged_directory_is_refused(kaggle: StandIn) -> None:
     archive = Archive.of(images(40), zipfile.ZIP_STORED)
     first, last = archive.data.index(b"PK\1\2"), archive.data.rindex(b"PK\1\2")
@@ -461,8 +465,7 @@ def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(kaggle: StandIn
         "normal/wide.png": bytes(header), "normal/large.png": large.getvalue()})
     stream = stream_of(source, memory=10 << 20)
     assert len(everything(stream)[0]) == 40
-    assert "more pixels than any" in stream.bad["normal/wide.png"] or (
-        "60000x60000" in stream.bad["normal/wide.png"])
+    assert "more pixels than any" in stream.bad["normal/wide.png"]
     assert "6.0 MB" in stream.bad["normal/large.png"]
     assert stream.memory.peak_bytes < 10 << 20
 
@@ -493,9 +496,7 @@ def test_no_network_is_said_and_phantoms_do_not_stand_in(
     assert "PHANTOM" not in capsys.readouterr().out
 
 
-def test_a_stalled_server_is_given_up_on(
-    faulty: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stalled_server_is_given_up_on(faulty: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     server, source = faulty
     monkeypatch.setattr(data, "TIMEOUT", (2, 0.05))
     server.faults.append("stall")
@@ -509,10 +510,7 @@ def test_fetching_ends_soon_after_it_is_cancelled(
     """In a wait that would take minutes, with the network down, and before the next request."""
     kaggle.ranges_allowed, kaggle.retry_after = ranges, "500"
     source, cancelled = opened(kaggle, images(40)), threading.Event()
-    if ranges:
-        kaggle.faults.append("status-429")
-    else:
-        kaggle.api_faults.append(429)
+    (kaggle.faults if ranges else kaggle.api_faults).append("status-429" if ranges else 429)
 
     def wait(seconds: float, event: threading.Event) -> None:
         assert seconds == 500 and event is cancelled
@@ -557,7 +555,7 @@ def test_whatever_passing_faults_come_nothing_is_lost_unnamed(kaggle: StandIn, s
     there = [i for i, p in enumerate(wanted[0]) if source.samples[p].key not in stream.bad]
     assert order == [wanted[0][i] for i in there] and np.array_equal(pixels, wanted[1][there])
     assert set(stream.bad.values()) <= {"its length or checksum is wrong"} and len(stream.bad) < 30
-    assert len(source.remote.tried_again) > 3 and stream.memory.peak_bytes <= limit
+    assert source.remote.tried_again.total() > 3 and stream.memory.peak_bytes <= limit
 
 
 @pytest.mark.drill
@@ -619,20 +617,6 @@ def test_a_file_that_kaggle_zipped_is_unpacked(by_file: Opened) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# Memory
-
-
-def test_a_bomb_is_not_inflated_beyond_its_declared_size(kaggle: StandIn) -> None:
-    files = images(3) | {"normal/bomb.png": bytes(64 << 20)}
-    source = opened(kaggle, lie(Archive.of(files), "normal/bomb.png", full=1000))
-    tracemalloc.start()
-    with pytest.raises(data.BadImage, match="length"):
-        source.read_file("normal/bomb.png")
-    assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    tracemalloc.stop()
-
-
-# ----------------------------------------------------------------------------------------------
 # Whole runs
 
 
@@ -653,9 +637,7 @@ def test_training_from_kaggle_gives_the_weights_of_the_folder_and_keeps_the_key_
     assert kaggle.calls["range"] > requests
     printed = capsys.readouterr()
     assert "images never take more" in printed.out and "MB in" in printed.out
-    assert not [secret for secret in (KEY, TOKEN, "signature=")
-                if secret in printed.out + printed.err]
+    assert not re.search(f"{KEY}|{TOKEN}|signature=", printed.out + printed.err)
     artefacts = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(artefacts) > 15
-    assert not [p for p in artefacts for secret in (KEY, TOKEN)
-                if secret.encode() in p.read_bytes()]
+    assert not [p for p in artefacts if re.search(f"{KEY}|{TOKEN}".encode(), p.read_bytes())]
