@@ -40,6 +40,7 @@ import requests
 import torch
 import urllib3
 from PIL import Image, ImageOps, UnidentifiedImageError
+from requests.adapters import HTTPAdapter
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -852,12 +853,12 @@ def kaggle_credentials() -> dict[str, str]:
     files = [Path(folder, "kaggle.json").expanduser() for folder in folders if folder]
     file, found = next(filter(Path.exists, files), None), {"": ""}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a file that is unreadable
-        if token := get_access_token_from_env()[0]:
-            return {"api_token": token}
-        there = json.loads(file.read_text(encoding="utf-8")) if file else {}
-        found = {"username": environ.get("KAGGLE_USERNAME") or there.get("username"),
-                 "password": environ.get("KAGGLE_KEY") or there.get("key")}
-    if not all(re.fullmatch("[!-~]+", str(value or "")) for value in found.values()):
+        token = get_access_token_from_env()[0]
+        there = json.loads(file.read_text(encoding="utf-8")) if file and not token else {}
+        found = {"api_token": token} if token else {
+            "username": str(environ.get("KAGGLE_USERNAME") or there.get("username", "")),
+            "password": str(environ.get("KAGGLE_KEY") or there.get("key", ""))}
+    if not all(re.fullmatch("[!-~]+", value) for value in found.values()):  # plain characters
         raise UserError("no Kaggle credentials found"
                         + (f", nor usable ones in {file}" if file else "") + KAGGLE_HELP)
     return found
@@ -874,6 +875,7 @@ REFUSALS = {401: "it refuses the credentials; create a new token under Settings,
 BLOCK, GAP, CHUNK = 8 << 20, 64 << 10, 1 << 17
 LARGEST_FILE = 256 << 20  # bytes of a file that is read whole
 NEVER = threading.Event()  # for what belongs to no iteration, and so is not cancelled
+NO_CONNECTION = (OSError, urllib3.exceptions.HTTPError)  # those of requests are OSErrors
 
 
 class TooLarge(UserError):
@@ -905,6 +907,7 @@ class RemoteArchive(io.RawIOBase):
         session = client.http_client()._session
         session.send = partial(session.send, timeout=TIMEOUT)  # the client has none
         self.api, self.storage = client.datasets.dataset_api_client, requests.Session()
+        self.storage.mount("https://", HTTPAdapter(pool_maxsize=32))  # threads of a few streams
         self.tries, self.lock = FIRST_TRIES, threading.Lock()
         self.address, self.size, self.etag, self.position = "", 0, "", 0
         self.traffic: Counter = Counter()  # API calls, requests, bytes
@@ -944,12 +947,11 @@ class RemoteArchive(io.RawIOBase):
                     raise UserError(
                         f"--data {self.spec}: {reason}: {REFUSALS.get(status, 'it refuses')}. See "
                         f"https://www.kaggle.com/datasets/{self.owner}/{self.name}") from None
-                with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError,
-                                         OverflowError):
+                with contextlib.suppress(Exception):  # a header that names no time
                     wait = urllib3.Retry().get_retry_after(answer.raw) or wait
             except ConnectionError as error:  # what is wrong with an answer
                 reason = str(error)
-            except (OSError, urllib3.exceptions.HTTPError) as error:  # requests' are OSErrors
+            except NO_CONNECTION as error:
                 reason = f"no connection to Kaggle ({type(error).__name__})"
             self.tried_again[reason] += 1
             if failures >= self.tries or wait > LONGEST_WAIT:
@@ -996,9 +998,9 @@ class RemoteArchive(io.RawIOBase):
                     f"--data {self.spec}: the data set was changed on Kaggle meanwhile. Start "
                     "over, or name a version that stays: kaggle:owner/name/versions/N")
             response.raise_for_status()
-            if status != 206 or not part:
+            if not part:
                 raise ConnectionError("another part of the archive than was asked for")
-            with contextlib.suppress(OSError, urllib3.exceptions.HTTPError):
+            with contextlib.suppress(*NO_CONNECTION):
                 while chunk := response.raw.read(min(CHUNK, len(into) - done)):
                     into[done : done + len(chunk)] = chunk
                     done += len(chunk)
@@ -1087,15 +1089,18 @@ class KaggleSource(Source):
             raise content
         return content
 
-    def runs(self, samples: list[Sample]) -> list[list[tuple[Member, int]]]:
+    def runs(self, samples: list[Sample]) -> Iterator[list[tuple[Member, int]]]:
         """Group the members, with their places in `samples`, so that a request serves a group."""
-        runs: list[list[tuple[Member, int]]] = []
-        for member, place in sorted((self.member(s.key), i) for i, s in enumerate(samples)):
-            if (not runs or member.start - runs[-1][-1][0].end > GAP
-                    or member.end - runs[-1][0][0].start > BLOCK):
-                runs.append([])
-            runs[-1].append((member, place))
-        return runs
+        run: list[tuple[Member, int]] = []
+        for place in sorted(range(len(samples)), key=lambda i: self.member(samples[i].key).start):
+            member = self.member(samples[place].key)
+            if run and (member.start - run[-1][0].end > GAP
+                        or member.end - run[0][0].start > BLOCK):
+                yield run
+                run = []
+            run.append((member, place))
+        if run:
+            yield run
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
         # Groups of the shuffle are wanted at different times: their images are fetched apart.
@@ -1105,10 +1110,10 @@ class KaggleSource(Source):
         return numbers
 
     def cost(self, samples: list[Sample]) -> int:
-        runs, members = self.runs(samples), [self.member(s.key) for s in samples]
+        members = [self.member(s.key) for s in samples]
         # One request's bytes; a member that is fetched once more; and unpacked, which zlib does
         # in pieces that it joins, beside the one before.
-        return (max(run[-1][0].end - run[0][0].start for run in runs)
+        return (max(run[-1][0].end - run[0][0].start for run in self.runs(samples))
                 + max(m.end - m.start for m in members) + 3 * max(m.size for m in members))
 
     def fetch(self, samples: list[Sample],
@@ -1165,11 +1170,9 @@ class KaggleFilesSource(KaggleSource):
             page = self.remote.retry(NEVER, self.remote.call, "list_dataset_files", pageSize=200,
                                      pageToken=token or "")
             for f in page.dataset_files or []:  # CHUNK: what `_download` holds beyond the file
-                self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, 0, 0)
+                crc = len(self.members)  # is not known: none is to look like a copy of another
+                self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, crc, 0)
             token = page.next_page_token or ""
-
-    def digest(self, sample: Sample) -> bytes:
-        raise OSError("not looked into: it would cost a call of the API")
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
@@ -1179,13 +1182,12 @@ class KaggleFilesSource(KaggleSource):
     def _download(self, name: str) -> bytes | Exception:
         size = self.member(name).size
         try:
-            answer = self.remote.call("download_dataset", fileName=name)
+            with self.remote.call("download_dataset", fileName=name) as answer:
+                data = answer.raw.read(size + CHUNK, decode_content=True)
         except requests.HTTPError as error:
             if error.response.status_code == 404:
                 return BadImage("listed by Kaggle, but not there (404)")
             raise
-        with answer:
-            data = answer.raw.read(size + CHUNK, decode_content=True)
         self.remote.traffic["bytes"] += len(data)
         if len(data) != size:  # Kaggle zips large files
             with contextlib.suppress(zipfile.BadZipFile, zlib.error, RuntimeError, LookupError,
@@ -1199,14 +1201,12 @@ def open_kaggle(spec: str) -> KaggleSource:
     """Open the data set that kaggle:owner/name[/versions/N] names. UserError."""
     m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", spec)
     if not m:
-        raise UserError(f"--data {spec}: wanted is kaggle:owner/name or "
-                        "kaggle:owner/name/versions/N, as in kaggle.com/datasets/owner/name")
+        raise UserError(f"--data {spec}: wanted is kaggle:owner/name[/versions/N]")
     remote = RemoteArchive(spec, m[1], m[2], m[3])
     try:
         return KaggleSource(remote)
     except RangeRefused:
-        log.warning(f"kaggle    the archive of {m[1]}/{m[2]} is not given in parts: every file is "
-                    "fetched by a call of its own, which is slow")
+        log.warning("kaggle    no parts of the archive are given: a call for each file, slowly")
         return KaggleFilesSource(remote)
 
 

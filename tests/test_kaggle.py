@@ -144,20 +144,19 @@ def test_credentials_are_found_among_the_secrets_of_colab(
     assert len(opened(kaggle, images(3)).samples) == 3
 
 
-@pytest.mark.parametrize(("key", "content", "says"), [
-    (None, None, "no Kaggle credentials found. On kaggle.com"),
-    *[(None, content, "{home}/.kaggle/kaggle.json") for content in (
+@pytest.mark.parametrize(("environ", "content", "says"), [
+    ({}, None, "no Kaggle credentials found. On kaggle.com"),
+    *[({}, content, "{home}/.kaggle/kaggle.json") for content in (
         "{broken", '{"username": "me"}', "[]", "")],
-    (None, "{}", "KAGGLE_KEY=your_key"),  # and a name in the environment: half is not used
-    ("\u201cabc\u201d", "{}", "quotes")])
+    ({"KAGGLE_USERNAME": "me"}, "{}", "KAGGLE_KEY=your_key"),  # half is not used
+    ({"KAGGLE_USERNAME": "me", "KAGGLE_KEY": "\u201cabc\u201d"}, None, "quotes"),
+    ({"KAGGLE_API_TOKEN": "\u201cabc\u201d"}, None, "quotes")])
 def test_missing_or_unusable_credentials_are_said_before_anything_else(
     kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
-    key: str | None, content: str | None, says: str
+    environ: dict, content: str | None, says: str
 ) -> None:
-    if content == "{}":
-        monkeypatch.setenv("KAGGLE_USERNAME", "me")
-    if key:
-        monkeypatch.setenv("KAGGLE_KEY", key)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     if content is not None:
         (home / ".kaggle").mkdir()
         (home / ".kaggle/kaggle.json").write_text(content)
@@ -234,11 +233,10 @@ def test_what_is_no_zip_is_said(kaggle: StandIn, content: bytes) -> None:
         opened(kaggle, Archive(content, {}))
 
 
-@pytest.mark.parametrize("spec", ["kaggle:", "kaggle:xrays", "kaggle:a/b/c",
-                                  "kaggle:a/b/versions/x", "kaggle:a/b?c"])
-def test_a_misspelt_name_is_refused_without_a_request(kaggle: StandIn, spec: str) -> None:
+@pytest.mark.parametrize("name", ["", "xrays", "a/b/c", "a/b/versions/x", "a/b?c"])
+def test_a_misspelt_name_is_refused_without_a_request(kaggle: StandIn, name: str) -> None:
     with pytest.raises(UserError, match="kaggle:owner/name"):
-        opened(kaggle, {}, spec)
+        opened(kaggle, {}, f"kaggle:{name}")
     assert not kaggle.calls
 
 
@@ -412,8 +410,7 @@ def lie(archive: Archive, name: str, **fields: int) -> Archive:
     ({"flags": 1}, "encrypted"),
     ({"crc": 1}, "checksum"),
     ({"packed": 10}, "checksum"),
-    ({"full": 0xFFFFFFFE}, "--memory-limit-gb"),
-])
+    ({"full": 0xFFFFFFFE}, "--memory-limit-gb")])
 def test_a_member_that_lies_is_refused(kaggle: StandIn, fields: dict, reason: str) -> None:
     files = images(40) | {"normal/bomb.png": bytes(64 << 20)}
     source = opened(kaggle, lie(Archive.of(files), "normal/bomb.png", **fields))
