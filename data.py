@@ -7,14 +7,11 @@ One road for every source: Source.fetch(samples) -> bytes -> decode_image -> uin
     loaders = create_dataloaders(Config(data="my_xrays"))    # loaders.train, .val, .test
 """
 
-import bisect
 import contextlib
 import csv
 import ctypes
 import dataclasses
 import difflib
-import errno
-import functools
 import hashlib
 import io
 import itertools
@@ -29,7 +26,7 @@ import sys
 import threading
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -43,6 +40,7 @@ import requests
 import torch
 import urllib3
 from PIL import Image, ImageOps, UnidentifiedImageError
+from requests.adapters import HTTPAdapter
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -799,63 +797,56 @@ def read_covid(
 # Kaggle: credentials, and the archive of a data set, read piece by piece over HTTP
 
 
-NO_KAGGLE_KEY = """no Kaggle credentials found. On kaggle.com: Settings, API, Create New Token. Then
+KAGGLE_HELP = """. On kaggle.com: Settings, API, Create New Token. Then
     export KAGGLE_API_TOKEN=your_token                          (the newer kind, one text)
     export KAGGLE_USERNAME=your_name KAGGLE_KEY=your_key        (or the older kind, both)
-or put {{"username": "your_name", "key": "your_key"}} in {file} (chmod 600);
-in Colab add the same names under Secrets. Images of your own need no account: --data FOLDER"""
+with no typographic quotes, or put {"username": "your_name", "key": "your_key"} in
+~/.kaggle/kaggle.json (chmod 600); in Colab add the same names under Secrets.
+Images of your own need no account: --data FOLDER"""
 
 
 def kaggle_credentials() -> dict[str, str]:
-    """Return {"api_token": ...} or {"username": ..., "password": ...} for kagglesdk's client.
+    """Return what kagglesdk's client takes: "api_token", or "username" and "password".
 
-    Looks where the official client looks: for a token, then for a name and key, in the environment
-    before kaggle.json; and last in Colab's secrets. UserError says what to do.
+    Looks in the environment, in Colab's secrets, and in the files of the `kaggle` command.
+    UserError says what to do.
     """
-    if not os.environ.get("KAGGLE_API_TOKEN", "unset").strip():
-        del os.environ["KAGGLE_API_TOKEN"]  # blank: the client would send it all the same
     try:
         from kagglesdk import get_access_token_from_env
-
-        token = (get_access_token_from_env()[0] or _colab_secret("KAGGLE_API_TOKEN")).strip()
     except ImportError:
-        raise UserError("--data kaggle: needs Python 3.11 and the kaggle package, 2.0 or newer: "
-                        "pip install -U kaggle") from None
-    except (OSError, UnicodeDecodeError):
-        raise UserError("the Kaggle access token cannot be read from its file") from None
-    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
-    if not folder.exists() and sys.platform == "linux":
-        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kaggle"
-    file, found = folder / "kaggle.json", {"api_token": token}
-    if not token:
-        try:
-            there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            found = {part: str(os.environ.get(name) or there.get(key) or _colab_secret(name))
-                     for part, name, key in (("username", "KAGGLE_USERNAME", "username"),
-                                             ("password", "KAGGLE_KEY", "key"))}
-        except (OSError, ValueError, AttributeError):
-            raise UserError(f'{file}: wanted is {{"username": "your_name", "key": "your_key"}}; '
-                            "download it again from kaggle.com, Settings, API") from None
-    if not all(found.values()):
-        raise UserError(NO_KAGGLE_KEY.format(file=file))
-    if not all(value.isascii() and value.isprintable() for value in found.values()):
-        raise UserError("the Kaggle credentials hold characters that no key has (typographic "
-                        "quotes?); copy them again from kaggle.com, Settings, API")
+        raise UserError("--data kaggle: needs Python 3.11, and: pip install -U kaggle") from None
+    environ = os.environ
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
+        value = environ.pop(name, "").strip()  # the client would send even a blank token
+        if not value and "google.colab" in sys.modules:
+            with contextlib.suppress(Exception):  # not there, or not granted to this notebook
+                from google.colab import userdata
+
+                value = userdata.get(name).strip()
+        if value:
+            environ[name] = value
+    folders = (environ.get("KAGGLE_CONFIG_DIR"), "~/.kaggle",
+               f"{environ.get('XDG_CONFIG_HOME') or '~/.config'}/kaggle")
+    files = [Path(folder, "kaggle.json").expanduser() for folder in folders if folder]
+    file, found = next(filter(Path.exists, files), None), {"": ""}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a file that is unreadable
+        token = get_access_token_from_env()[0]
+        there = json.loads(file.read_text(encoding="utf-8")) if file and not token else {}
+        found = {"api_token": token} if token else {
+            "username": str(environ.get("KAGGLE_USERNAME") or there.get("username", "")),
+            "password": str(environ.get("KAGGLE_KEY") or there.get("key", ""))}
+    if not all(re.fullmatch("[!-~]+", value) for value in found.values()):  # plain characters
+        raise UserError("no Kaggle credentials found"
+                        + (f", nor usable ones in {file}" if file else "") + KAGGLE_HELP)
     return found
-
-
-def _colab_secret(name: str) -> str:
-    with contextlib.suppress(Exception):  # not there, or not granted to this notebook
-        if "google.colab" in sys.modules:
-            from google.colab import userdata
-
-            return userdata.get(name).strip()
-    return ""
 
 
 TIMEOUT = (10, 30)  # seconds: to connect; without a byte
 TRIES, FIRST_TRIES = 12, 4  # in a row, before giving up; fewer while nothing has worked yet
 LONGEST_WAIT = 600  # seconds; a server that asks for more is not waited for
+REFUSALS = {401: "it refuses the credentials; create a new token under Settings, API",
+            403: "not for this account; it may be private, or have terms to be accepted",
+            404: "there is no such data set"}
 # Neighbours in the archive are fetched together: at most BLOCK bytes, over gaps of at most GAP
 # (a request costs about as much as so many bytes).
 BLOCK, GAP, CHUNK = 8 << 20, 64 << 10, 1 << 17
@@ -869,119 +860,135 @@ class TooLarge(UserError):
 
 
 class RangeRefused(Exception):
-    """The server does not give parts of a file."""
+    """The server does not give parts of the archive."""
 
 
 def pause(seconds: float, cancelled: threading.Event) -> None:
-    """Wait. Cancelled as soon as the event is set."""
-    if cancelled.wait(seconds):
-        raise Cancelled
+    """Wait, until the event is set at the latest."""
+    cancelled.wait(seconds)
 
 
-class Connections(threading.local):
-    """The client of the API and a session for storage: each thread gets its own."""
+class RemoteArchive(io.RawIOBase):
+    """The archive of a Kaggle data set as a seekable file, and calls of Kaggle's API for the set.
 
-    def __init__(self, credentials: dict[str, str]) -> None:
-        from kagglesdk import KaggleClient
-
-        client = KaggleClient(**credentials).__enter__()
-        session = client.http_client()._session
-        session.send = functools.partial(session.send, timeout=TIMEOUT)  # the client has none
-        self.api, self.storage = client.datasets.dataset_api_client, requests.Session()
-
-
-class KaggleApi:
-    """Calls Kaggle's API for one data set through the official client, and repeats what fails.
-
-    Safe among threads. Errors show neither credentials nor addresses, which are signed.
+    What fails is tried again. `read_range`, `call` and `retry` are safe among threads, which share
+    the connections. Errors show neither credentials nor addresses, which are signed.
     """
 
-    def __init__(self, spec: str, owner: str, name: str, version: int | None) -> None:
+    def __init__(self, spec: str, owner: str, name: str, version: str | None) -> None:
+        credentials = kaggle_credentials()
+        from kagglesdk import KaggleClient
+
         self.spec, self.owner, self.name, self.version = spec, owner, name, version
-        self.connections = Connections(kaggle_credentials())
-        self.worked = False  # whether Kaggle has given anything yet
+        client = KaggleClient(**credentials).__enter__()
+        session = client.http_client()._session
+        session.send = partial(session.send, timeout=TIMEOUT)  # the client has none
+        self.api, self.storage = client.datasets.dataset_api_client, requests.Session()
+        self.storage.mount("https://", HTTPAdapter(pool_maxsize=32))  # threads of a few streams
+        self.tries, self.lock = FIRST_TRIES, threading.Lock()
+        self.address, self.size, self.etag, self.position = "", 0, "", 0
         self.traffic: Counter = Counter()  # API calls, requests, bytes
         self.tried_again: Counter = Counter()  # reason -> times
 
-    def stop(self, reason: str) -> UserError:
-        """Make the error that ends the run."""
-        return UserError(f"--data {self.spec}: {reason}")
-
-    def call(self, method: str, request: str, **fields: object) -> Any:
-        """Call a method of the API with the client's class of requests. Errors are for `retry`."""
+    def call(self, method: str, **fields: object) -> Any:
+        """Call a method of the official client. Errors are for `retry`."""
         from kagglesdk.datasets.types import dataset_api_service
 
+        request = getattr(dataset_api_service, f"Api{method.title().replace('_', '')}Request")
         fields |= {"ownerSlug": self.owner, "datasetSlug": self.name,
-                   "datasetVersionNumber": self.version}
-        message = getattr(dataset_api_service, request).from_dict(fields)
-        send = getattr(self.connections.api, method)
+                   "datasetVersionNumber": self.version and int(self.version)}
         self.traffic["API calls"] += 1
         try:
-            return send(message)
+            return getattr(self.api, method)(request.from_dict(fields))
         except (TypeError, ValueError, LookupError, AttributeError):
             raise ConnectionError("an answer that Kaggle's client does not understand") from None
 
     def retry(self, cancelled: threading.Event, attempt: Callable, *args: Any, **named: Any) -> Any:
         """Return attempt(...), called again after growing, random waits while its error may pass.
 
-        Not by urllib3's Retry: its waits cannot be cancelled, it does not see bodies that are cut
-        short, and `report` tells what was tried again.
+        Unlike urllib3's Retry this can be cancelled, and sees bodies that are cut short.
         """
         for failures in itertools.count(1):
-            after = None
             if cancelled.is_set():
                 raise Cancelled
+            wait = random.uniform(0, min(60, 2 ** (failures - 2)))
             try:
                 result = attempt(*args, **named)
-                self.worked = True
+                self.tries = TRIES
                 return result
             except requests.HTTPError as error:
-                reason, after = self._judge(error.response)
+                answer = error.response  # also where the client found an error told in the body
+                status = answer.status_code if answer.status_code >= 400 else answer.json()["code"]
+                reason = f"Kaggle answers {status}"
+                if status < 500 and status != 429:
+                    raise UserError(
+                        f"--data {self.spec}: {reason}: {REFUSALS.get(status, 'it refuses')}. See "
+                        f"https://www.kaggle.com/datasets/{self.owner}/{self.name}") from None
+                with contextlib.suppress(Exception):  # a header that names no time
+                    wait = urllib3.Retry().get_retry_after(answer.raw) or wait
             except ConnectionError as error:  # what is wrong with an answer
                 reason = str(error)
             except NO_CONNECTION as error:
                 reason = f"no connection to Kaggle ({type(error).__name__})"
             self.tried_again[reason] += 1
-            if after is None:
-                after = random.uniform(0, min(60, 2 ** (failures - 2)))
-            if after > LONGEST_WAIT:
-                raise self.stop(f"{reason}; Kaggle asks to wait {after / 60:.0f} minutes. Go on "
-                                "then with --resume")
-            if failures >= (TRIES if self.worked else FIRST_TRIES):
-                raise self.stop(f"{reason}, {failures} times in a row. Check the network; then go "
-                                "on with --resume, or download the data set and give its folder")
-            if after >= 5:
-                log.warning(f"kaggle    {reason}: trying again in {after:.0f} s")
-            pause(after, cancelled)
+            if failures >= self.tries or wait > LONGEST_WAIT:
+                raise UserError(
+                    f"--data {self.spec}: {reason}; tries: {failures}. Check the network, wait "
+                    f"{math.ceil(wait / 60)} min, then go on with --resume; or download the data "
+                    "set and give its folder")
+            if wait >= 5:
+                log.warning(f"kaggle    {reason}: trying again in {wait:.0f} s")
+            pause(wait, cancelled)
 
-    def _judge(self, response: requests.Response) -> tuple[str, float | None]:
-        """Return (reason, seconds to wait if told) of an error that may pass, else UserError."""
-        status, after = response.status_code, None
-        if status < 400:  # the client also raises for an error told in the body
-            status = int(response.json()["code"])
-        if status == 429 or status >= 500:
-            with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-                after = urllib3.Retry().get_retry_after(response.raw)
-            return f"Kaggle answers {status}" + " (too many requests)" * (status == 429), after
-        means = {401: "the credentials are refused; get new ones: Settings, API, Create New Token",
-                 403: "not for this account; it may be private, or have terms to be accepted",
-                 404: "there is no such data set"}.get(status, "it refuses")
-        raise self.stop(f"Kaggle answers {status}: {means}. See "
-                        f"https://www.kaggle.com/datasets/{self.owner}/{self.name}") from None
+    def read_range(self, start: int, end: int, cancelled: threading.Event = NEVER) -> memoryview:
+        """Return bytes start..end-1. What came before a connection broke is not asked for again."""
+        data, done = memoryview(bytearray(end - start)), 0
+        while done < len(data):
+            done += self.retry(cancelled, self._receive, start + done, data[done:], cancelled)
+        return data
 
-
-class RemoteFile(io.RawIOBase):
-    """The archive of a data set as a seekable file, read by HTTP Range.
-
-    RangeRefused if the server does not give parts of it. `read_range` is safe among threads.
-    """
-
-    def __init__(self, api: KaggleApi) -> None:
-        self.api, self.address, self.lock = api, "", threading.Lock()
-        self.size, self.etag, self.position = 0, "", 0
-        self.read_range(0, 1)  # now size and ETag are known
-        # The last bytes, which zipfile asks for piece by piece.
-        self.tail = self.read_range(max(0, self.size - CHUNK), self.size)
+    def _receive(self, start: int, into: memoryview, cancelled: threading.Event) -> int:
+        """Fill `into` with the bytes from `start` on; return how many of them came, at least 1."""
+        with self.lock:
+            if not self.address:
+                with self.call("download_dataset") as answer:
+                    self.address = answer.url  # unread: the client would download it all
+            address, done = self.address, 0
+        self.traffic["requests"] += 1
+        with self.storage.get(address, stream=True, timeout=TIMEOUT, headers={
+                "Range": f"bytes={start}-{start + len(into) - 1}",
+                "Accept-Encoding": "identity"}) as response:
+            status, etag = response.status_code, response.headers.get("ETag", "")
+            if status in (400, 401, 403, 404, 410):
+                if self.address == address:  # else another thread has renewed it
+                    self.address = ""
+                raise ConnectionError(f"an address of the archive that has expired ({status})")
+            if status == 200 and not self.size:
+                raise RangeRefused
+            part = re.fullmatch(rf"bytes {start}-\d+/(\d+)",
+                                response.headers.get("Content-Range", ""))
+            now = (int(part[1]), etag) if part else (self.size, self.etag)
+            if not self.size:
+                self.size, self.etag = now
+            elif status == 416 or now != (self.size, self.etag):
+                raise UserError(
+                    f"--data {self.spec}: the data set was changed on Kaggle meanwhile. Start "
+                    "over, or name a version that stays: kaggle:owner/name/versions/N")
+            response.raise_for_status()
+            if not part:
+                raise ConnectionError("another part of the archive than was asked for")
+            with contextlib.suppress(*NO_CONNECTION):
+                while chunk := response.raw.read(min(CHUNK, len(into) - done)):
+                    into[done : done + len(chunk)] = chunk
+                    done += len(chunk)
+                    self.traffic["bytes"] += len(chunk)
+                    if cancelled.is_set():
+                        raise Cancelled
+        if not done:
+            raise ConnectionError("an answer that broke before its content")
+        if done < len(into):
+            self.tried_again["an answer cut short"] += 1
+        return done
 
     def seekable(self) -> bool:
         return True
@@ -993,80 +1000,15 @@ class RemoteFile(io.RawIOBase):
         return self.position
 
     def read(self, size: int = -1) -> bytes:
-        start, tail_start = self.position, self.size - len(self.tail)
-        self.position = end = self.size if size < 0 else min(self.size, start + size)
-        if start >= tail_start:
-            return bytes(self.tail[start - tail_start : max(start, end) - tail_start])
-        return bytes(self.read_range(start, end))
-
-    def read_range(self, start: int, end: int, cancelled: threading.Event = NEVER) -> memoryview:
-        """Return bytes start..end-1. What came before a connection broke is not asked for again."""
-        data, done = memoryview(bytearray(end - start)), 0
-        while done < len(data):
-            if done:
-                self.api.tried_again["an answer cut short"] += 1
-                pause(random.random(), cancelled)
-            done += self.api.retry(cancelled, self._receive, start + done, data[done:], cancelled)
-        return data
-
-    def _renew_address(self, old: str) -> str:
-        """Return a signed address of the archive that is not the old one."""
-        with self.lock:
-            if self.address == old:  # else another thread has seen to it
-                with self.api.call("download_dataset", "ApiDownloadDatasetRequest") as answer:
-                    self.address = answer.url  # unread: the client would download it all
-            return self.address
-
-    def _receive(self, start: int, into: memoryview, cancelled: threading.Event) -> int:
-        """Fill `into` with the bytes from `start` on; return how many of them came, at least 1."""
-        address, done = self.address or self._renew_address(""), 0
-        self.api.traffic["requests"] += 1
-        with self.api.connections.storage.get(address, stream=True, timeout=TIMEOUT, headers={
-                "Range": f"bytes={start}-{start + len(into) - 1}",
-                "Accept-Encoding": "identity"}) as response:
-            status = response.status_code
-            if status in (400, 401, 403, 404, 410):
-                self._renew_address(address)
-                raise ConnectionError(f"an address of the archive that has expired ({status})")
-            if status == 200 and not self.size:
-                raise RangeRefused
-            span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)",
-                                response.headers.get("Content-Range", ""))
-            first, last, total = map(int, span.groups()) if span else (-1, -1, self.size)
-            etag = response.headers.get("ETag", "")
-            if status == 206 and not self.size:
-                self.size, self.etag = total, etag
-            if (status == 416 and self.size) or (status == 206 and (
-                    total != self.size or len({etag, self.etag} - {""}) > 1)):
-                raise self.api.stop("the data set was changed on Kaggle meanwhile. Start over, or "
-                                    "name a version that stays: kaggle:owner/name/versions/N")
-            response.raise_for_status()
-            if status != 206 or first != start or not start <= last < start + len(into):
-                raise ConnectionError("another part of the archive than was asked for")
-            with contextlib.suppress(*NO_CONNECTION):
-                while chunk := response.raw.read(min(CHUNK, last + 1 - start - done)):
-                    into[done : done + len(chunk)] = chunk
-                    done += len(chunk)
-                    self.api.traffic["bytes"] += len(chunk)
-                    if cancelled.is_set():
-                        raise Cancelled
-        if not done:
-            raise ConnectionError("an answer that broke before its content")
-        return done
+        start = self.position
+        self.position = min(self.size, start + size) if size >= 0 else self.size
+        return bytes(self.read_range(start, max(start, self.position)))
 
 
-class Member(NamedTuple):
-    """A file in the archive: where its bytes are, and what the directory says of it."""
-
-    start: int
-    end: int  # where the next member begins, whatever its own header adds
-    packed: int  # bytes
-    size: int  # bytes, unpacked
-    crc: int
-    method: int  # 0 stored, 8 deflated, -1 encrypted
-
-
-MEMBER = struct.Struct("<5Qi")  # how they are kept: as tuples, 100,000 would take 25 MB
+# A file in the archive: start..end-1 are its bytes, up to the next one's; size is that of the
+# content; method 0 is stored, 8 deflated, -1 encrypted. As tuples 100,000 would take 60 MB more.
+Member = namedtuple("Member", "start end packed size crc method")
+MEMBER = struct.Struct("<5Qi")
 
 
 class KaggleSource(Source):
@@ -1074,37 +1016,39 @@ class KaggleSource(Source):
 
     threads = 8  # most of a request is waiting
 
-    def __init__(self, api: KaggleApi, file: RemoteFile | None = None) -> None:
-        self.api, self.file, self.spec, self.left_out = api, file, api.spec, Counter()
+    def __init__(self, remote: RemoteArchive) -> None:
+        self.remote, self.spec, self.left_out = remote, remote.spec, Counter()
         self.members: dict[str, bytes] = {}
         self.list_members()
-        layout = recognise_layout(sorted(self.members), self.read_text, api.spec, self.left_out)
+        layout = recognise_layout(sorted(self.members), self.read_text, self.spec, self.left_out)
         self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
-        self.name, self.version = re.sub(r"[^\w.-]+", "_", api.name), file.etag if file else ""
-        self.title = f"{layout.title}, Kaggle data set {api.owner}/{api.name}" + (
-            f" version {api.version}" if api.version else "")
+        self.name, self.version = re.sub(r"[^\w.-]+", "_", remote.name), remote.etag
+        self.title = f"{layout.title}, Kaggle data set {remote.owner}/{remote.name}" + (
+            f" version {remote.version}" if remote.version else "")
 
     def list_members(self) -> None:
         """Fill `members` from the archive's directory. UserError if it cannot be read."""
         try:
-            with zipfile.ZipFile(self.file) as archive:
-                infos = archive.infolist()
-            starts = sorted({archive.start_dir, *(i.header_offset for i in infos)})
-            for i in infos:  # whose names are copied: they would hold on to the infos' memory
-                end = starts[bisect.bisect_right(starts, i.header_offset)]
+            self.remote.read_range(0, 1)  # now its size is known
+            with zipfile.ZipFile(self.remote) as archive:
+                infos = sorted(archive.infolist(), key=lambda i: i.header_offset)
+            ends = [*(i.header_offset for i in infos[1:]), archive.start_dir]
+            for i, end in zip(infos, ends, strict=True):
+                if not 0 <= i.header_offset < end:
+                    raise ValueError("its members overlap")
                 method = -1 if i.flag_bits & 1 else i.compress_type
-                if not i.is_dir():
+                if not i.is_dir():  # the name is copied: it would hold on to the info's memory
                     self.members[i.filename.encode().decode()] = MEMBER.pack(
                         i.header_offset, end, i.compress_size, i.file_size, i.CRC, method)
-        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, LookupError,
-                OverflowError, struct.error) as error:
-            raise self.api.stop("what Kaggle gives is not a readable zip archive "
-                                f"({error})") from None
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, OverflowError,
+                struct.error) as error:
+            raise UserError(f"--data {self.spec}: what Kaggle gives is not a readable zip archive "
+                            f"({error})") from None
 
     def member(self, name: str) -> Member:
         """Look a file up. FileNotFoundError if there is none of that name."""
         if name not in self.members:
-            raise FileNotFoundError(errno.ENOENT, "not in the data set", name)
+            raise FileNotFoundError("not in the data set")
         return Member(*MEMBER.unpack(self.members[name]))
 
     def file_bytes(self, sample: Sample) -> int:
@@ -1122,58 +1066,56 @@ class KaggleSource(Source):
             raise content
         return content
 
-    def _runs(self, samples: list[Sample]) -> Iterator[list[tuple[int, Member]]]:
-        """Group the places in `samples`, with their members, so that a request serves a group."""
-        run: list[tuple[int, Member]] = []
+    def runs(self, samples: list[Sample]) -> Iterator[list[tuple[Member, int]]]:
+        """Group the members, with their places in `samples`, so that a request serves a group."""
+        run: list[tuple[Member, int]] = []
         for place in sorted(range(len(samples)), key=lambda i: self.member(samples[i].key).start):
             member = self.member(samples[place].key)
-            if run and (member.start - run[-1][1].end > GAP
-                        or member.end - run[0][1].start > BLOCK):
+            if run and (member.start - run[-1][0].end > GAP
+                        or member.end - run[0][0].start > BLOCK):
                 yield run
                 run = []
-            run.append((place, member))
+            run.append((member, place))
         if run:
             yield run
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
         # Groups of the shuffle are wanted at different times: their images are fetched apart.
         numbers = np.arange(len(samples)) // SHUFFLE_GROUP
-        for number, run in enumerate(self._runs(samples)):
-            numbers[[place for place, _ in run]] += number * len(samples)
+        for number, run in enumerate(self.runs(samples)):
+            numbers[[place for _, place in run]] += number * len(samples)
         return numbers
 
     def cost(self, samples: list[Sample]) -> int:
-        runs = list(self._runs(samples))
+        members = [self.member(s.key) for s in samples]
         # One request's bytes; a member that is fetched once more; and unpacked, which zlib does
         # in pieces that it joins, beside the one before.
-        return (max((run[-1][1].end - run[0][1].start for run in runs), default=0)
-                + max((m.end - m.start for run in runs for _, m in run), default=0)
-                + 3 * max((m.size for run in runs for _, m in run), default=0))
+        return (max(run[-1][0].end - run[0][0].start for run in self.runs(samples))
+                + max(m.end - m.start for m in members) + 3 * max(m.size for m in members))
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
-        for run in self._runs(samples):
-            start = run[0][1].start
-            data = self.file.read_range(start, run[-1][1].end, cancelled)
-            for place, member in run:
+        for run in self.runs(samples):
+            start = run[0][0].start
+            data = self.remote.read_range(start, run[-1][0].end, cancelled)
+            for member, place in run:
                 content = unpack(member, data[member.start - start : member.end - start])
                 for _ in range(2):
                     if isinstance(content, BadImage):  # damaged on its way?
-                        self.api.tried_again[f"a damaged file ({content})"] += 1
-                        content = unpack(member, self.file.read_range(member.start, member.end,
-                                                                      cancelled))
+                        self.remote.tried_again[f"a damaged file ({content})"] += 1
+                        content = unpack(member, self.remote.read_range(
+                            member.start, member.end, cancelled))
                 yield samples[place], content
                 del content
             del data
 
     def report(self) -> str:
-        """Tell what went over the network so far, in one line or a few."""
-        traffic = self.api.traffic
-        return "\n".join([
-            f"network   {traffic['bytes'] / 1e6:,.1f} MB in {traffic['requests']:,} requests "
-            f"and {traffic['API calls']:,} API call{'s' * (traffic['API calls'] != 1)}",
-            *(f"          tried again: {reason}, {times} times"
-              for reason, times in self.api.tried_again.most_common())])
+        """Tell what went over the network so far, in one line or two."""
+        traffic, again = self.remote.traffic, self.remote.tried_again
+        reasons = ", ".join(f"{times} times {reason}" for reason, times in again.most_common())
+        return (f"network   {traffic['bytes'] / 1e6:,.1f} MB in {traffic['requests']:,} requests, "
+                f"API calls: {traffic['API calls']:,}"
+                + (f"\n          tried again: {reasons}" if reasons else ""))
 
 
 def unpack(member: Member, span: memoryview) -> bytes | Exception:
@@ -1186,10 +1128,8 @@ def unpack(member: Member, span: memoryview) -> bytes | Exception:
             zlib.decompressobj(-15).decompress(content, member.size + 1))
     except (zlib.error, struct.error) as error:
         return BadImage(f"damaged in the archive ({error})")
-    if len(data) > member.size:
-        return BadImage(f"longer than the {member.size:,} bytes that the archive declares")
-    if len(data) < member.size or zlib.crc32(data) != member.crc:
-        return BadImage("its checksum is wrong")
+    if len(data) != member.size or zlib.crc32(data) != member.crc:
+        return BadImage("its length or checksum is wrong")
     return data
 
 
@@ -1202,60 +1142,49 @@ class KaggleFilesSource(KaggleSource):
     blocks = Source.blocks
 
     def list_members(self) -> None:
-        token = ""
-        while True:
-            page = self.api.retry(NEVER, self.api.call, "list_dataset_files",
-                                  "ApiListDatasetFilesRequest", pageSize=200, pageToken=token)
+        token = None
+        while token != "":  # an empty page does not mean the end
+            page = self.remote.retry(NEVER, self.remote.call, "list_dataset_files", pageSize=200,
+                                     pageToken=token or "")
             for f in page.dataset_files or []:  # CHUNK: what `_download` holds beyond the file
-                self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, 0, 0)
-            token = page.next_page_token
-            if not token:  # an empty page does not mean the end
-                return
-
-    def digest(self, sample: Sample) -> bytes:
-        raise OSError("not looked into: it would cost a call of the API")
+                crc = len(self.members)  # is not known: none is to look like a copy of another
+                self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, crc, 0)
+            token = page.next_page_token or ""
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
         for sample in samples:
-            try:
-                yield sample, self.api.retry(cancelled, self._download, sample.key)
-            except BadImage as error:
-                yield sample, error
+            yield sample, self.remote.retry(cancelled, self._download, sample.key)
 
-    def _download(self, name: str) -> bytes:
+    def _download(self, name: str) -> bytes | Exception:
         size = self.member(name).size
         try:
-            answer = self.api.call("download_dataset", "ApiDownloadDatasetRequest", fileName=name)
+            with self.remote.call("download_dataset", fileName=name) as answer:
+                data = answer.raw.read(size + CHUNK, decode_content=True)
         except requests.HTTPError as error:
             if error.response.status_code == 404:
-                raise BadImage("listed by Kaggle, but not there (404)") from None
+                return BadImage("listed by Kaggle, but not there (404)")
             raise
-        with answer:
-            data = answer.raw.read(size + CHUNK, decode_content=True)
-        self.api.traffic["bytes"] += len(data)
-        if len(data) != size and data[:4] == b"PK\3\4":  # Kaggle zips large files
+        self.remote.traffic["bytes"] += len(data)
+        if len(data) != size:  # Kaggle zips large files
             with contextlib.suppress(zipfile.BadZipFile, zlib.error, RuntimeError, LookupError,
                                      EOFError), zipfile.ZipFile(io.BytesIO(data)) as packed:
                 data = packed.open(packed.infolist()[0]).read(size + 1)
-        if len(data) != size:
-            raise BadImage(f"{len(data):,} bytes long instead of {size:,} as listed")
-        return data
+        return data if len(data) == size else BadImage(
+            f"{len(data):,} bytes long instead of {size:,} as listed")
 
 
 def open_kaggle(spec: str) -> KaggleSource:
     """Open the data set that kaggle:owner/name[/versions/N] names. UserError."""
     m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", spec)
     if not m:
-        raise UserError(f"--data {spec}: wanted is kaggle:owner/name or "
-                        "kaggle:owner/name/versions/N, as in kaggle.com/datasets/owner/name")
-    api = KaggleApi(spec, m[1], m[2], int(m[3]) if m[3] else None)
+        raise UserError(f"--data {spec}: wanted is kaggle:owner/name[/versions/N]")
+    remote = RemoteArchive(spec, m[1], m[2], m[3])
     try:
-        return KaggleSource(api, RemoteFile(api))
+        return KaggleSource(remote)
     except RangeRefused:
-        log.warning(f"kaggle    the archive of {m[1]}/{m[2]} is not given in parts: every file is "
-                    "fetched by a call of its own, which is slow")
-        return KaggleFilesSource(api)
+        log.warning("kaggle    no parts of the archive are given: a call for each file, slowly")
+        return KaggleFilesSource(remote)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import base64
 import io
 import json
 import re
-import struct
 import threading
 import zipfile
 import zlib
@@ -39,9 +38,8 @@ class Archive:
 
     @classmethod
     def of_folder(cls, root: Path, method: int = zipfile.ZIP_STORED) -> "Archive":
-        files = {p.relative_to(root).as_posix(): p.read_bytes()
-                 for p in sorted(root.rglob("*")) if p.is_file()}
-        return cls.of(files, method)
+        return cls.of({p.relative_to(root).as_posix(): p.read_bytes()
+                       for p in sorted(root.rglob("*")) if p.is_file()}, method)
 
     def read(self, start: int, end: int) -> bytes:
         return self.data[start:end]
@@ -51,66 +49,60 @@ class VirtualNIH:
     """112,120 films in the layout of NIH ChestX-ray14, 42 GB, made as they are asked for."""
 
     def __init__(self, images: int = 112_120, member_bytes: int = 375_000, side: int = 64) -> None:
-        self.etag, self.images = '"nih"', images
-        rng = np.random.RandomState(0)
-        buffer = io.BytesIO()
-        Image.fromarray(rng.randint(0, 256, (side, side)).astype(np.uint8)).save(buffer, "PNG")
+        self.etag, buffer = '"nih"', io.BytesIO()
+        noise = np.random.RandomState(0).randint(0, 256, (side, side)).astype(np.uint8)
+        Image.fromarray(noise).save(buffer, "PNG")
         # Bytes after the end of a PNG are ignored: padding, and a number that makes it unique.
         self.body = buffer.getvalue().ljust(member_bytes - 8, b"\0")
-        crc = zlib.crc32(self.body)
+        self.crc, self.record = zlib.crc32(self.body), 0
         self.names = [f"images_{1 + i // 9400:03d}/images/{i // 4:08d}_{i % 4:03d}.png"
                       for i in range(images)]
-        self.record = 30 + len(self.names[0]) + member_bytes
-        members = [(name, member_bytes, zlib.crc32(i.to_bytes(8, "little"), crc), i * self.record)
-                   for i, name in enumerate(self.names)]
+        self.record = len(self._member(0))
         base = [name.rpartition("/")[2] for name in self.names]
-        rows = [f"{b},{'No Finding' if i // 4 % 100 < 54 else 'Effusion'},0,{i // 4},50,M,PA\n"
-                for i, b in enumerate(base)]
-        tables = {
-            "Data_Entry_2017.csv": "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,"
-            "Patient Gender,View Position\n" + "".join(rows),
-            "train_val_list.txt": "\n".join(b for i, b in enumerate(base) if i // 4 % 5),
-            "test_list.txt": "\n".join(b for i, b in enumerate(base) if not i // 4 % 5)}
-        films, self.after = images * self.record, b""
-        for name, text in tables.items():
-            entry = name, len(text), zlib.crc32(text.encode())
-            members.append((*entry, films + len(self.after)))
-            self.after += self._header(*entry) + text.encode()
-        start, n = films + len(self.after), len(members)
-        directory = b"".join(self._entry(*member) for member in members)
-        # Zip64's record of the end, what says where it is, and the old record with no numbers.
-        self.after += directory + struct.pack(
-            "<4sQ2H2I4Q4sIQI4s4H2IH", b"PK\6\6", 44, 45, 45, 0, 0, n, n, len(directory), start,
-            b"PK\6\7", 0, start + len(directory), 1,
-            b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+        films = self.films = images * self.record
+
+        class After(io.BytesIO):
+            """What comes after the films, to be written in one go."""
+
+            def tell(self) -> int:
+                return films + super().tell()
+
+            def seek(self, *where: int) -> int:
+                raise OSError
+
+        after = After()
+        with zipfile.ZipFile(after, "w") as packed:
+            packed.filelist += map(self._info, range(images))
+            packed.writestr("Data_Entry_2017.csv", "".join([
+                "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+                "View Position\n",
+                *(f"{b},{'No Finding' if i // 4 % 100 < 54 else 'Effusion'},0,{i // 4},50,M,PA\n"
+                  for i, b in enumerate(base))]))
+            for name, test in (("train_val_list.txt", False), ("test_list.txt", True)):
+                packed.writestr(name, "\n".join(
+                    b for i, b in enumerate(base) if (i // 4 % 5 == 0) == test))
+        self.after = after.getvalue()
         self.size = films + len(self.after)
 
-    @staticmethod
-    def _header(name: str, size: int, crc: int) -> bytes:
-        return struct.pack("<4s5H3I2H", b"PK\3\4", 45, 0, 0, 0, 0, crc, size, size, len(name),
-                           0) + name.encode()
-
-    @staticmethod
-    def _entry(name: str, size: int, crc: int, start: int) -> bytes:
-        extra = struct.pack("<HHQ", 1, 8, start)
-        return struct.pack("<4s6H3I5H2I", b"PK\1\2", 45, 45, 0, 0, 0, 0, crc, size, size,
-                           len(name), len(extra), 0, 0, 0, 0, 0xFFFFFFFF) + name.encode() + extra
+    def _info(self, i: int) -> zipfile.ZipInfo:
+        info = zipfile.ZipInfo(self.names[i])
+        info.header_offset = i * self.record
+        info.CRC = zlib.crc32(i.to_bytes(8, "little"), self.crc)
+        info.file_size = info.compress_size = len(self.body) + 8
+        return info
 
     def _member(self, i: int) -> bytes:
-        tail = i.to_bytes(8, "little")
-        crc = zlib.crc32(tail, zlib.crc32(self.body))
-        return self._header(self.names[i], len(self.body) + 8, crc) + self.body + tail
+        return self._info(i).FileHeader() + self.content(i)
+
+    def content(self, i: int) -> bytes:
+        """The file of a film."""
+        return self.body + i.to_bytes(8, "little")
 
     def read(self, start: int, end: int) -> bytes:
-        parts, films = [], self.images * self.record
-        while start < min(end, films):
-            i, at = divmod(start, self.record)
-            part = self._member(i)[at : at + end - start]
-            parts.append(part)
-            start += len(part)
-        if end > films:
-            parts.append(self.after[max(0, start - films) : end - films])
-        return b"".join(parts)
+        first, last = start // self.record, min(len(self.names), -(-end // self.record))
+        films = b"".join(map(self._member, range(first, last)))
+        return films[start - first * self.record : end - first * self.record] + (
+            self.after[max(0, start - self.films) : max(0, end - self.films)])
 
 
 class StandIn(ThreadingHTTPServer):
@@ -131,25 +123,15 @@ class StandIn(ThreadingHTTPServer):
         self.archives: dict[str, Archive | VirtualNIH] = {}
         self.faults: deque[str] = deque()
         self.api_faults: deque[int] = deque()
-        self.retry_after: str | None = None
-        self.ranges_allowed, self.empty_page = True, False
-        self.calls: Counter = Counter()  # "api", "range", "whole", "file", "list"
+        self.ranges_allowed, self.empty_page, self.retry_after = True, False, None
+        self.calls: Counter = Counter()  # "api", "file", "range"
         self.ranges: list[tuple[int, int]] = []
         self.versions: set[int | None] = set()  # of the data set that were asked for
-        self.whole_sent = 0  # bytes given away in answers with status 200
         self.served = None  # called with the number of ranges so far, before each
-        self.signature = 0
-        self.lock = threading.Lock()
-        self.closing = threading.Event()
+        self.whole_sent = self.signature = 0  # bytes sent with status 200; the one that is valid
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    @property
-    def patience(self) -> dict[str, str]:
-        return {"Retry_After": self.retry_after} if self.retry_after else {}
 
     def environment(self) -> dict[str, str]:
         """What points the official client here."""
@@ -168,88 +150,81 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
-    def answer(self, status: int, body: bytes = b"", **headers: object) -> None:
+    def head(self, status: int, length: int, **headers: str | None) -> None:
         self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Content-Length": str(length), **headers}.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(body)
 
-    def json(self, status: int, content: dict, **headers: object) -> None:
-        self.answer(status, json.dumps(content).encode(), Content_Type="application/json",
-                    **headers)
+    def answer(self, status: int, content: object = b"", **headers: str | None) -> None:
+        """Answer with bytes, or with JSON; where it is busy, also with how long to wait."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        kind = "application/octet-stream" if body is content else "application/json"
+        self.head(status, len(body), Content_Type=kind, **headers,
+                  Retry_After=self.server.retry_after if status in (429, 500, 503) else None)
+        self.wfile.write(body)
 
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
         basic = "Basic " + base64.b64encode(f"{USER}:{KEY}".encode()).decode()
         if self.headers.get("Authorization") not in (basic, f"Bearer {TOKEN}"):
-            return self.json(401, {"code": 401, "message": f"bad {KEY}"})
-        method = urlsplit(self.path).path.rpartition("/")[2]
-        name = f"{body['ownerSlug']}/{body['datasetSlug']}"
+            return self.answer(401, {"code": 401, "message": f"bad {KEY}"})
+        name, file = f"{body['ownerSlug']}/{body['datasetSlug']}", body.get("fileName")
         server.versions.add(body.get("datasetVersionNumber"))
-        server.calls["list" if method == "ListDatasetFiles" else
-                     "file" if body.get("fileName") else "api"] += 1
-        if server.api_faults:
-            status = server.api_faults.popleft()
-            return self.json(status, {"code": status, "message": "no"}, **server.patience)
+        server.calls["file" if file else "api"] += 1
         archive = server.archives.get(name)
-        if archive is None:
-            return self.json(404, {"code": 404, "message": "no such data set"})
-        if method == "ListDatasetFiles":
-            return self.list_files(archive, body)
-        if file := body.get("fileName"):
-            if file not in archive.files:
-                return self.json(404, {"code": 404, "message": "no such file"})
-            location = f"{server.url}/file?name={name}&file={file}"
+        status = server.api_faults.popleft() if server.api_faults else (
+            404 if archive is None or (file and file not in archive.files) else 0)
+        if status:
+            self.answer(status, {"code": status, "message": "no"})
+        elif self.path.endswith("/ListDatasetFiles"):
+            self.list_files(archive, body)
+        elif file:
+            self.answer(302, Location=f"{server.url}/file?name={name}&file={file}")
         else:
             server.signature += 1
-            location = f"{server.url}/archive?name={name}&signature={server.signature}"
-        self.answer(302, Location=location)
+            self.answer(302, Location=f"{server.url}/all?name={name}&signature={server.signature}")
 
     def list_files(self, archive: Archive, body: dict) -> None:
-        names = sorted(archive.files)
-        token = body.get("pageToken") or "0"
-        if self.server.empty_page and token == "0":  # an empty page that is not the last
-            return self.json(200, {"datasetFiles": [], "nextPageToken": "00"})
+        names, token = sorted(archive.files), body.get("pageToken") or "0"
         first, size = int(token), min(200, body.get("pageSize", 20))
-        page = [{"name": n, "totalBytes": len(archive.files[n]),
-                 "creationDate": "2026-01-01T00:00:00.000Z"} for n in names[first : first + size]]
         after = str(first + size) if first + size < len(names) else ""
-        self.json(200, {"datasetFiles": page, "nextPageToken": after})
+        if self.server.empty_page and token == "0":  # an empty page that is not the last
+            size, after = 0, "00"
+        self.answer(200, {"nextPageToken": after, "datasetFiles": [
+            {"name": n, "totalBytes": len(archive.files[n]),
+             "creationDate": "2026-01-01T00:00:00.000Z"} for n in names[first : first + size]]})
 
     def do_GET(self) -> None:
         server, url = self.server, urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(url.query).items()}
         archive = server.archives[query["name"]]
         if url.path == "/file":
-            content = archive.files[query["file"]]
-            return self.answer(200, content, Content_Type="application/octet-stream")
+            return self.answer(200, archive.files[query["file"]])
         m = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not m:
-            server.calls["whole"] += 1
+        if not m:  # the official client, following to the archive
             return self.give_whole(archive)
         server.calls["range"] += 1
         if server.served:
             server.served(server.calls["range"])
-        if int(query["signature"]) < server.signature:
-            return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")
         with server.lock:
-            fault = server.faults.popleft() if server.faults else ""
-        if fault.startswith("status-"):
-            return self.answer(int(fault[7:]), **server.patience)
+            fault = server.faults.popleft() if (
+                server.faults and int(query["signature"]) == server.signature) else ""
         if fault == "expire":
             server.signature += 1
+        start, end = int(m[1]), min(archive.size, int(m[2]) + 1)
+        if int(query["signature"]) < server.signature:
             return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")
+        if fault.startswith("status-"):
+            return self.answer(int(fault[7:]))
         if fault == "stall":
             server.closing.wait(60)
             self.close_connection = True
             return None
         if not server.ranges_allowed or fault == "whole":
             return self.give_whole(archive)
-        start, end = int(m[1]), min(archive.size, int(m[2]) + 1)
         if start >= end:
             return self.answer(416)
         if fault == "truncate":
@@ -258,27 +233,18 @@ class Handler(BaseHTTPRequestHandler):
             start, end = 0, end - start
         with server.lock:
             server.ranges.append((start, end))
-        body = archive.read(start, end)
+        body = archive.read(start, end) + bytes(1000) * (fault == "long")
         if fault == "corrupt":
             body = body[:-20] + bytes([body[-20] ^ 1]) + body[-19:]
-        if fault == "long":
-            body += bytes(1000)
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", archive.etag)
-        if fault != "no-range":
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{archive.size}")
-        self.end_headers()
+        self.head(206, len(body), ETag=archive.etag, Content_Range=(
+            None if fault == "no-range" else f"bytes {start}-{end - 1}/{archive.size}"))
         if fault in ("drop", "empty"):
             body, self.close_connection = body[: len(body) // 2 * (fault == "drop")], True
         self.wfile.write(body)
         return None
 
     def give_whole(self, archive: Archive) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(archive.size))
-        self.send_header("ETag", archive.etag)
-        self.end_headers()
+        self.head(200, archive.size, ETag=archive.etag)
         self.close_connection = True
         for start in range(0, archive.size, 1 << 16):
             chunk = archive.read(start, min(archive.size, start + (1 << 16)))

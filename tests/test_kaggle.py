@@ -6,8 +6,6 @@ import json
 import os
 import random
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,13 +26,14 @@ from PIL import Image
 import data
 from config import Config, UserError
 from data import (
-    FolderSource, ImageStream, KaggleFilesSource, create_dataloaders, kaggle_credentials,
-    open_source, split_for_training)
+    FolderSource, ImageStream, KaggleFilesSource, create_dataloaders, open_source,
+    split_for_training)
 from evaluate import evaluate
 from train import main as train_main
 from train import train
 
 SPEC = "kaggle:someone/xrays"
+Opened = tuple[StandIn, data.KaggleSource]
 real = data.pause  # which the fixture `kaggle` replaces
 
 
@@ -42,19 +41,29 @@ real = data.pause  # which the fixture `kaggle` replaces
 def chest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in Kermany's layout: 72 normals to train on, a test split."""
     root = tmp_path_factory.mktemp("kermany")
-    for i in range(72):
-        write_image(root / "chest_xray/train/NORMAL" / f"IM-{i:04d}-0001.jpeg", i)
-    for i in range(8):
-        write_image(root / "chest_xray/train/PNEUMONIA" / f"person{i}_virus_{i}.jpeg", 100 + i)
-    for i in range(10):
-        write_image(root / "chest_xray/test/NORMAL" / f"NORMAL2-IM-{i:04d}-0001.jpeg", 200 + i)
-        write_image(root / "chest_xray/test/PNEUMONIA" / f"person{90 + i}_bacteria_{i}.jpeg",
-                    300 + i)
+    for count, seed, name in ((72, 0, "train/NORMAL/IM-{:04d}-0001"),
+                              (8, 100, "train/PNEUMONIA/person{0}_virus_{0}"),
+                              (10, 200, "test/NORMAL/NORMAL2-IM-{:04d}-0001"),
+                              (10, 300, "test/PNEUMONIA/person9{0}_bacteria_{0}")):
+        for i in range(count):
+            write_image(root / "chest_xray" / f"{name.format(i)}.jpeg", seed + i)
     return root
 
 
-def open_spec(spec: str = SPEC) -> data.KaggleSource:
+def server_environment(server: StandIn) -> dict[str, str]:
+    return server.environment() | {"OMP_NUM_THREADS": "1"}
+
+
+def opened(kaggle: StandIn, content: Archive | VirtualNIH | dict[str, bytes],
+           spec: str = SPEC) -> data.KaggleSource:
+    """The source of an archive, or of one that holds these files."""
+    name = "/".join(spec.removeprefix("kaggle:").split("/")[:2])
+    kaggle.archives[name] = Archive.of(content) if isinstance(content, dict) else content
     return open_source(Config(data=spec))
+
+
+def stream_of(source: data.Source, **settings: object) -> ImageStream:
+    return ImageStream(source, source.samples, 32, 8, **settings)
 
 
 def everything(stream: ImageStream) -> tuple[list[int], np.ndarray]:
@@ -79,15 +88,13 @@ def images(count: int, **more: bytes) -> dict[str, bytes]:
 # Credentials
 
 
-def put(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def without_key(monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture
+def home(kaggle: StandIn, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder with Kaggle's in it, and no credentials."""
     for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
-        monkeypatch.delenv(name)
-    return Path(os.environ["HOME"])
+        monkeypatch.setenv(name, "")  # which is as good as none; undone after the test
+    (home := Path(os.environ["HOME"])).mkdir()
+    return home
 
 
 NAME = {"KAGGLE_USERNAME": USER, "KAGGLE_KEY": KEY}
@@ -107,61 +114,53 @@ JSON = json.dumps({"username": USER, "key": KEY})
     ({}, ".config/kaggle/kaggle.json", JSON),
     ({"KAGGLE_KEY": KEY}, ".kaggle/kaggle.json", JSON.replace(KEY, "an old one"))])
 def test_credentials_are_found_wherever_the_client_looks(
-    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, environ: dict, file: str, content: str
+    kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, environ: dict, file: str,
+    content: str
 ) -> None:
-    home = without_key(monkeypatch)
     for name, value in environ.items():
         monkeypatch.setenv(name, value.format(home=home))
     if file:
-        put(home / file, content)
-    kaggle.archives["someone/xrays"] = Archive.of(images(3))
-    assert len(open_spec().samples) == 3
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).write_text(content)
+    assert len(opened(kaggle, images(3)).samples) == 3
 
 
 @pytest.mark.parametrize("secrets", [{"KAGGLE_API_TOKEN": TOKEN + "\n"}, NAME])
 def test_credentials_are_found_among_the_secrets_of_colab(
-    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, secrets: dict
+    kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, secrets: dict
 ) -> None:
-    without_key(monkeypatch)
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "")
     userdata = types.SimpleNamespace(get=lambda name: secrets[name])  # KeyError: absent
     for name in ("google", "google.colab"):  # whose own __init__ does not load userdata
         package = types.ModuleType(name)
         package.__path__ = []
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setitem(sys.modules, "google.colab.userdata", userdata)
-    kaggle.archives["someone/xrays"] = Archive.of(images(3))
-    assert len(open_spec().samples) == 3
+    assert len(opened(kaggle, images(3)).samples) == 3
 
 
-def test_missing_credentials_are_said_before_anything_else(
-    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(("environ", "content", "says"), [
+    ({}, None, "no Kaggle credentials found. On kaggle.com"),
+    *[({}, content, "{home}/.kaggle/kaggle.json") for content in (
+        "{broken", '{"username": "me"}', "[]", "")],
+    ({"KAGGLE_USERNAME": "me"}, "{}", "KAGGLE_KEY=your_key"),  # half is not used
+    ({"KAGGLE_USERNAME": "me", "KAGGLE_KEY": "\u201cabc\u201d"}, None, "quotes"),
+    ({"KAGGLE_API_TOKEN": "\u201cabc\u201d"}, None, "quotes")])
+def test_missing_or_unusable_credentials_are_said_before_anything_else(
+    kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    environ: dict, content: str | None, says: str
 ) -> None:
-    home = without_key(monkeypatch)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    if content is not None:
+        (home / ".kaggle").mkdir()
+        (home / ".kaggle/kaggle.json").write_text(content)
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", SPEC])
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError, match=re.escape(says.format(home=home))) as told:
         train_main()
     for word in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", '{"username"', "Colab"):
         assert word in str(told.value)
-    assert str(home / ".config/kaggle/kaggle.json") in str(told.value)
     assert capsys.readouterr().out == "" and not kaggle.calls
-
-
-@pytest.mark.parametrize(("key", "content", "says"), [
-    *[(None, content, "{home}/.kaggle/kaggle.json") for content in (
-        "{broken", '{"username": "me"}', "[]", "")],
-    (None, "{}", "KAGGLE_KEY=your_key"),  # and a name in the environment: half is not used
-    ("\u201cabc\u201d", "{}", "quotes")])
-def test_unusable_credentials_are_named(
-    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, key: str | None, content: str, says: str
-) -> None:
-    home = without_key(monkeypatch)
-    if content == "{}":
-        monkeypatch.setenv("KAGGLE_USERNAME", "me")
-    if key:
-        monkeypatch.setenv("KAGGLE_KEY", key)
-    put(home / ".kaggle/kaggle.json", content)
-    with pytest.raises(UserError, match=re.escape(says.format(home=home))):
-        kaggle_credentials()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -172,8 +171,7 @@ def test_unusable_credentials_are_named(
 def test_an_archive_gives_the_same_samples_order_and_pixels_as_the_folder(
     kaggle: StandIn, chest: Path, method: int
 ) -> None:
-    kaggle.archives["someone/xrays"] = Archive.of_folder(chest, method)
-    here, there = FolderSource(str(chest)), open_spec()
+    here, there = FolderSource(str(chest)), opened(kaggle, Archive.of_folder(chest, method))
     assert there.samples == here.samples and there.fingerprint() == here.fingerprint()
     for seed in (None, 3):
         streams = [ImageStream(s, s.samples, 32, 9, seed=seed) for s in (here, there)]
@@ -188,23 +186,19 @@ def test_copies_in_the_kermany_archive_are_left_out(kaggle: StandIn, chest: Path
     files = Archive.of_folder(chest).files
     files |= {f"chest_xray/{name}": content for name, content in files.items()}
     files["chest_xray/__MACOSX/train/NORMAL/._IM-0001.jpeg"] = b"shadow"
-    kaggle.archives["someone/xrays"] = Archive.of(files)
-    source = open_spec()
+    source = opened(kaggle, files)
     assert source.samples == FolderSource(str(chest)).samples
     assert source.left_out == {"copies inside the archive": 100}  # hidden files are not counted
 
 
-def test_tables_in_the_archive_give_labels_and_splits(kaggle: StandIn, tmp_path: Path) -> None:
-    nih = VirtualNIH(40, 3000, 20)
-    kaggle.archives["someone/xrays"] = nih
-    source = open_spec()
+def test_tables_in_the_archive_give_labels_and_splits(kaggle: StandIn) -> None:
+    source = opened(kaggle, VirtualNIH(40, 3000, 20))
     assert len(source.samples) == 40 and source.title.startswith("NIH ChestX-ray14")
     assert {s.split for s in source.samples} == {"train", "test"}
     covid = "patientid,finding,view,modality,filename\n1,No Finding,PA,X-ray,a.png\n2,COVID-19," \
             "AP,X-ray,b.png\n3,COVID-19,L,X-ray,c.png\n"
     files = {f"images/{n}.png": png(1) for n in "abc"} | {"metadata.csv": covid.encode()}
-    kaggle.archives["bachrr/covid-chest-xray"] = Archive.of(files)
-    source = open_spec("kaggle:bachrr/covid-chest-xray")
+    source = opened(kaggle, files, "kaggle:bachrr/covid-chest-xray")
     assert [(s.key, s.label) for s in source.samples] == [("images/a.png", 0), ("images/b.png", 1)]
 
 
@@ -212,11 +206,9 @@ def test_zip64_archives_of_many_gigabytes_are_read(kaggle: StandIn) -> None:
     """Offsets beyond 4 GiB: the last film of a virtual archive decodes to what was put in."""
     nih = VirtualNIH(12_000, 375_000, 24)
     assert nih.size > 1 << 32
-    kaggle.archives["someone/xrays"] = nih
-    source = open_spec()
-    last = source.samples[-1]
-    assert source.read(last) == nih._member(nih.images - 1)[30 + len(nih.names[0]) :]
-    assert source.file_bytes(last) == 375_000
+    source = opened(kaggle, nih)
+    assert source.read(source.samples[-1]) == nih.content(11_999)
+    assert source.file_bytes(source.samples[-1]) == 375_000
 
 
 def test_names_beyond_ascii_and_a_comment_are_understood(kaggle: StandIn) -> None:
@@ -225,45 +217,40 @@ def test_names_beyond_ascii_and_a_comment_are_understood(kaggle: StandIn) -> Non
         for i in range(3):
             packed.writestr(f"ré sumé/normal/n° {i}.png", png(i))
         packed.comment = b"PK\5\6 in a comment is not the end"[4:]
-    kaggle.archives["someone/xrays"] = Archive(buffer.getvalue(), {})
-    source = open_spec()
+    source = opened(kaggle, Archive(buffer.getvalue(), {}))
     assert [s.key for s in source.samples] == [f"ré sumé/normal/n° {i}.png" for i in range(3)]
     assert source.read(source.samples[1]) == png(1)
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip at all" * 100, b"PK\5\6" + b"\xff" * 18])
 def test_what_is_no_zip_is_said(kaggle: StandIn, content: bytes) -> None:
-    kaggle.archives["someone/xrays"] = Archive(content, {})
     with pytest.raises(UserError, match=re.escape(SPEC)):
-        open_spec()
+        opened(kaggle, Archive(content, {}))
 
 
-@pytest.mark.parametrize("spec", ["kaggle:", "kaggle:xrays", "kaggle:a/b/c",
-                                  "kaggle:a/b/versions/x", "kaggle:a/b?c"])
-def test_a_misspelt_name_is_refused_without_a_request(kaggle: StandIn, spec: str) -> None:
+@pytest.mark.parametrize("name", ["", "xrays", "a/b/c", "a/b/versions/x", "a/b?c"])
+def test_a_misspelt_name_is_refused_without_a_request(kaggle: StandIn, name: str) -> None:
     with pytest.raises(UserError, match="kaggle:owner/name"):
-        open_spec(spec)
+        opened(kaggle, {}, f"kaggle:{name}")
     assert not kaggle.calls
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_the_version_that_is_named_is_asked_for(kaggle: StandIn, ranges: bool) -> None:
-    kaggle.archives["someone/xrays"] = Archive.of(images(3))
     kaggle.ranges_allowed = ranges
-    source = open_spec(f"{SPEC}/versions/3")
+    source = opened(kaggle, images(3), f"{SPEC}/versions/3")
     assert len(source.read(source.samples[0])) > 100 and source.title.endswith("version 3")
     assert kaggle.versions == {3}
-    open_spec()
+    opened(kaggle, images(3))
     assert kaggle.versions == {3, None}
 
 
 def test_only_what_is_needed_is_fetched(kaggle: StandIn) -> None:
     """One call of the API, the directory and the tables; then the chosen images alone."""
     nih = VirtualNIH(4000, 30_000, 24)
-    kaggle.archives["someone/xrays"] = nih
-    source = open_spec()
+    source = opened(kaggle, nih)
     tables = sum(end - start for start, end in kaggle.ranges)
-    assert kaggle.calls["api"] == 1 and tables < 1.6 * len(nih.after) + (1 << 18)
+    assert tables < 1.6 * len(nih.after) + (1 << 18)
     chosen = split_for_training(source, Config(data=SPEC, samples=200)).train
     kaggle.ranges.clear()
     everything(ImageStream(source, chosen, 32, 8, seed=0))
@@ -273,10 +260,9 @@ def test_only_what_is_needed_is_fetched(kaggle: StandIn) -> None:
 
 
 def test_neighbours_share_a_request(kaggle: StandIn) -> None:
-    kaggle.archives["someone/xrays"] = Archive.of(images(200), zipfile.ZIP_STORED)
-    source = open_spec()
+    source = opened(kaggle, Archive.of(images(200), zipfile.ZIP_STORED))
     kaggle.ranges.clear()
-    everything(ImageStream(source, source.samples, 32, 8, seed=0))
+    everything(stream_of(source, seed=0))
     assert len(kaggle.ranges) <= 200 / 16 + 1
 
 
@@ -297,44 +283,36 @@ def test_the_second_epoch_of_what_fits_makes_no_request(kaggle: StandIn, chest: 
 
 
 @pytest.fixture
-def faulty(kaggle: StandIn) -> tuple[StandIn, data.KaggleSource]:
+def faulty(kaggle: StandIn) -> Opened:
     """An opened source of 40 stored images, ready for faults."""
-    kaggle.archives["someone/xrays"] = Archive.of(images(40), zipfile.ZIP_STORED)
-    return kaggle, open_spec()
+    return kaggle, opened(kaggle, Archive.of(images(40), zipfile.ZIP_STORED))
 
 
 FLEETING = ["status-429", "status-500", "status-503", "drop", "truncate", "prefix", "no-range",
-            "whole", "expire", "corrupt", "empty"]
+            "whole", "expire", "corrupt", "empty", "long"]
 
 
 @pytest.mark.parametrize("fault", FLEETING)
-def test_a_passing_fault_loses_nothing_and_is_counted(
-    faulty: tuple[StandIn, data.KaggleSource], fault: str
-) -> None:
+def test_a_passing_fault_loses_nothing_and_is_counted(faulty: Opened, fault: str) -> None:
     server, source = faulty
     server.faults.extend([fault, fault])
     order, pixels = everything(ImageStream(source, source.samples, 40, 8))
     assert order == list(range(40))
     assert all(np.array_equal(pixels[i, 0], np.asarray(Image.open(io.BytesIO(png(i)))))
                for i in range(40))
-    assert source.api.tried_again and not server.faults
+    assert ("tried again" in source.report()) == (fault != "long") and not server.faults
     assert fault != "expire" or server.calls["api"] in (2, 3)
-    assert "tried again" in source.report()
 
 
-def test_a_dropped_connection_goes_on_where_it_broke(
-    faulty: tuple[StandIn, data.KaggleSource]
-) -> None:
+def test_a_dropped_connection_goes_on_where_it_broke(faulty: Opened) -> None:
     server, source = faulty
     server.ranges.clear()
     server.faults.append("drop")
-    source.file.read_range(0, 8000)
+    source.remote.read_range(0, 8000)
     assert server.ranges == [(0, 8000), (4000, 8000)]
 
 
-def test_retry_after_is_honoured_and_waits_grow_without_it(
-    faulty: tuple[StandIn, data.KaggleSource]
-) -> None:
+def test_retry_after_is_honoured_and_waits_grow_without_it(faulty: Opened) -> None:
     server, source = faulty
     for asked, low, high in (("37", 37, 37),
                              (email.utils.formatdate(time.time() + 100, usegmt=True), 90, 100),
@@ -352,39 +330,27 @@ def test_retry_after_is_honoured_and_waits_grow_without_it(
     assert len({round(wait, 6) for wait in server.pauses}) == 10  # jitter
     server.retry_after = "3600"
     server.faults.append("status-429")
-    with pytest.raises(UserError, match="60 minutes"):
+    with pytest.raises(UserError, match="wait 60 min"):
         source.read(source.samples[0])
 
 
 @pytest.mark.parametrize("fault", ["status-503", "truncate", "whole", "expire"])
-def test_a_lasting_fault_ends_in_one_line(
-    faulty: tuple[StandIn, data.KaggleSource], fault: str
-) -> None:
+def test_a_lasting_fault_ends_in_one_line(faulty: Opened, fault: str) -> None:
     server, source = faulty
     server.faults.extend([fault] * 200)
     with pytest.raises(UserError) as told:
-        everything(ImageStream(source, source.samples, 32, 8))
+        everything(stream_of(source))
     assert "\n" not in str(told.value) and SPEC in str(told.value)
     assert server.url not in str(told.value) and "signature" not in str(told.value)
 
 
 def test_a_whole_archive_sent_for_a_range_is_not_read(kaggle: StandIn) -> None:
-    nih = VirtualNIH(1000, 375_000, 24)
-    kaggle.archives["someone/xrays"] = nih
-    source = open_spec()
+    source = opened(kaggle, nih := VirtualNIH(1000, 375_000, 24))
     before = kaggle.whole_sent
     kaggle.faults.append("whole")
     source.read(source.samples[0])
     assert kaggle.whole_sent - before < 16 << 20 < nih.size  # what sockets buffer, no more
-    assert source.api.traffic["bytes"] < 2 << 20
-
-
-def test_more_than_the_range_that_was_asked_for_does_no_harm(
-    faulty: tuple[StandIn, data.KaggleSource]
-) -> None:
-    server, source = faulty
-    server.faults.append("long")
-    assert source.read(source.samples[3]) == png(3)
+    assert source.remote.traffic["bytes"] < 2 << 20
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -392,38 +358,29 @@ def test_a_large_table_that_is_not_needed_is_left_alone(
     kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, ranges: bool
 ) -> None:
     monkeypatch.setattr(data, "LARGEST_FILE", 1000)
-    kaggle.archives["someone/xrays"] = Archive.of(images(40, **{"pixels.csv": b"1,2\n" * 500}))
     kaggle.ranges_allowed = ranges
-    source = open_spec()
+    source = opened(kaggle, images(40, **{"pixels.csv": b"1,2\n" * 500}))
     assert len(source.samples) == 40 and kaggle.calls["file"] == 0
     assert source.left_out == {"tables, too large to be looked into": 1}
-    kaggle.archives["someone/xrays"] = Archive.of(
-        images(40, **{"Data_Entry_2017.csv": b"1,2\n" * 500}))
     with pytest.raises(UserError, match=r"Data_Entry_2017.csv cannot be read \(larger"):
-        open_spec()
+        opened(kaggle, images(40, **{"Data_Entry_2017.csv": b"1,2\n" * 500}))
 
 
 @pytest.mark.parametrize("change", [{"etag": '"v2"'}, {"size": 5000}, {"size": 1}])
-def test_a_changed_data_set_stops_the_run(
-    faulty: tuple[StandIn, data.KaggleSource], change: dict
-) -> None:
+def test_a_changed_data_set_stops_the_run(faulty: Opened, change: dict) -> None:
     server, source = faulty
     vars(server.archives["someone/xrays"]).update(change)
     with pytest.raises(UserError, match=r"changed on Kaggle.*versions/N"):
-        everything(ImageStream(source, source.samples, 32, 8))
+        everything(stream_of(source))
 
 
 def test_damaged_members_are_skipped_counted_and_named(kaggle: StandIn) -> None:
-    archive = Archive.of(images(60), zipfile.ZIP_STORED)
-    broken = bytearray(archive.data)
-    at = archive.data.index(png(7)) + 100
-    broken[at] ^= 1
-    kaggle.archives["someone/xrays"] = Archive(bytes(broken), {})
-    source = open_spec()
-    stream = ImageStream(source, source.samples, 32, 8)
+    broken = bytearray(Archive.of(images(60), zipfile.ZIP_STORED).data)
+    broken[broken.index(png(7)) + 100] ^= 1
+    stream = stream_of(opened(kaggle, Archive(bytes(broken), {})))
     order, _ = everything(stream)
     assert order == [i for i in range(60) if i != 7]
-    assert stream.bad == {"normal/007.png": "its checksum is wrong"}
+    assert stream.bad == {"normal/007.png": "its length or checksum is wrong"}
     before = kaggle.calls["range"]
     everything(stream)
     assert kaggle.calls["range"] == before  # known by now
@@ -443,22 +400,30 @@ def lie(archive: Archive, name: str, **fields: int) -> Archive:
 
 
 @pytest.mark.parametrize(("fields", "reason"), [
-    ({"full": 1000}, "longer than the 1,000 bytes"),  # a bomb: a gigabyte behind a small number
+    ({"full": 1000}, "length"),  # a bomb: a gigabyte behind a small number
     ({"method": 14}, "packed by method 14"),
     ({"flags": 1}, "encrypted"),
     ({"crc": 1}, "checksum"),
     ({"packed": 10}, "checksum"),
-    ({"full": 0xFFFFFFFE}, "--memory-limit-gb"),
-])
+    ({"full": 0xFFFFFFFE}, "--memory-limit-gb")])
 def test_a_member_that_lies_is_refused(kaggle: StandIn, fields: dict, reason: str) -> None:
     files = images(40) | {"normal/bomb.png": bytes(64 << 20)}
-    kaggle.archives["someone/xrays"] = lie(Archive.of(files), "normal/bomb.png", **fields)
-    source = open_spec()
+    source = opened(kaggle, lie(Archive.of(files), "normal/bomb.png", **fields))
     limit = 48 << 20 if "full" in fields else 4 << 30  # the bomb alone would be more than 48 MB
-    stream = ImageStream(source, source.samples, 32, 8, memory=limit)
+    stream = stream_of(source, memory=limit)
     assert len(everything(stream)[0]) == 40
     assert reason in stream.bad["normal/bomb.png"]
     assert "full" not in fields or stream.memory.peak_bytes < limit
+
+
+def test_a_bomb_is_not_inflated_beyond_its_declared_size(kaggle: StandIn) -> None:
+    files = images(3) | {"normal/bomb.png": bytes(64 << 20)}
+    source = opened(kaggle, lie(Archive.of(files), "normal/bomb.png", full=1000))
+    tracemalloc.start()
+    with pytest.raises(data.BadImage, match="length"):
+        source.read_file("normal/bomb.png")
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
 
 
 def test_a_damaged_directory_is_refused(kaggle: StandIn) -> None:
@@ -468,17 +433,15 @@ def test_a_damaged_directory_is_refused(kaggle: StandIn) -> None:
                       (len(archive.data) - 5, 0x7F)):
         broken = bytearray(archive.data)
         broken[at] = value  # signature, version, a member's place, size and place of it all
-        kaggle.archives["someone/xrays"] = Archive(bytes(broken), {})
         with pytest.raises(UserError, match="not a readable zip archive"):
-            open_spec()
+            opened(kaggle, Archive(bytes(broken), {}))
 
 
 def test_a_member_over_the_bound_is_refused_before_it_is_fetched(kaggle: StandIn) -> None:
     files = images(40) | {"normal/huge.png": os.urandom(3 << 20)}
-    kaggle.archives["someone/xrays"] = Archive.of(files, zipfile.ZIP_STORED)
-    source = open_spec()
+    source = opened(kaggle, Archive.of(files, zipfile.ZIP_STORED))
     kaggle.ranges.clear()
-    stream = ImageStream(source, source.samples, 32, 8, memory=8 << 20)
+    stream = stream_of(source, memory=8 << 20)
     assert len(everything(stream)[0]) == 40
     assert "--memory-limit-gb" in stream.bad["normal/huge.png"]
     assert sum(end - start for start, end in kaggle.ranges) < 1 << 20
@@ -490,32 +453,29 @@ def test_an_image_of_absurd_size_is_refused_before_it_is_decoded(kaggle: StandIn
     header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
     large = io.BytesIO()
     Image.new("L", (2000, 1500)).save(large, "PNG")
-    kaggle.archives["someone/xrays"] = Archive.of(images(40) | {
+    source = opened(kaggle, images(40) | {
         "normal/wide.png": bytes(header), "normal/large.png": large.getvalue()})
-    source = open_spec()
-    stream = ImageStream(source, source.samples, 32, 8, memory=10 << 20)
+    stream = stream_of(source, memory=10 << 20)
     assert len(everything(stream)[0]) == 40
-    assert "more pixels than any" in stream.bad["normal/wide.png"] or (
-        "60000x60000" in stream.bad["normal/wide.png"])
+    assert "more pixels than any" in stream.bad["normal/wide.png"]
     assert "6.0 MB" in stream.bad["normal/large.png"]
     assert stream.memory.peak_bytes < 10 << 20
 
 
 @pytest.mark.parametrize(("status", "words"), [
-    (401, "credentials are refused"), (403, "terms to be accepted"), (404, "no such data set"),
+    (401, "refuses the credentials"), (403, "terms to be accepted"), (404, "no such data set"),
     (400, "answers 400")])
 def test_what_the_api_refuses_is_said_at_once(kaggle: StandIn, status: int, words: str) -> None:
     kaggle.api_faults.append(status)
     with pytest.raises(UserError, match=words) as told:
-        open_spec()
+        opened(kaggle, images(3))
     assert kaggle.calls["api"] == 1 and KEY not in str(told.value)
 
 
 def test_a_busy_api_is_asked_again(kaggle: StandIn) -> None:
-    kaggle.archives["someone/xrays"] = Archive.of(images(3))
     kaggle.retry_after = "12"
     kaggle.api_faults.extend([429, 500])
-    assert len(open_spec().samples) == 3 and kaggle.pauses == [12.0, 12.0]
+    assert len(opened(kaggle, images(3)).samples) == 3 and kaggle.pauses == [12.0, 12.0]
 
 
 def test_no_network_is_said_and_phantoms_do_not_stand_in(
@@ -523,14 +483,12 @@ def test_no_network_is_said_and_phantoms_do_not_stand_in(
 ) -> None:
     kaggle.shutdown()
     kaggle.server_close()
-    with pytest.raises(UserError, match=r"no connection to Kaggle .* 4 times in a row"):
+    with pytest.raises(UserError, match=r"no connection to Kaggle .* tries: 4"):
         train(tiny(tmp_path, data=SPEC))
     assert "PHANTOM" not in capsys.readouterr().out
 
 
-def test_a_stalled_server_is_given_up_on(
-    faulty: tuple[StandIn, data.KaggleSource], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stalled_server_is_given_up_on(faulty: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     server, source = faulty
     monkeypatch.setattr(data, "TIMEOUT", (2, 0.05))
     server.faults.append("stall")
@@ -542,11 +500,9 @@ def test_fetching_ends_soon_after_it_is_cancelled(
     kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, ranges: bool
 ) -> None:
     """In a wait that would take minutes, with the network down, and before the next request."""
-    kaggle.archives["someone/xrays"] = Archive.of(images(40), zipfile.ZIP_STORED)
-    kaggle.ranges_allowed = ranges
-    source, cancelled = open_spec(), threading.Event()
-    kaggle.retry_after = "500"
-    (kaggle.faults if ranges else kaggle.api_faults).extend(["status-429", 429][not ranges:][:1])
+    kaggle.ranges_allowed, kaggle.retry_after = ranges, "500"
+    source, cancelled = opened(kaggle, images(40)), threading.Event()
+    (kaggle.faults if ranges else kaggle.api_faults).append("status-429" if ranges else 429)
 
     def wait(seconds: float, event: threading.Event) -> None:
         assert seconds == 500 and event is cancelled
@@ -562,9 +518,7 @@ def test_fetching_ends_soon_after_it_is_cancelled(
     assert sum(kaggle.calls.values()) == calls
 
 
-def test_leaving_during_a_stall_does_not_wait_for_it(
-    faulty: tuple[StandIn, data.KaggleSource]
-) -> None:
+def test_leaving_during_a_stall_does_not_wait_for_it(faulty: Opened) -> None:
     server, source = faulty
     stream = iter(ImageStream(source, source.samples, 32, 4, cache=False))
     others = set(threading.enumerate())
@@ -582,40 +536,27 @@ def test_leaving_during_a_stall_does_not_wait_for_it(
 @pytest.mark.drill
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_passing_faults_come_nothing_is_lost_unnamed(kaggle: StandIn, seed: int) -> None:
-    kaggle.archives["someone/xrays"] = VirtualNIH(300, 70_000, 30)
-    source = open_spec()
-    wanted = everything(ImageStream(source, source.samples, 32, 8, seed=seed))
+    source = opened(kaggle, VirtualNIH(300, 70_000, 30))
+    wanted = everything(stream_of(source, seed=seed))
     rng = random.Random(seed)
     limit = rng.choice([4 << 20, 16 << 20, 1 << 30])
-    stream = ImageStream(source, source.samples, 32, 8, seed=seed, memory=limit, stop_on_bad=False)
+    stream = stream_of(source, seed=seed, memory=limit, stop_on_bad=False)
     kaggle.faults.extend(rng.choice([*FLEETING, *[""] * 8]) for _ in range(400))
     order, pixels = everything(stream)
     # An image that arrives damaged three times is given up, and named.
     there = [i for i, p in enumerate(wanted[0]) if source.samples[p].key not in stream.bad]
     assert order == [wanted[0][i] for i in there] and np.array_equal(pixels, wanted[1][there])
-    assert set(stream.bad.values()) <= {"its checksum is wrong"} and len(stream.bad) < 30
-    assert source.api.tried_again.total() > 3 and stream.memory.peak_bytes <= limit
+    assert set(stream.bad.values()) <= {"its length or checksum is wrong"} and len(stream.bad) < 30
+    assert source.remote.tried_again.total() > 3 and stream.memory.peak_bytes <= limit
 
 
 @pytest.mark.drill
-def test_a_set_of_42_gigabytes_starts_with_few_requests(
-    kaggle: StandIn, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_set_of_42_gigabytes_starts_with_few_requests(kaggle: StandIn) -> None:
     kaggle.archives["nih-chest-xrays/data"] = nih = VirtualNIH()
-    began = time.monotonic()
-    config = Config(data="kaggle:nih-chest-xrays/data", samples=2000)
-    loaders = create_dataloaders(config)
-    opened, before = time.monotonic() - began, kaggle.calls["range"]
-    batches = iter(loaders.train)
-    assert next(batches)[0].shape == (8, 1, 128, 128)
-    first = time.monotonic() - began
+    loaders = create_dataloaders(Config(data="kaggle:nih-chest-xrays/data", samples=2000))
+    assert nih.size > 42e9 and kaggle.calls == {"api": 1, "range": 8}
+    assert next(iter(loaders.train))[0].shape == (8, 1, 128, 128)
     assert len(loaders.source.samples) == 112_120 and len(loaders.splits.train) == 2000
-    assert nih.size > 42e9
-    assert kaggle.calls["api"] == 1 and before <= 6
-    with capsys.disabled():
-        print(f"\n{nih.size / 1e9:.1f} GB: "
-              f"opened and split after {opened:.1f} s and {before} requests, first batch after "
-              f"{first:.1f} s and {kaggle.calls['range']} requests, 1 call of the API")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -623,16 +564,12 @@ def test_a_set_of_42_gigabytes_starts_with_few_requests(
 
 
 @pytest.fixture
-def by_file(kaggle: StandIn, chest: Path) -> tuple[StandIn, data.KaggleSource]:
-    kaggle.archives["someone/xrays"] = Archive.of_folder(chest)
-    kaggle.ranges_allowed = False
-    kaggle.empty_page = True
-    return kaggle, open_spec()
+def by_file(kaggle: StandIn, chest: Path) -> Opened:
+    kaggle.ranges_allowed, kaggle.empty_page = False, True
+    return kaggle, opened(kaggle, Archive.of_folder(chest))
 
 
-def test_single_files_give_the_same_as_the_folder(
-    by_file: tuple[StandIn, data.KaggleSource], chest: Path
-) -> None:
+def test_single_files_give_the_same_as_the_folder(by_file: Opened, chest: Path) -> None:
     server, source = by_file
     assert isinstance(source, KaggleFilesSource)
     here = FolderSource(str(chest))
@@ -644,9 +581,7 @@ def test_single_files_give_the_same_as_the_folder(
     assert server.calls["file"] == 102  # each once, and two again
 
 
-def test_single_files_are_asked_for_patiently_and_named_if_broken_or_missing(
-    by_file: tuple[StandIn, data.KaggleSource]
-) -> None:
+def test_single_files_are_named_if_broken_or_missing(by_file: Opened) -> None:
     server, source = by_file
     server.api_faults.extend([500] * 8)
     keys = [s.key for s in source.samples]
@@ -655,41 +590,22 @@ def test_single_files_are_asked_for_patiently_and_named_if_broken_or_missing(
     files[keys[4]] = files[keys[4]][:-7]
     files[keys[5]] = b"PK\3\4 but no zip".ljust(len(files[keys[5]]))
     del files[keys[6]]
-    stream = ImageStream(source, source.samples, 32, 8)
+    stream = stream_of(source)
     assert len(everything(stream)[0]) == 96 and set(stream.bad) == set(keys[3:7])
     assert "404" in stream.bad[keys[6]]
     with pytest.raises(OSError):
         source.read_file("masks/nowhere.png")
 
 
-def test_a_file_that_kaggle_zipped_is_unpacked(by_file: tuple[StandIn, data.KaggleSource]) -> None:
+def test_a_file_that_kaggle_zipped_is_unpacked(by_file: Opened) -> None:
     server, source = by_file
-    key = source.samples[5].key
-    content = server.archives["someone/xrays"].files[key]
-    server.archives["someone/xrays"].files[key] = packed = Archive.of({"x.jpeg": content}).data
+    files, key = server.archives["someone/xrays"].files, source.samples[5].key
+    content, packed = files[key], Archive.of({"x.jpeg": files[key]}).data
+    files[key] = packed
     assert source.read(source.samples[5]) == content
-    server.archives["someone/xrays"].files[key] = packed.replace(b"PK\1\2", b"PK\1\1")
+    files[key] = packed.replace(b"PK\1\2", b"PK\1\1")
     with pytest.raises(data.BadImage, match="instead of"):
         source.read(source.samples[5])
-
-
-# ----------------------------------------------------------------------------------------------
-# Memory
-
-
-def test_a_bomb_is_not_inflated_beyond_its_declared_size(kaggle: StandIn) -> None:
-    files = images(3) | {"normal/bomb.png": bytes(64 << 20)}
-    kaggle.archives["someone/xrays"] = lie(Archive.of(files), "normal/bomb.png", full=1000)
-    source = open_spec()
-    tracemalloc.start()
-    with pytest.raises(data.BadImage, match="longer than the 1,000 bytes"):
-        source.read_file("normal/bomb.png")
-    assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    tracemalloc.stop()
-
-
-def server_environment(server: StandIn) -> dict[str, str]:
-    return server.environment() | {"OMP_NUM_THREADS": "1"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -713,43 +629,7 @@ def test_training_from_kaggle_gives_the_weights_of_the_folder_and_keeps_the_key_
     assert kaggle.calls["range"] > requests
     printed = capsys.readouterr()
     assert "images never take more" in printed.out and "MB in" in printed.out
-    assert not [secret for secret in (KEY, TOKEN, "signature=")
-                if secret in printed.out + printed.err]
+    assert not re.search(f"{KEY}|{TOKEN}|signature=", printed.out + printed.err)
     artefacts = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(artefacts) > 15
-    assert not [p for p in artefacts for secret in (KEY, TOKEN)
-                if secret.encode() in p.read_bytes()]
-
-
-@pytest.mark.drill
-def test_killed_while_streaming_and_resumed_it_ends_with_the_same_weights(
-    kaggle: StandIn, tmp_path: Path
-) -> None:
-    kaggle.archives["someone/xrays"] = VirtualNIH(1500, 20_000, 40)
-    settings = {"data": SPEC, "batch_size": 4, "samples": 120, "image_size": 64,
-                "memory_limit_gb": 0.001}  # so little that it streams all the time
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (
-        {"width": 4, "latent_dim": 8, "epochs": 2, "device": "cpu", "precision": "fp32",
-         "checkpoint_minutes": 0.0, "output_dir": tmp_path / "killed"} | settings).items()]
-    child: list[subprocess.Popen] = []
-    wanted, last = threading.Event(), tmp_path / "killed/unet/last.pt"
-
-    def kill_within_the_first_epoch(ranges: int) -> None:
-        if last.exists() and not wanted.is_set():  # steps are saved, and more is being streamed
-            child[0].send_signal(signal.SIGKILL)
-            wanted.set()
-
-    kaggle.served = kill_within_the_first_epoch
-    child.append(subprocess.Popen(
-        [sys.executable, "train.py", *flags], cwd=Path(__file__).parent.parent,
-        env=os.environ | server_environment(kaggle), stdout=subprocess.DEVNULL))
-    assert child[0].wait(timeout=120) == -signal.SIGKILL
-    kaggle.served = None
-    state = torch.load(last, weights_only=True)
-    assert state["epoch"] == 0 and 0 < state["stream"]["next_batch"] < 30
-    resumed, = train(tiny(tmp_path / "killed", resume="auto", epochs=2, **settings))
-    straight, = train(tiny(tmp_path / "straight", epochs=2, **settings))
-    one, other = (torch.load(f / "last.pt", weights_only=True) for f in (resumed, straight))
-    assert all(torch.equal(v, other["model"][k]) for k, v in one["model"].items())
-    assert [r["val_loss"] for r in one["log"]] == [r["val_loss"] for r in other["log"]]
-    assert [r["train_loss"] for r in one["log"]] == [r["train_loss"] for r in other["log"]]
+    assert not [p for p in artefacts if re.search(f"{KEY}|{TOKEN}".encode(), p.read_bytes())]
