@@ -176,11 +176,6 @@ def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequen
     )
 
 
-def dense(gradient: Tensor) -> Tensor:
-    """The gradient [B,C,H,W] without gaps in memory (channels last)."""
-    return gradient.contiguous(memory_format=torch.channels_last)
-
-
 class UNet(nn.Module):
     """U-Net with a fully connected bottleneck and two decoders over one encoder.
 
@@ -256,7 +251,7 @@ class UNet(nn.Module):
                 # The gradient of a part of the joined map has gaps. With these the gradient of
                 # enlarging would take ten times as long.
                 if y.requires_grad:
-                    y.register_hook(dense)
+                    y.register_hook(lambda g: g.contiguous(memory_format=torch.channels_last))
                 y = torch.cat([skip, y], dim=1)
             y = block(y)
         result = [torch.sigmoid(self.out(y))]
