@@ -20,27 +20,10 @@ from sklearn.metrics import roc_auc_score
 
 import data
 from config import Config, UserError
-from data import (
-    ABNORMAL,
-    NORMAL,
-    PHANTOM_KINDS,
-    BadImage,
-    FolderSource,
-    ImageStream,
-    PhantomSource,
-    Sample,
-    Source,
-    create_dataloaders,
-    decode_image,
-    describe,
-    draw_phantom,
-    epoch_order,
-    read_splits,
-    recognise_layout,
-    split_for_training,
-    split_samples,
-    write_splits,
-)
+from data import (ABNORMAL, NORMAL, PHANTOM_KINDS, BadImage, FolderSource, ImageStream,
+                  PhantomSource, Sample, Source, create_dataloaders, decode_image, describe,
+                  draw_phantom, epoch_order, read_splits, recognise_layout, split_for_training,
+                  split_samples, write_splits)
 from evaluate import TrivialScores
 
 # ----------------------------------------------------------------------------------------------
@@ -69,14 +52,6 @@ def test_an_anomaly_differs_from_its_twin_in_the_mask_and_hardly_elsewhere() -> 
         draw_phantom(0, kind="fracture")
 
 
-def test_the_same_patient_at_another_size_is_the_same_anatomy() -> None:
-    small = np.stack([draw_phantom(i, 64)[0].ravel() for i in range(8)])
-    large = np.stack([draw_phantom(i, 128)[0].reshape(64, 2, 64, 2).mean((1, 3)).ravel()
-                      for i in range(8)])
-    alike = np.corrcoef(small, large)[:8, 8:]  # [i,j]: film i at 64 against film j at 128
-    assert (alike.argmax(1) == np.arange(8)).all() and alike.diagonal().min() > 0.9
-
-
 def test_trivial_scores_do_not_solve_the_phantom() -> None:
     source = PhantomSource(250, 64)
 
@@ -94,9 +69,8 @@ def test_phantom_masks_belong_to_the_images_that_are_read() -> None:
     source = PhantomSource(4, 64)
     sick = next(s for s in source.samples if s.finding == "opacity")
     image, mask = draw_phantom(int(sick.patient), 64, kind="opacity")
-    for _ in range(2):  # drawn, and as remembered from reading
-        assert np.array_equal(source.mask(sick, 64), mask)
-        assert np.array_equal(decode_image(source.read(sick), 64), image)
+    assert np.array_equal(source.mask(sick, 64), mask)
+    assert np.array_equal(decode_image(source.read(sick), 64), image)
     assert source.mask(sick, 32).shape == (32, 32)
     assert not source.mask(source.samples[0], 64).any()
 
@@ -220,9 +194,8 @@ def test_links_and_names_that_cannot_be_written_down_do_no_harm(tmp_path: Path) 
 def test_runs_and_the_program_itself_are_no_data(tmp_path: Path) -> None:
     for name in ("normal/0.png", "sick/1.png", "runs/comparison.png", "mine/unet/curves.png"):
         write_image(tmp_path / name)
-    (tmp_path / "runs/trained.json").touch()
-    for name in ("last.pt", "split.csv"):
-        (tmp_path / "mine/unet" / name).touch()
+    for name in ("runs/comparison.html", "mine/unet/last.pt", "mine/unet/split.csv"):
+        (tmp_path / name).touch()
     assert [s.key for s in FolderSource(str(tmp_path)).samples] == ["normal/0.png", "sick/1.png"]
     with pytest.raises(UserError, match="the program's own folder; put the images into one"):
         FolderSource(str(Path(__file__).parent.parent))
@@ -247,10 +220,9 @@ def test_class_folders_need_a_normal_one_and_take_its_neighbours_as_abnormal() -
         ("test/good/b.png", 0, "", "test"), ("test/scratch/c.png", 1, "scratch", "test"),
         ("train/good/a.png", 0, "", "train")]
     assert sum(left_out.values()) == 1
-    with pytest.raises(UserError, match=r"2 images is known to be normal.*found: pictures"):
-        layout(["pictures/a.png", "pictures/b.png"])
-    with pytest.raises(UserError, match=r"into a folder normal.*it has no folders$"):
-        layout(["a.png", "b.png"])
+    for folder, says in (("pictures/", "found: pictures"), ("", "it has no folders")):
+        with pytest.raises(UserError, match=rf"2 images is known to be normal.*{says}$"):
+            layout([f"{folder}a.png", f"{folder}b.png"])
 
 
 def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> None:
@@ -273,13 +245,13 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
 @pytest.mark.parametrize(("text", "says"), [
     ("path,finding\na.png,x\n", "list.csv has no column label"),
     ("name,label\na.png,0\n", "list.csv has no column path"),
-    ("path,label\na.png,0\nb.png,0\n", "1 of the 2 files it lists are not there"),
+    ("path,label\na.png,0\nb.png,0\n", "1 of the 2 files that list.csv lists are not there"),
     ("path,label\na.png,\n", "row 2: path or label is empty"),
     ("path,label\na.png,7\n", "label 7 is neither 0"),
     ("path,label\na.png,Unknown\n", "row 2: label Unknown says neither normal nor abnormal"),
     ("path,label\na.png,0\na.png,0\n", "row 3: a.png is listed twice"),
     ("path,label,split\na.png,0,dev\n", "split 'dev' is not one of"),
-    ("path,label,mask\na.png,1,gone.png\n", "1 of the 2 files it lists are not there"),
+    ("path,label,mask\na.png,1,gone.png\n", "1 of the 2 files that list.csv lists are not there"),
 ])
 def test_a_wrong_csv_is_one_line_that_names_it(tmp_path: Path, text: str, says: str) -> None:
     write_image(tmp_path / "a.png")
@@ -297,15 +269,12 @@ def test_missing_empty_and_odd_places_are_one_line_that_says_what_to_do(
     write_image(tmp_path / "my films/Normal/a.png")
     for name in ("notes.txt", "list.csv"):
         (tmp_path / name).write_text("path;label\n")
-    page = "https://www.kaggle.com/datasets/paul/chest-xray"
     for name, says in (
         ("nowhere", "nothing at {}/nowhere; give a folder, a CSV, kaggle:owner/name, or synthetic"),
-        ("my_films", "did you mean my films?"), ("./lists.csv", "did you mean list.csv?"),
-        ("synthetik", "did you mean synthetic?"),
-        (page, "to read it from Kaggle: --data kaggle:paul/chest-xray"),
+        ("https://www.kaggle.com/datasets/paul/xray", "give a folder, a CSV, kaggle:paul/xray, or"),
         ("my films/empty", "no images in it"), ("notes.txt", "neither a folder nor a CSV file; un"),
         ("list.csv", "its columns, parted by commas, are: path;label"),
-        ("my films/Normal", "give the folder above it, {}/my films, in which Normal is"),
+        ("my films/Normal", "Give a place with a folder normal"),
     ):
         with pytest.raises(UserError, match=r"^[^\n]*$") as told:
             FolderSource(name)
@@ -429,10 +398,10 @@ def test_identical_files_in_two_splits_are_reported_and_few_are_read_in_full(
                             "train/normal/11.bmp", "train/normal/12.bmp"]
 
 
-def test_the_table_of_the_data_names_counts_and_sizes(xrays: Path) -> None:
+def test_the_table_of_the_data_names_it_and_counts(xrays: Path) -> None:
     source = FolderSource(str(xrays))
     text = describe(source, split_for_training(source, Config(data=str(xrays))))
-    assert str(xrays) in text and "40x40" in text and "abnormal 12" in text
+    assert str(xrays) in text and "abnormal 12" in text and "every image counts as a pat" in text
 
 
 # ----------------------------------------------------------------------------------------------
@@ -532,7 +501,7 @@ def test_an_image_or_mask_of_absurd_size_is_refused_before_it_is_decoded(tmp_pat
     (tmp_path / "mask.png").write_bytes(png)
     (tmp_path / "list.csv").write_text("path,label,mask\na.png,1,mask.png\n")
     source = FolderSource(str(tmp_path))
-    with pytest.raises(UserError, match=r"mask\.png cannot be read as a mask"):
+    with pytest.raises(UserError, match=r"mask\.png is no readable mask"):
         source.mask(source.samples[0], 32)
 
 
@@ -622,7 +591,7 @@ def test_validation_is_complete_and_training_drops_a_different_rest_each_epoch()
 
 def test_batches_hold_the_right_pixels_in_any_epoch(xrays: Path) -> None:
     source = FolderSource(str(xrays))
-    for memory, cache, kept in ((1 << 30, True, 82), (100 << 10, True, 31), (1 << 20, False, 0)):
+    for memory, cache, kept in ((1 << 30, True, 82), (100 << 10, True, 26), (1 << 20, False, 0)):
         stream = ImageStream(source, source.samples, 32, 9, seed=0, memory=memory, cache=cache)
         assert stream.cached == kept
         for epoch in range(2):
@@ -667,7 +636,7 @@ def test_a_bad_image_is_skipped_counted_and_named_and_many_stop_the_run(tmp_path
         assert list(stream.bad) == ["normal/07.png"]
     for i in (1, 2, 3):
         (tmp_path / "normal" / f"{i:02d}.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"3 of 40 images cannot be read, more than 5%"):
+    with pytest.raises(UserError, match=r"4 of 40 images cannot be read, more than 5%.*07.png"):
         list(ImageStream(source, source.samples, 32, 8))
 
 
