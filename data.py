@@ -535,7 +535,8 @@ def recognise_layout(names: list[str], read_text: ReadText, where: str,
     listing = []
     for table in (n for n in tables.values() if "/" not in n and n.lower().endswith(".csv")):
         try:
-            listing += [] if _missing(read_text(table), _PATH, _LABEL) else [table]
+            if not _missing(read_text(table), _PATH, _LABEL):
+                listing.append(table)
         except TooLarge:
             left_out["tables, too large to be looked into"] += 1
     if len(listing) == 1:
@@ -641,9 +642,8 @@ def read_csv_of_paths(file: str, read_text: ReadText, where: str,
             "row out": word in UNKNOWN_NAMES,
             f"label {label} is neither 0 (normal) nor 1 (abnormal)":
                 not normal and label != "1" and re.fullmatch(r"[\d.+-]+", label)}
-        for what, is_so in wrong.items():
-            if is_so:
-                raise UserError(f"--data {where}: {file} row {number}: {what}")
+        if what := next((what for what, is_so in wrong.items() if is_so), ""):
+            raise UserError(f"--data {where}: {file} row {number}: {what}")
         finding = row.get("finding") or ("" if word in ABNORMAL_NAMES else label)
         samples[key] = Sample(
             key, next((row[c] for c in _PATIENT if row.get(c)), key),
@@ -1210,8 +1210,8 @@ def _without(samples: list[Sample], others: list[Sample]) -> list[Sample]:
 
 
 def _first(samples: list[Sample], want: int, what: str) -> list[Sample]:
-    """The images of the first patients (or `what` is "key": the first images) in the order of
-    their names' hashes, the same for ever, so many that `want` of them or a few more are normal."""
+    """The images of the first patients (with what="key": the first images) in the order of their
+    names' hashes, the same for ever: of as many as have `want` normal images."""
     def order(name: str) -> bytes:
         return hashlib.blake2b(f"imgae-dx:{name}".encode(), digest_size=8).digest()
 
