@@ -1285,12 +1285,10 @@ _COLUMNS = [column.name for column in dataclasses.fields(Sample)]
 
 def write_splits(splits: Splits, file: Path) -> None:
     """Write split.csv: one row an image, the split in the last column."""
+    rows = [(s.key, s.patient, s.label, s.finding, s.view, name)
+            for name in SPLITS for s in getattr(splits, name)]
     with open(file, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(_COLUMNS)
-        for name in SPLITS:
-            for s in getattr(splits, name):
-                writer.writerow((s.key, s.patient, s.label, s.finding, s.view, name))
+        csv.writer(f).writerows([_COLUMNS, *rows])
 
 
 def read_splits(file: Path) -> Splits:
@@ -1397,8 +1395,8 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) ->
         image: Image.Image = Image.open(io.BytesIO(data))
         _check_pixels(image.width, image.height)
         # A progressive JPEG holds its coefficients at full size, whatever is decoded of it.
-        more = 2 * len(image.getbands()) * image.width * image.height if image.info.get(
-            "progressive") else 0
+        more = 2 * len(image.getbands()) * image.width * image.height * bool(
+            image.info.get("progressive"))
         image.draft(None, (2 * size, 2 * size))
         # Bytes a pixel: decoded, and what the conversions below make of it.
         depth = {"L": 2, "1": 3}.get(image.mode, 20 if image.mode[0] in "IF" else 12)
@@ -1408,8 +1406,8 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) ->
                 raise BadImage("floating-point grey values, whose range is not known")
             if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate it
                 values = np.asarray(image).astype(np.float32)
-                white = 4095 if values.max() <= 4095 else 65535
-                return _stretch(values * np.float32(255 / white), size)
+                values *= np.float32(255 / (4095 if values.max() <= 4095 else 65535))
+                return _stretch(Image.fromarray(values), size)
             if image.mode in ("P", "PA"):
                 image = image.convert("RGBA")
             # Not pasted on a background: what a viewer shows of an X-ray is its colour.
@@ -1429,9 +1427,8 @@ def _check_pixels(width: int, height: int) -> None:
         raise BadImage(f"{width}x{height} pixels is more than any radiograph")
 
 
-def _stretch(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+def _stretch(image: Image.Image, size: int) -> np.ndarray:
     """Stretch a grey image, 8-bit or float in 0..255, to uint8 [size,size]."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
     values = np.asarray(image)
@@ -1457,7 +1454,8 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
             values = values.astype(np.float32)
             low, high = values.min(), values.max()
             values = (values - low) * (255 / max(high - low, 1e-6))
-            return _stretch(255 - values if kind == "MONOCHROME1" else values, size)
+            values = 255 - values if kind == "MONOCHROME1" else values
+            return _stretch(Image.fromarray(values), size)
     except BadImage:
         raise
     except Exception as error:  # pydicom answers damage with nearly every kind of error
@@ -1562,7 +1560,6 @@ class ImageStream(IterableDataset):
         self.batch_size = size = batch_size if seed is None else min(batch_size, len(samples))
         self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
-        # Images of one block that are wanted within `_span` images are fetched together.
         self.blocks = source.blocks(samples)
         grouped = len(np.unique(self.blocks)) < len(samples)
 
@@ -1582,7 +1579,7 @@ class ImageStream(IterableDataset):
         memory.held["images"] += self.bound
         self._cache = np.empty((self.cached, image_size, image_size), np.uint8)
         self._is_cached = np.zeros(len(samples), dtype=bool)
-        self._span = min(SHUFFLE_WINDOW, self.window // 2) if grouped else 1
+        self._span = min(SHUFFLE_WINDOW, self.window // 2)
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -1644,8 +1641,8 @@ class ImageStream(IterableDataset):
                                                     self.batch_size)))
 
     def _groups(self, batches: list[np.ndarray]) -> Iterator[list[int]]:
-        """Yield the positions that must be read, in the order in which they are wanted, but
-        neighbours together."""
+        """Yield the positions that must be read, in the order in which they are wanted, but those
+        of one block together that are wanted within `_span` images."""
         wanted = [i for i in np.concatenate(batches).tolist()
                   if not self._is_cached[i] and self.samples[i].key not in self.bad]
         for start in range(0, len(wanted), self._span):
