@@ -500,10 +500,7 @@ class Layout:
     boxes: dict[str, list[Box]] = field(default_factory=dict)
 
 
-ReadText = Callable[[str], str]
-
-
-def recognise_layout(names: list[str], read_text: ReadText, where: str,
+def recognise_layout(names: list[str], read_text: Callable[[str], str], where: str,
                      left_out: Counter) -> Layout:
     """Samples from a sorted list of file names (posix, relative) and the CSV files among them.
 
@@ -619,7 +616,7 @@ def _missing(text: str, *wanted: tuple[str, ...]) -> str:
     return ""
 
 
-def read_csv_of_paths(file: str, read_text: ReadText, where: str,
+def read_csv_of_paths(file: str, read_text: Callable[[str], str], where: str,
                       exists: Callable[[str], bool]) -> Layout:
     """A user's own table: path and label, and where there are any, patient, split, finding, view
     and mask. Paths are relative to the table."""
@@ -658,8 +655,8 @@ def read_csv_of_paths(file: str, read_text: ReadText, where: str,
     return Layout(f"images listed in {file}", [*samples.values()], masks)
 
 
-def read_nih(images: list[str], entry: str, tables: dict[str, str], read_text: ReadText,
-             where: str, left_out: Counter) -> Layout:
+def read_nih(images: list[str], entry: str, tables: dict[str, str],
+             read_text: Callable[[str], str], where: str, left_out: Counter) -> Layout:
     """NIH ChestX-ray14: normal is exactly `No Finding`; the official lists give the test split."""
     text = read_text(entry)
     if missing := _missing(text, ("image index",), ("finding labels",), ("patient id",)):
