@@ -32,6 +32,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -1703,7 +1704,7 @@ class ImageStream(IterableDataset):
                     cancelled: threading.Event) -> dict[int, np.ndarray | Exception]:
         """Map each position to its image, uint8 [H,W], or to what is wrong with it."""
         position_of, found = {self.samples[i]: i for i in group}, {}
-        cost, hold = self.source.cost([*position_of]), functools.partial(self.memory.hold, "pixels")
+        cost, hold = self.source.cost([*position_of]), partial(self.memory.hold, "pixels")
         if cost > self.memory.most["files"] and len(group) > 1:  # together they are too many
             return {i: self._load_group([i], cancelled)[i] for i in group}
         try:
@@ -1741,7 +1742,7 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
     splits = split_for_training(source, config, rank)
     # Ranks on one machine share its memory. Test images are seen once: they need not be cached.
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    make = functools.partial(ImageStream, source, image_size=config.image_size,
+    make = partial(ImageStream, source, image_size=config.image_size,
                    batch_size=config.batch_size, memory=memory)
     test = make(splits.test, share=1 / 4, cache=False)
     val = make(splits.normals("val"), share=1 / 3, rank=rank, world=world)

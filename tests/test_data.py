@@ -20,10 +20,10 @@ from sklearn.metrics import roc_auc_score
 
 import data
 from config import Config, UserError
-from data import (ABNORMAL, NORMAL, PHANTOM_KINDS, BadImage, FolderSource, ImageStream,
-                  PhantomSource, Sample, Source, create_dataloaders, decode_image, describe,
-                  draw_phantom, epoch_order, read_splits, recognise_layout, split_for_training,
-                  split_samples, write_splits)
+from data import (
+    ABNORMAL, NORMAL, PHANTOM_KINDS, BadImage, FolderSource, ImageStream, PhantomSource, Sample,
+    Source, create_dataloaders, decode_image, describe, draw_phantom, epoch_order, read_splits,
+    recognise_layout, split_for_training, split_samples, write_splits)
 from evaluate import TrivialScores
 
 # ----------------------------------------------------------------------------------------------
