@@ -11,7 +11,6 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
-import difflib
 import hashlib
 import io
 import itertools
@@ -27,7 +26,7 @@ import threading
 import zipfile
 import zlib
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,26 +97,22 @@ class Source:
         try:
             return self.read_file(name).decode("utf-8-sig", errors="replace")
         except (OSError, BadImage) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--data {self.spec}: {name} cannot be read ({reason})") from None
+            why = error.args[-1]
+            raise UserError(f"--data {self.spec}: {name} cannot be read ({why})") from None
 
     def mask(self, sample: Sample, size: int) -> np.ndarray | None:
         """Where the lesion is, bool [size,size]; None if the source does not know."""
-        if sample.key in self.boxes:
-            inside = np.zeros((size, size), dtype=bool)
-            for box in self.boxes[sample.key]:
-                left, top, right, bottom = (round(side * size) for side in box)
-                inside[top : max(bottom, top + 1), left : max(right, left + 1)] = True
-            return inside
-        if sample.key not in self.masks:
-            return None
-        name = self.masks[sample.key]
+        inside = np.zeros((size, size), dtype=bool)
+        for box in self.boxes.get(sample.key, ()):
+            left, top, right, bottom = (round(side * size) for side in box)
+            inside[top : max(bottom, top + 1), left : max(right, left + 1)] = True
+        if not (name := self.masks.get(sample.key)):
+            return inside if sample.key in self.boxes else None
         try:
             with Image.open(io.BytesIO(self.read_file(name))) as image:
                 mask = image.convert("L").point(lambda grey: 255 * (grey > 0))
         except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
-            raise UserError(
-                f"--data {self.spec}: {name} cannot be read as a mask ({error})") from None
+            raise UserError(f"--data {self.spec}: {name} is no readable mask ({error})") from None
         # Any lesion pixel counts, so that a small lesion does not vanish.
         return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
 
@@ -130,8 +125,8 @@ class Source:
         return b""
 
     def digest(self, sample: Sample) -> bytes:
-        """A digest that is equal for equal files of one size alone. OSError."""
-        return hashlib.blake2b(self.read(sample), digest_size=16).digest()
+        """A digest that is equal for equal files of one size alone. OSError if there is none."""
+        raise OSError
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
         """Number of each sample's block, int64 [n]: one request fetches a block's samples."""
@@ -143,8 +138,7 @@ class Source:
 
     def fetch(self, samples: list[Sample],
               cancelled: threading.Event) -> Iterator[tuple[Sample, bytes | Exception]]:
-        """Yield each sample, in any order, with its bytes or with what is wrong with it. Raises
-        Cancelled soon after that is set."""
+        """Yield each sample, in any order, with its bytes or what is wrong with it. Cancelled."""
         for sample in samples:
             if cancelled.is_set():
                 raise Cancelled
@@ -173,48 +167,7 @@ def open_source(config: Config) -> Source:
 # ----------------------------------------------------------------------------------------------
 # The phantom
 
-
 PHANTOM_SAMPLES = 400  # normal training films unless --samples says otherwise
-
-
-class PhantomSource(Source):
-    """Drawn chest films with known lesions: everything runs on them without any download.
-
-    Training films are numbered from 0, validation from 100,000, test from 200,000; they do not
-    depend on any setting but `image_size`, at which they are drawn.
-    """
-
-    def __init__(self, train_normals: int, image_size: int) -> None:
-        self.spec = self.name = "synthetic"
-        self.title = "built-in phantom (drawn chest films, not real X-rays)"
-        self.left_out, self.image_size = Counter(), image_size
-        if image_size <= 128:  # threads that draw with small arrays wait for one another
-            self.threads = 1
-        self.masks, self.boxes = {}, {}
-        kinds = [None] * 100 + list(PHANTOM_KINDS) * 20
-        self.samples = [self._sample(i, None, "train") for i in range(train_normals)]
-        self.samples += [self._sample(100_000 + i, kind, "val") for i, kind in enumerate(kinds)]
-        self.samples += [self._sample(200_000 + i, kind, "test") for i, kind in enumerate(kinds)]
-
-    @staticmethod
-    def _sample(index: int, kind: str | None, split: str) -> Sample:
-        return Sample(f"{index:06d}-{kind or 'normal'}", f"{index:06d}",
-                      NORMAL if kind is None else ABNORMAL, kind or "", "PA", split)
-
-    def _draw(self, sample: Sample, size: int) -> tuple[np.ndarray, np.ndarray]:
-        return draw_phantom(int(sample.patient), size, kind=sample.finding or None)
-
-    def read(self, sample: Sample) -> bytes:
-        image, _ = self._draw(sample, self.image_size)
-        return b"P5 %d %d 255\n" % image.shape[::-1] + image.tobytes()  # a PGM file
-
-    def file_bytes(self, sample: Sample) -> int:
-        return 256 * self.image_size**2  # what drawing one holds: some 32 layers of float64
-
-    def mask(self, sample: Sample, size: int) -> np.ndarray | None:
-        return self._draw(sample, size)[1]
-
-
 PHANTOM_KINDS = ("opacity", "nodule", "effusion", "missing", "doubled")
 # How much of each range of normal anatomy is used. Together with the noise below this sets the
 # difficulty: learnt from a few hundred films within minutes, yet no trivial score tells lesions.
@@ -222,14 +175,44 @@ VARIETY = 0.35
 MASK_LEVEL = 0.04  # smallest noise-free change, as a share of the grey range, that counts as lesion
 
 
+class PhantomSource(Source):
+    """Drawn chest films with known lesions, of `image_size` x `image_size` pixels.
+
+    Training films are numbered from 0, validation from 100,000, test from 200,000.
+    """
+
+    def __init__(self, train_normals: int, image_size: int) -> None:
+        self.spec = self.name = "synthetic"
+        self.title = "built-in phantom (drawn chest films, not real X-rays)"
+        self.left_out, self.image_size = Counter(), image_size
+        self.masks, self.boxes = {}, {}
+        if image_size <= 128:  # threads that draw with small arrays wait for one another
+            self.threads = 1
+        both = [""] * 100 + list(PHANTOM_KINDS) * 20
+        self.samples = [
+            Sample(f"{i:06d}-{kind or 'normal'}", f"{i:06d}", ABNORMAL if kind else NORMAL, kind,
+                   "PA", split)
+            for split, first, kinds in (("train", 0, [""] * train_normals),
+                                        ("val", 100_000, both), ("test", 200_000, both))
+            for i, kind in enumerate(kinds, first)]
+
+    def read(self, sample: Sample) -> bytes:
+        size = self.image_size
+        image, _ = draw_phantom(int(sample.patient), size, kind=sample.finding or None)
+        return b"P5 %d %d 255\n" % (size, size) + image.tobytes()  # a PGM file
+
+    def file_bytes(self, sample: Sample) -> int:
+        return 256 * self.image_size**2  # what drawing one holds: some 32 layers of float64
+
+    def mask(self, sample: Sample, size: int) -> np.ndarray | None:
+        return draw_phantom(int(sample.patient), size, kind=sample.finding or None)[1]
+
+
 def _soft(distance: np.ndarray, width: float) -> np.ndarray:
     """Smooth step from 0 to 1 around distance 0 (`width` wide): a blurred edge without a blur."""
-    t = distance * (1.0 / width)
-    t += 0.5
-    t = np.clip(t, 0.0, 1.0, out=t)
-    bent = -2.0 * t
-    bent += 3.0
-    bent *= t
+    t = np.clip(distance * (1.0 / width) + 0.5, 0.0, 1.0)
+    bent = 3.0 - 2.0 * t
+    bent *= t  # in place, which is faster
     bent *= t
     return bent
 
@@ -359,11 +342,11 @@ def _lesion(kind: str, p: SimpleNamespace, rng: np.random.RandomState) -> np.nda
         return draw(0.55, 0.85) * p.depth * p.air * mine * _soft(p.v - edge, 0.07)
     first, count = rng.randint(2, 5), rng.randint(2, 4)
     stretch = _soft(a - draw(0.14, 0.26), 0.08) * mine
-    if kind == "missing" and choice < 0.4:
-        return -draw(0.7, 0.9) * p.depth * p.heart * p.lung * (p.u > 0)
-    if kind == "missing" and choice < 0.55:
-        return -p.collar_level * _clavicles(p.collar, a) * mine
     if kind == "missing":
+        if choice < 0.4:
+            return -draw(0.7, 0.9) * p.depth * p.heart * p.lung * (p.u > 0)
+        if choice < 0.55:
+            return -p.collar_level * _clavicles(p.collar, a) * mine
         row = np.rint(p.rib_phase)
         return -p.ribs * ((row >= first) & (row <= first + count)) * stretch
     if choice < 0.25:
@@ -380,15 +363,14 @@ def _lesion(kind: str, p: SimpleNamespace, rng: np.random.RandomState) -> np.nda
     return 1.3 * p.rib_level * _bone(again, p.rib_half, 0.16) * p.cage * stretch
 
 
-def draw_phantom(
-    index: int, size: int = 128, seed: int = 0, kind: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_phantom(index: int, size: int = 128, seed: int = 0,
+                 kind: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Film number `index` (one patient each) and the mask of its anomaly.
 
     Returns uint8 [size, size] in 0..255 and bool [size, size], all False when `kind` is None.
     The film drawn with kind=None is the lesion-free twin: same anatomy, exposure and noise.
     """
-    if kind is not None and kind not in PHANTOM_KINDS:
+    if kind not in (None, *PHANTOM_KINDS):
         raise ValueError(f"kind must be None or one of {PHANTOM_KINDS}, not {kind!r}")
     # RandomState, because its stream is frozen for good: tests can pin the bytes of a film. The
     # lesion has a generator of its own, so that it cannot disturb the patient's numbers.
@@ -419,7 +401,6 @@ def draw_phantom(
 # Folders, and the layouts that are recognised in them. A layout is read off the names and the
 # CSV files alone, so that the same code serves for any place that can list names.
 
-
 NORMAL_NAMES = {"normal", "normals", "good", "healthy", "no finding", "no_finding", "negative",
                 "no", "false", "0"}
 ABNORMAL_NAMES = {"abnormal", "anomaly", "anomalous", "bad", "defect", "positive", "yes", "true",
@@ -432,65 +413,53 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "va
 
 
 class FolderSource(Source):
-    """Images in a folder, or those that a CSV file lists.
-
-    Layouts, in the order in which they are looked for: NIH ChestX-ray14, covid-chestxray, a CSV
-    of paths, folders called normal / abnormal (or NORMAL / PNEUMONIA, good / scratch ...) with or
-    without train / val / test above them.
-    """
+    """Images in a folder, in a layout that `recognise_layout` knows, or those that a CSV lists."""
 
     def __init__(self, spec: str) -> None:
-        try:
-            path = Path(spec).expanduser()
-        except RuntimeError as error:  # ~someone, who is not known here
-            raise UserError(f"--data {spec}: {error}") from None
+        path = Path(os.path.expanduser(spec))
         name = path.resolve().name if path.is_dir() else path.stem
         self.spec, self.name = spec, re.sub(r"[^\w.-]+", "_", name) or "folder"
         self.left_out = Counter()
         if not path.exists():
-            raise UserError(f"--data {spec}: there is nothing at {path.resolve()}; "
-                            + instead_of(spec, path))
+            page = re.search(r"kaggle\.com/(?:datasets/)?([\w.-]+/[\w.-]+)", spec)
+            raise UserError(f"--data {spec}: there is nothing at {path.resolve()}; give a folder, "
+                            f"a CSV, kaggle:{page[1] if page else 'owner/name'}, or synthetic")
         self.root = path if path.is_dir() else path.parent
         if path.is_dir():
-            if all((path / name).is_file() for name in ("train.py", "evaluate.py", "config.py")):
-                raise UserError(f"--data {spec}: this is the program's own folder; put the images "
-                                "into one of their own, and name that")
-            names: list[str] = []
-            known: set[str] = set()  # a link may lead to a folder that was there already
-            for folder, folders, files in os.walk(path, onerror=self._refuse, followlinks=True):
-                if os.path.realpath(folder) in known:
-                    folders[:] = []
-                    continue
-                known.add(os.path.realpath(folder))
-                folders[:] = sorted(d for d in folders if not d.startswith("."))
-                if folder != str(path) and ("trained.json" in files
-                                            or {"last.pt", "split.csv"} <= set(files)):
-                    folders[:] = []  # runs of this program, with their pictures
-                    continue
-                inside = PurePosixPath(Path(folder).relative_to(path).as_posix())
-                names += [str(inside / f) for f in files if not f.startswith(".")]
-            fit = [name for name in names if is_text(name)]
-            if len(fit) < len(names):
-                self.left_out["with a name that is not UTF-8"] = len(names) - len(fit)
-            layout = recognise_layout(sorted(fit), self.read_text, spec, self.left_out)
+            layout = recognise_layout(self._list_files(), self.read_text, spec, self.left_out)
         elif path.suffix.lower() == ".csv":
-            layout = read_csv_of_paths(path.name, None, self.read_text, spec)
-            listed = [*(s.key for s in layout.samples), *layout.masks.values()]
-            absent = [name for name in listed if not (self.root / name).is_file()]
-            if absent:
-                raise UserError(
-                    f"--data {spec}: {len(absent)} of the {len(listed)} files it lists are "
-                    f"not there, the first is {self.root / absent[0]}; paths are relative to "
-                    "the CSV"
-                )
+            layout = read_csv_of_paths(path.name, self.read_text, spec,
+                                       lambda name: (self.root / name).is_file())
         else:
             raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
                             "first, and give a single image to evaluate.py with --image")
         self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
         self.title = f"{layout.title} in {path.resolve()}"
 
-    def _refuse(self, error: OSError) -> None:
-        raise UserError(f"--data {self.spec}: {error.filename} cannot be read ({error.strerror})")
+    def _list_files(self) -> list[str]:
+        """List all files below the folder, sorted, but hidden ones and those of runs."""
+        def refuse(e: OSError) -> None:
+            raise UserError(f"--data {self.spec}: {e.filename} cannot be read ({e.strerror})")
+
+        if all((self.root / name).is_file() for name in ("train.py", "evaluate.py", "config.py")):
+            raise UserError(f"--data {self.spec}: this is the program's own folder; put the images "
+                            "into one of their own, and name that")
+        names: list[str] = []
+        known: set[str] = set()  # a link may lead to a folder that was there already
+        for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
+            real, inside = os.path.realpath(folder), Path(folder).relative_to(self.root)
+            is_run = inside.parts and ({"last.pt", "split.csv"} <= {*files}
+                                       or "comparison.html" in files)
+            if real in known or is_run:  # runs of this program have pictures, too
+                folders[:] = []
+                continue
+            known.add(real)
+            folders[:] = sorted(d for d in folders if not d.startswith("."))
+            names += [(inside / f).as_posix() for f in files if not f.startswith(".")]
+        fit = sorted(filter(is_text, names))
+        if len(fit) < len(names):
+            self.left_out["with a name that is not UTF-8"] = len(names) - len(fit)
+        return fit
 
     def read_file(self, name: str) -> bytes:
         with open(os.path.join(self.root, name), "rb") as f:  # joined faster than by pathlib
@@ -517,21 +486,7 @@ class FolderSource(Source):
 
 def is_text(name: str) -> bool:
     """Whether a file's name can be written to a table: in old archives some cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def instead_of(spec: str, path: Path) -> str:
-    """What may have been meant by a --data that is not there."""
-    if m := re.search(r"kaggle\.com/(?:datasets/)?([\w.-]+/[\w.-]+)", spec):
-        return f"to read it from Kaggle: --data kaggle:{m[1]}"
-    near = [p.name for p in path.parent.glob("*") if p.is_dir() or p.suffix.lower() == ".csv"]
-    close = difflib.get_close_matches(path.name, [*near, "synthetic"], 1)
-    return f"did you mean {path.with_name(close[0]) if close[0] in near else close[0]}?" if close \
-        else "give a folder, a CSV, kaggle:owner/name, or synthetic"
+    return name.encode(errors="ignore").decode() == name
 
 
 @dataclass(frozen=True)
@@ -544,25 +499,22 @@ class Layout:
     boxes: dict[str, list[Box]] = field(default_factory=dict)
 
 
-def recognise_layout(
-    names: list[str], read_text: Callable[[str], str], where: str, left_out: Counter
-) -> Layout:
+def recognise_layout(names: list[str], read_text: Callable[[str], str], where: str,
+                     left_out: Counter) -> Layout:
     """Samples from a sorted list of file names (posix, relative) and the CSV files among them.
 
-    where: what to call this place in messages. left_out: takes the counts of what is not used.
-    UserError if the layout is not one of those known, with what was found instead.
+    Looks for NIH ChestX-ray14, covid-chestxray, a CSV of paths, then folders of classes. UserError
+    if it is none of them. where: this place's name in messages. left_out: counts what is not used.
     """
-    # Hidden files are no data, such as a Mac's shadows of files. The Kermany archive holds itself a
-    # second time.
+    # Hidden files are no data, such as a Mac's shadows of files.
     names = [n for n in names if not any(p.startswith(".") for p in PurePosixPath(n).parts)]
     known = set(names)
-    copies = [n for n in names
-              if (n.startswith("chest_xray/") and n.removeprefix("chest_xray/") in known)
-              or ("/chest_xray/chest_xray/" in n
-                  and n.replace("/chest_xray/chest_xray/", "/chest_xray/", 1) in known)]
+    # The Kermany archive holds itself a second time.
+    copies = {n for n in names if "/chest_xray/" in f"/{n}"
+              and f"/{n}".replace("/chest_xray/", "/", 1)[1:] in known}
     if copies:
         left_out["copies inside the archive"] += len(copies)
-        names = sorted(known - set(copies))
+        names = sorted(known - copies)
     images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
     tables = {PurePosixPath(n).name: n for n in names if n.lower().endswith((".csv", ".txt"))}
     if not images:
@@ -572,21 +524,19 @@ def recognise_layout(
         return read_nih(images, entry, tables, read_text, where, left_out)
     if "metadata.csv" in tables:
         text = read_text(tables["metadata.csv"])
-        if _has_columns(text, ("finding",), ("filename",), ("view",)) and not _has_columns(
+        if not _missing(text, ("finding",), ("filename",), ("view",)) and _missing(
                 text, _LABEL):  # with a label it is the user's own
-            return read_covid(images, tables["metadata.csv"], read_text, left_out)
+            return read_covid(images, text, left_out)
 
-    def lists_images(table: str) -> bool:
+    listing = []
+    for table in (n for n in tables.values() if "/" not in n and n.lower().endswith(".csv")):
         try:
-            return _has_columns(read_text(table), _PATH, _LABEL)
+            if not _missing(read_text(table), _PATH, _LABEL):
+                listing.append(table)
         except TooLarge:
             left_out["tables, too large to be looked into"] += 1
-            return False
-
-    listing = [n for n in tables.values()
-               if "/" not in n and n.lower().endswith(".csv") and lists_images(n)]
     if len(listing) == 1:
-        return read_csv_of_paths(listing[0], images, read_text, where)
+        return read_csv_of_paths(listing[0], read_text, where, known.__contains__)
     if listing:
         raise UserError(f"--data {where}: {', '.join(listing)} all list images; name the one that "
                         f"is meant (--data {os.path.join(where, listing[0])}), or join them, with "
@@ -605,50 +555,35 @@ def read_class_folders(images: list[str], where: str, left_out: Counter) -> Layo
     beside_normal |= {p.parent for p in parents.values()
                       if p.parent.name.lower() in SPLIT_NAMES and p.parent.parent in sets}
     samples, stems = [], {n.rpartition(".")[0] for n in images}
-    for name in images:
-        parent = parents[name]
+    for name, parent in parents.items():
         mask_of = re.fullmatch(r"(.+)_mask(_\d+)?\.\w+", name)
+        label, finding = ABNORMAL, parent.name.lower()
         if mask_of and mask_of[1] in stems:
             left_out["masks beside their images"] += 1
             continue
         if parent in normal_dirs:
             label, finding = NORMAL, ""
-        elif parent.name.lower() in UNKNOWN_NAMES:
+        elif finding in UNKNOWN_NAMES:
             left_out[f"in a folder called {parent.name}"] += 1
             continue
-        elif parent.name.lower() in ABNORMAL_NAMES or (
-            parent.parent in beside_normal and parent not in beside_normal
-            and parent.name.lower() not in ("mask", "masks", "ground_truth")
-        ):
-            label, finding = ABNORMAL, parent.name.lower()
-        else:
+        elif finding not in ABNORMAL_NAMES and (
+                finding in ("mask", "masks", "ground_truth")
+                or parent.parent not in beside_normal or parent in beside_normal):
             left_out["in a folder that is neither normal nor beside a normal one"] += 1
             continue
         split = next((SPLIT_NAMES[p.lower()] for p in parent.parts if p.lower() in SPLIT_NAMES), "")
-        patient, kermany_finding = _patient_from_name(PurePosixPath(name).name)
-        samples.append(Sample(name, patient or name, label, kermany_finding or finding, "", split))
+        # As Kermany's files are called; there the numbers begin anew for each finding.
+        patient = re.match(r"(person\d+_(bacteria|virus))_|((?:NORMAL2-)?IM-\d+)-",
+                           PurePosixPath(name).name)
+        samples.append(Sample(name, patient[1] or patient[3] if patient else name, label,
+                              (patient and patient[2]) or finding, "", split))
     if not any(s.label == NORMAL for s in samples):
-        above = PurePosixPath(os.path.abspath(where))
-        if above.name.lower() in NORMAL_NAMES:
-            raise UserError(f"--data {where}: give the folder above it, {above.parent}, in which "
-                            f"{above.name} is then found")
         found = ", ".join(sorted({p.as_posix() for p in parents.values()} - {"."})[:6])
         raise UserError(
-            f"--data {where}: none of its {len(images)} images is known to be normal; put those "
-            "that are straight into a folder normal (or NORMAL, good, healthy) and others into one "
-            "beside it, or "
-            f"list all in a CSV; {f'folders found: {found}' if found else 'it has no folders'}")
-    kermany = any(s.finding in ("bacteria", "virus") for s in samples)
-    return Layout("chest X-rays as Kermany laid them out" if kermany else
-                  "folders of normal and abnormal images", samples)
-
-
-def _patient_from_name(name: str) -> tuple[str, str]:
-    """(patient, finding) that a Kermany file name tells; empty where it does not."""
-    if m := re.match(r"(person\d+)_(bacteria|virus)_", name):
-        return f"{m[1]}_{m[2]}", m[2]  # the numbers begin anew for each finding
-    m = re.match(r"((?:NORMAL2-)?IM-\d+)-", name)
-    return (m[1], "") if m else ("", "")
+            f"--data {where}: none of its {len(images)} images is known to be normal. Give a place "
+            "with a folder normal (or NORMAL, good, healthy) and others beside it, or a CSV; "
+            + (f"folders found: {found}" if found else "it has no folders"))
+    return Layout("folders of normal and abnormal images", samples)
 
 
 _PATH = ("path", "file", "filename", "image", "image_path", "filepath")
@@ -666,96 +601,75 @@ def _rows(text: str) -> Iterator[dict[str, str]]:
         raise UserError(f"--data: a table beginning {text[:60]!r} is no CSV ({error})") from None
 
 
-def _has_columns(text: str, *wanted: tuple[str, ...]) -> bool:
-    """Whether the CSV's header has one of each group of column names."""
+def _missing(text: str, *wanted: tuple[str, ...]) -> str:
+    """Say which of the groups of column names has no name in the CSV's header; "" if none."""
+    header = text.split("\n", 1)[0].strip()
     try:
-        first = next(csv.reader([text.split("\n", 1)[0].strip()]), [])
+        columns = [c.strip().lower() for c in next(csv.reader([header]), [])]
     except csv.Error:
-        return False
-    header = [c.strip().lower() for c in first]
-    return all(any(name in header for name in group) for group in wanted)
+        columns = []
+    for first, *others in wanted:
+        if not {first, *others} & {*columns}:
+            also = f" (or {', '.join(others)})" if others else ""
+            return f"no column {first}{also}; its columns, parted by commas, are: {header[:200]}"
+    return ""
 
 
-def read_csv_of_paths(
-    file: str, images: list[str] | None, read_text: Callable[[str], str], where: str
-) -> Layout:
+def read_csv_of_paths(file: str, read_text: Callable[[str], str], where: str,
+                      exists: Callable[[str], bool]) -> Layout:
     """A user's own table: path and label, and where there are any, patient, split, finding, view
-    and mask. Paths are relative to the table. images: the files there are, if they were listed."""
+    and mask. Paths are relative to the table."""
     text = read_text(file)
-    for group in (_PATH, _LABEL):
-        if not _has_columns(text, group):
-            header = text.split("\n", 1)[0].strip()
-            raise UserError(f"--data {where}: {file} has no column {group[0]} (or "
-                            f"{', '.join(group[1:])}); its columns, parted by commas, are: "
-                            f"{header[:200]}")
-    there = None if images is None else set(images)
-    samples, masks, seen = [], {}, set()
+    if missing := _missing(text, _PATH, _LABEL):
+        raise UserError(f"--data {where}: {file} has {missing}")
+    samples: dict[str, Sample] = {}
+    masks = {}
     for number, row in enumerate(_rows(text), start=2):
         path = next(row[c] for c in _PATH if c in row)
         label = next(row[c] for c in _LABEL if c in row)
-        key = os.path.normpath(path).replace(os.sep, "/")
-        if not path or not label:
-            raise UserError(f"--data {where}: {file} row {number}: path or label is empty")
-        if there is not None and key not in there:
-            raise UserError(f"--data {where}: {file} row {number}: there is no image {path}")
-        if key in seen:
-            raise UserError(f"--data {where}: {file} row {number}: {path} is listed twice")
-        seen.add(key)
-        split = row.get("split", "").lower()
-        if split and split not in SPLIT_NAMES:
-            raise UserError(f"--data {where}: {file} row {number}: split {split!r} is not one of "
-                            "train, val, test")
-        if label.lower() in UNKNOWN_NAMES:
-            raise UserError(f"--data {where}: {file} row {number}: label {label} says neither "
-                            "normal nor abnormal; give 0, 1 or a finding, or take the row out")
-        normal = label.lower() in NORMAL_NAMES
-        if not normal and re.fullmatch(r"[\d.+-]+", label) and label != "1":
-            raise UserError(f"--data {where}: {file} row {number}: label {label} is neither 0 "
-                            "(normal) nor 1 (abnormal)")
-        finding = row.get("finding") or ("" if label.lower() in ABNORMAL_NAMES else label)
-        samples.append(Sample(
+        split, word = row.get("split", "").lower(), label.lower()
+        key, mask = (os.path.normpath(p).replace(os.sep, "/") for p in (path, row.get("mask", "")))
+        normal = word in NORMAL_NAMES
+        wrong = {
+            "path or label is empty": not path or not label,
+            f"{path} is listed twice": key in samples,
+            f"split {split!r} is not one of train, val, test": split and split not in SPLIT_NAMES,
+            f"label {label} says neither normal nor abnormal; give 0, 1 or a finding, or take the "
+            "row out": word in UNKNOWN_NAMES,
+            f"label {label} is neither 0 (normal) nor 1 (abnormal)":
+                not normal and label != "1" and re.fullmatch(r"[\d.+-]+", label)}
+        if what := next((what for what, is_so in wrong.items() if is_so), ""):
+            raise UserError(f"--data {where}: {file} row {number}: {what}")
+        finding = row.get("finding") or ("" if word in ABNORMAL_NAMES else label)
+        samples[key] = Sample(
             key, next((row[c] for c in _PATIENT if row.get(c)), key),
             NORMAL if normal else ABNORMAL, "" if normal else finding,
-            row.get("view", ""), SPLIT_NAMES.get(split, "")))
+            row.get("view", ""), SPLIT_NAMES.get(split, ""))
         if row.get("mask"):
-            masks[key] = os.path.normpath(row["mask"]).replace(os.sep, "/")
-            if there is not None and masks[key].lower().endswith(IMAGE_SUFFIXES) and (
-                    masks[key] not in there):
-                raise UserError(f"--data {where}: {file} row {number}: there is no mask "
-                                f"{row['mask']}")
-    return Layout(f"images listed in {file}", samples, masks)
+            masks[key] = mask
+    listed = [*samples, *masks.values()]
+    if absent := [name for name in listed if not exists(name)]:
+        raise UserError(f"--data {where}: {len(absent)} of the {len(listed)} files that {file} "
+                        f"lists are not there, the first is {absent[0]}; paths are relative to it")
+    return Layout(f"images listed in {file}", [*samples.values()], masks)
 
 
-def read_nih(
-    images: list[str], entry: str, tables: dict[str, str], read_text: Callable[[str], str],
-    where: str, left_out: Counter,
-) -> Layout:
+def read_nih(images: list[str], entry: str, tables: dict[str, str],
+             read_text: Callable[[str], str], where: str, left_out: Counter) -> Layout:
     """NIH ChestX-ray14: normal is exactly `No Finding`; the official lists give the test split."""
     text = read_text(entry)
-    for column in ("image index", "finding labels", "patient id"):
-        if not _has_columns(text, (column,)):
-            raise UserError(f"--data {where}: {entry} has no column {column!r}")
-    by_name = {PurePosixPath(n).name: n for n in images}
+    if missing := _missing(text, ("image index",), ("finding labels",), ("patient id",)):
+        raise UserError(f"--data {where}: {entry} has {missing}")
     split_of: dict[str, str] = {}
     for list_name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
         if list_name in tables:
             split_of |= dict.fromkeys(read_text(tables[list_name]).split(), split)
-    samples: dict[str, Sample] = {}
-    for row in _rows(text):
-        key = by_name.get(row["image index"])
-        if key is None:
-            left_out["listed in the table but not there"] += 1
-            continue
-        if key in samples:
-            left_out["listed twice"] += 1
-            continue
-        normal = row["finding labels"] == "No Finding"
-        samples[key] = Sample(
-            key, row["patient id"], NORMAL if normal else ABNORMAL,
-            "" if normal else row["finding labels"], row.get("view position", ""),
-            split_of.get(row["image index"], ""))
+    samples = _listed(images, (
+        (row["image index"], row["patient id"], row["finding labels"], row.get("view position", ""),
+         split_of.get(row["image index"], "")) for row in _rows(text)), left_out)
     boxes: dict[str, list[Box]] = {}
     if "BBox_List_2017.csv" in tables:
+        by_name = {PurePosixPath(n).name: n for n in images}
         # Image, finding, x, y, width, height, in pixels of the 1024 x 1024 films; the header has
         # brackets and commas of its own, so columns are taken by place.
         rows = csv.reader(io.StringIO(read_text(tables["BBox_List_2017.csv"])))
@@ -764,33 +678,42 @@ def read_nih(
                 with contextlib.suppress(ValueError):  # the header
                     x, y, width, height = (float(n) / 1024 for n in numbers[:4])
                     boxes.setdefault(by_name[name], []).append((x, y, x + width, y + height))
-    return Layout("NIH ChestX-ray14", sorted(samples.values(), key=lambda s: s.key), boxes=boxes)
+    return Layout("NIH ChestX-ray14", samples, boxes=boxes)
 
 
-def read_covid(
-    images: list[str], table: str, read_text: Callable[[str], str], left_out: Counter
-) -> Layout:
+def read_covid(images: list[str], text: str, left_out: Counter) -> Layout:
     """covid-chestxray-dataset: frontal X-rays with a stated finding; normal is `No Finding`."""
-    by_name = {PurePosixPath(n).name: n for n in images}
-    samples: dict[str, Sample] = {}
-    for row in _rows(read_text(table)):
+    rows = []
+    for row in _rows(text):
         tokens = {t.strip() for t in re.split(r"[/,]", row["finding"])} - {""}
-        key = by_name.get(row["filename"])
         if row.get("modality", "X-ray") != "X-ray":
             left_out["not an X-ray"] += 1
         elif row["view"] not in ("PA", "AP", "AP Supine"):
             left_out["not a frontal view"] += 1
         elif not tokens or tokens & {"todo", "Unknown"}:
             left_out["no finding stated (todo, unknown, empty)"] += 1
-        elif key is None:
+        else:
+            finding = "No Finding" if tokens == {"No Finding"} else row["finding"]
+            rows.append((row["filename"], row.get("patientid", ""), finding, row["view"], ""))
+    return Layout("covid-chestxray-dataset", _listed(images, rows, left_out))
+
+
+def _listed(images: list[str], rows: Iterable[tuple[str, str, str, str, str]],
+            left_out: Counter) -> list[Sample]:
+    """Samples of the images that rows of (file, patient, finding, view, split) name."""
+    by_name = {PurePosixPath(n).name: n for n in images}
+    samples: dict[str, Sample] = {}
+    for file, patient, finding, view, split in rows:
+        key = by_name.get(file)
+        if key is None:
             left_out["listed in the table but not there"] += 1
         elif key in samples:
             left_out["listed twice"] += 1
         else:
-            normal = tokens == {"No Finding"}
-            samples[key] = Sample(key, row.get("patientid") or key, NORMAL if normal else ABNORMAL,
-                                  "" if normal else row["finding"], row["view"])
-    return Layout("covid-chestxray-dataset", sorted(samples.values(), key=lambda s: s.key))
+            normal = finding == "No Finding"
+            samples[key] = Sample(key, patient or key, NORMAL if normal else ABNORMAL,
+                                  "" if normal else finding, view, split)
+    return sorted(samples.values(), key=lambda s: s.key)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1190,7 +1113,6 @@ def open_kaggle(spec: str) -> KaggleSource:
 # ----------------------------------------------------------------------------------------------
 # Splits
 
-
 class Splits(NamedTuple):
     """Samples by split. train: normals only. val and test: both labels where there are any."""
 
@@ -1208,35 +1130,26 @@ def _normals(samples: list[Sample]) -> list[Sample]:
     return [s for s in samples if s.label == NORMAL]
 
 
-def _patients(samples: list[Sample]) -> set[str]:
-    return {s.patient for s in samples}
-
-
-def _without(samples: list[Sample], patients: set[str]) -> list[Sample]:
+def _without(samples: list[Sample], others: list[Sample]) -> list[Sample]:
+    """Those of `samples` whose patients have no image among `others`."""
+    patients = {s.patient for s in others}
     return [s for s in samples if s.patient not in patients]
 
 
-def _hash_key(text: str) -> bytes:
-    """A number that depends on a text alone: the same for ever, on every machine."""
-    return hashlib.blake2b(f"imgae-dx:{text}".encode(), digest_size=8).digest()
+def _first(samples: list[Sample], want: int, what: str) -> list[Sample]:
+    """The images of the first patients (with what="key": the first images) in the order of their
+    names' hashes, the same for ever: of as many as have `want` normal images."""
+    def order(name: str) -> bytes:
+        return hashlib.blake2b(f"imgae-dx:{name}".encode(), digest_size=8).digest()
 
-
-def _first_images(samples: list[Sample], count: int) -> list[Sample]:
-    """The first `count` images in the order of their hashes."""
-    chosen = set(sorted((s.key for s in samples), key=_hash_key)[:count])
-    return [s for s in samples if s.key in chosen]
-
-
-def _first_patients(samples: list[Sample], want: int) -> list[Sample]:
-    """All images of the first patients in the order of their hashes, who have `want` normals."""
-    normals = Counter(s.patient for s in _normals(samples))
-    chosen: set[str] = set()
-    for patient in sorted(_patients(samples), key=_hash_key):
+    normals = Counter(getattr(s, what) for s in _normals(samples))
+    chosen = set()
+    for name in sorted({getattr(s, what) for s in samples}, key=order):
         if want <= 0:
             break
-        chosen.add(patient)
-        want -= normals[patient]
-    return [s for s in samples if s.patient in chosen]
+        chosen.add(name)
+        want -= normals[name]
+    return [s for s in samples if getattr(s, what) in chosen]
 
 
 def split_samples(samples: list[Sample], train_limit: int | None = None) -> Splits:
@@ -1247,29 +1160,26 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     with all else. Otherwise test takes 20 % of the normals and every patient who has no normal
     image, and validation 10 % of the remaining normals. Abnormal images of patients who are not
     in train go to validation, where settings may be chosen on them.
-    train_limit: the most training images; validation normals then are at most a quarter as many,
-    or 100.
+    train_limit: the most training images; validation normals then are at most a quarter, or 100.
     """
     notes = []
     test = [s for s in samples if s.split == "test"]
     rest = [s for s in samples if s.split != "test"]
     val = [s for s in rest if s.split == "val"]
-    if test:
-        left = _without(rest, _patients(test))
-        if len(left) < len(rest):
-            notes.append(f"{len(rest) - len(left)} images left out of training and validation: "
-                         "their patients are in test")
-    else:
+    prescribed = bool(test)
+    if not test:
         if val and len(_normals(val)) < MIN_NORMALS:
             notes.append(f"prescribed validation split of {len(val)} images is too small: they are "
                          "split anew with all others")
             val, rest = [], [dataclasses.replace(s, split="") for s in rest]
-        free = _without(rest, _patients(val))
-        with_normals = _patients(_normals(free))
-        mixed = [s for s in free if s.patient in with_normals]
-        test = _without(free, with_normals) + _first_patients(
-            mixed, round(0.2 * len(_normals(mixed))))
-        left = _without(rest, _patients(test))
+        free = _without(rest, val)
+        test = _without(free, _normals(free))
+        mixed = _without(free, test)
+        test = test + _first(mixed, round(0.2 * len(_normals(mixed))), "patient")
+    left = _without(rest, test)
+    if prescribed and len(left) < len(rest):
+        notes.append(f"{len(rest) - len(left)} images left out of training and validation: "
+                     "their patients are in test")
 
     val = [s for s in left if s.split == "val"]
     rest = [s for s in left if s.split != "val"]
@@ -1279,36 +1189,33 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
             notes.append(f"prescribed validation split of {len(val)} images is too small: unused; "
                          "validation is taken from the training patients")
         want = max(round(0.1 * len(normals)), min(20, len(normals) // 4))
-        val = _first_patients(normals, want)
-    train = _without(normals, _patients(val))
+        val = _first(normals, want, "patient")
+    train = _without(normals, val)
     if train_limit is not None:
         if train_limit > len(train):
             notes.append(f"--samples {train_limit}: there are only {len(train)} to train on")
-        train = _first_images(train, train_limit)
-        val = [s for s in val if s.label == ABNORMAL] + _first_images(
-            _normals(val), max(100, train_limit // 4))
+        train = _first(train, train_limit, "key")
+        val = [s for s in val if s.label == ABNORMAL] + _first(
+            _normals(val), max(100, train_limit // 4), "key")
     known = {s.key for s in val}
-    val += [s for s in _without(rest, _patients(train))
-            if s.label == ABNORMAL and s.key not in known]
+    val += [s for s in _without(rest, train) if s.label == ABNORMAL and s.key not in known]
     if all(s.patient == s.key for s in samples):
         notes.append("no patient is named: every image counts as a patient of its own")
-    patients = [_patients(part) for part in (train, val, test)]
-    assert sum(map(len, patients)) == len(set().union(*patients)), "a patient is in two splits"
+    for one, other in ((train, val), (train, test), (val, test)):
+        assert len(_without(one, other)) == len(one), "a patient is in two splits"
     assert len(_normals(train)) == len(train), "abnormal image in train"
     return Splits(train, sorted(val, key=lambda s: s.key), test, notes)
 
 
-_COLUMNS = ("key", "patient", "label", "finding", "view", "split")
+_COLUMNS = [column.name for column in dataclasses.fields(Sample)]
 
 
 def write_splits(splits: Splits, file: Path) -> None:
     """Write split.csv: one row an image, the split in the last column."""
+    rows = [(s.key, s.patient, s.label, s.finding, s.view, name)
+            for name in SPLITS for s in getattr(splits, name)]
     with open(file, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(_COLUMNS)
-        for name in SPLITS:
-            for s in getattr(splits, name):
-                writer.writerow((s.key, s.patient, s.label, s.finding, s.view, name))
+        csv.writer(f).writerows([_COLUMNS, *rows])
 
 
 def read_splits(file: Path) -> Splits:
@@ -1324,12 +1231,32 @@ def read_splits(file: Path) -> Splits:
     return Splits(**parts, notes=[])
 
 
+def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
+    """split_samples for the configuration; UserError if there are too few normals to learn from.
+    Of several processes the first one, which prints the notes, looks for identical files."""
+    normals = len(_normals(source.samples))
+    if normals < MIN_NORMALS:
+        raise UserError(
+            f"--data {source.spec}: {normals} normal images are too few to learn what is normal "
+            f"(at least {MIN_NORMALS}). Train on a larger set, then score this one with: "
+            f"{command('evaluate.py')} RUN_FOLDER --data {source.spec}")
+    splits = split_samples(source.samples, config.samples)
+    for name, part in (("training", splits.train), ("validation", splits.normals("val"))):
+        if len(part) < 2:
+            raise UserError(f"--data {source.spec}: its {normals} normal images leave {len(part)} "
+                            f"for {name}, as patients and a prescribed test split are kept whole")
+    if (config.batch_size or 0) > len(splits.train):
+        splits.notes.append(f"--batch-size {config.batch_size}: more than there are training "
+                            "images, which all make one step")
+    if rank == 0 and (pairs := duplicates_across(source, splits)):
+        splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
+                            f"{pairs[0][0]} and {pairs[0][1]}")
+    return splits
+
+
 def duplicates_across(source: Source, splits: Splits) -> list[tuple[str, str]]:
     """Pairs of files with identical bytes in two different splits (first key, second key).
-
-    Only files of equal size are looked into, and read in full only if they are alike at a glance:
-    uncompressed images are all of one size.
-    """
+    Only files of equal size that are alike at a glance are read in full."""
     groups = [[(name, s) for name in SPLITS for s in getattr(splits, name)]]
     for mark in (source.file_bytes, source.glance, source.digest):
         parts = []
@@ -1350,15 +1277,13 @@ def describe(source: Source, splits: Splits) -> str:
     lines = [f"data      {source.title}",
              f"  {'split':<6}{'normal':>9}{'abnormal':>10}{'patients':>10}"]
     for name in SPLITS:
-        part = getattr(splits, name)
-        normals = len(_normals(part))
+        part, normals = getattr(splits, name), len(splits.normals(name))
         lines.append(f"  {name:<6}{normals:>9,}{len(part) - normals:>10,}"
-                     f"{len(_patients(part)):>10,}")
+                     f"{len({s.patient for s in part}):>10,}")
     findings = Counter(s.finding or "unnamed" for s in splits.test if s.label == ABNORMAL)
     if findings:
         shown = ", ".join(f"{k} {v:,}" for k, v in findings.most_common(6))
-        more = f" and {len(findings) - 6} more" if len(findings) > 6 else ""
-        lines.append(f"  findings in test: {shown}{more}")
+        lines.append(f"  findings in test: {shown}{', and others' if len(findings) > 6 else ''}")
     if isinstance(source, KaggleSource):  # there a look would cost a request each
         total = sum(source.file_bytes(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
@@ -1369,7 +1294,6 @@ def describe(source: Source, splits: Splits) -> str:
 
 # ----------------------------------------------------------------------------------------------
 # Decoding
-
 
 class BadImage(Exception):
     """These bytes are no image that can be used; the message says why."""
@@ -1395,16 +1319,26 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) ->
     if bytes(data[128:132]) == b"DICM":
         return _decode_dicom(data, size, hold)
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         _check_pixels(image.width, image.height)
         # A progressive JPEG holds its coefficients at full size, whatever is decoded of it.
-        more = 2 * len(image.getbands()) * image.width * image.height if image.info.get(
-            "progressive") else 0
+        more = 2 * len(image.getbands()) * image.width * image.height * bool(
+            image.info.get("progressive"))
         image.draft(None, (2 * size, 2 * size))
         # Bytes a pixel: decoded, and what the conversions below make of it.
         depth = {"L": 2, "1": 3}.get(image.mode, 20 if image.mode[0] in "IF" else 12)
         with hold(image.width * image.height * depth + more):
-            return _stretch(_to_grey(image), size)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "F":
+                raise BadImage("floating-point grey values, whose range is not known")
+            if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate it
+                values = np.asarray(image).astype(np.float32)
+                values *= np.float32(255 / (4095 if values.max() <= 4095 else 65535))
+                return _stretch(Image.fromarray(values), size)
+            if image.mode in ("P", "PA"):
+                image = image.convert("RGBA")
+            # Not pasted on a background: what a viewer shows of an X-ray is its colour.
+            return _stretch(image if image.mode == "L" else image.convert("L"), size)
     except TOO_MANY_PIXELS:
         raise BadImage("more pixels than any radiograph") from None
     except UnidentifiedImageError:
@@ -1420,22 +1354,8 @@ def _check_pixels(width: int, height: int) -> None:
         raise BadImage(f"{width}x{height} pixels is more than any radiograph")
 
 
-def _to_grey(image: Image.Image) -> Image.Image:
-    """An opened image, upright, as grey values: mode L, or F in 0..255 if it has 16 bits."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise BadImage("floating-point grey values, whose range is not known")
-    if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate it
-        values = np.asarray(image).astype(np.float32)
-        return Image.fromarray(values * np.float32(255 / (4095 if values.max() <= 4095 else 65535)))
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")
-    # Not pasted on a background: what a viewer shows of an X-ray is its colour.
-    return image if image.mode == "L" else image.convert("L")
-
-
 def _stretch(image: Image.Image, size: int) -> np.ndarray:
-    """A grey image, 8-bit or float in 0..255, as uint8 [size,size]."""
+    """Stretch a grey image, 8-bit or float in 0..255, to uint8 [size,size]."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased
     values = np.asarray(image)
@@ -1455,15 +1375,14 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
         with hold(dicom.Rows * dicom.Columns * planes * 24):  # float64 on the way
             values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
             kind = dicom.PhotometricInterpretation
-            if values.ndim != 2:
-                raise BadImage(f"DICOM with {values.ndim} dimensions, not a single grey image")
-            if kind not in ("MONOCHROME1", "MONOCHROME2"):
-                raise BadImage(f"DICOM with {kind} pixels, not grey ones")
+            if values.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2"):
+                raise BadImage(f"DICOM with {kind} pixels in {values.ndim} dimensions, not a "
+                               "single grey image")
             values = values.astype(np.float32)
             low, high = values.min(), values.max()
             values = (values - low) * (255 / max(high - low, 1e-6))
-            return _stretch(
-                Image.fromarray(255 - values if kind == "MONOCHROME1" else values), size)
+            values = 255 - values if kind == "MONOCHROME1" else values
+            return _stretch(Image.fromarray(values), size)
     except BadImage:
         raise
     except Exception as error:  # pydicom answers damage with nearly every kind of error
@@ -1473,7 +1392,6 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------
 # Memory
 
-
 class Cancelled(Exception):
     """The iteration that this work was for has ended."""
 
@@ -1481,15 +1399,14 @@ class Cancelled(Exception):
 class Memory:
     """The bytes that images may take in all streams that share it. Safe among threads.
 
-    Files in flight may take an eighth, pixels being decoded a quarter: a thread that wants more
-    waits until others have done. `left` is for decoded images, cached or waiting for their batch:
-    each stream takes a fixed part of it when it is made, and keeps to that by itself.
+    Files in flight may take an eighth, pixels being decoded a quarter. The rest is for decoded
+    images, cached or waiting for their batch: each stream sets a fixed part aside when it is made.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.most = limit, {"files": limit // 8, "pixels": limit // 4}
-        self.left = limit - sum(self.most.values())
-        self.held, self.peak = {"files": 0, "pixels": 0}, 0
+        self.limit, files, pixels = limit, limit // 8, limit // 4
+        self.most = {"files": files, "pixels": pixels, "images": limit - files - pixels}
+        self.held, self.peak_bytes = dict.fromkeys(self.most, 0), 0
         self._change = threading.Condition()
         keep_one_heap()
 
@@ -1503,7 +1420,7 @@ class Memory:
         with self._change:
             self._change.wait_for(lambda: self.held[use] + count <= most)
             self.held[use] += count
-            self.peak = max(self.peak, sum(self.held.values()))
+            self.peak_bytes = max(self.peak_bytes, sum(self.held.values()))
         try:
             yield
         finally:
@@ -1511,19 +1428,12 @@ class Memory:
                 self.held[use] -= count
                 self._change.notify_all()
 
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes taken so far: files and pixels, and what streams have set aside for images."""
-        return self.peak + self.limit - sum(self.most.values()) - self.left
-
 
 def keep_one_heap() -> None:
-    """Let all threads take memory from one heap that keeps what is freed (Linux with glibc;
-    elsewhere do nothing).
+    """Let all threads take memory from one heap that keeps what is freed (Linux with glibc).
 
-    Otherwise each of 8 threads keeps a heap of its own: four times the bytes that are counted. And
-    each large activation or image is asked of the kernel anew and zeroed: on a CPU a tenth to a
-    third of a training step, and of drawing a phantom half.
+    Otherwise 8 threads keep 8 heaps, of four times the bytes that are counted, and large arrays are
+    asked of the kernel anew and zeroed: on a CPU a tenth to a third of a training step.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
@@ -1533,7 +1443,6 @@ def keep_one_heap() -> None:
 
 # ----------------------------------------------------------------------------------------------
 # The stream
-
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """Order of an epoch: a permutation of range(count), int64, a pure function of its arguments.
@@ -1560,10 +1469,9 @@ class ImageStream(IterableDataset):
     incomplete last batch is dropped; without one it is the order of `samples`, and complete.
     Rank r of `world` gets the r-th of as many slices of each batch (perhaps an empty one).
 
-    Threads read and decode ahead, and end when the iteration does. One iteration at a time stays
-    within `memory` (bytes, or a Memory that streams share; `share` is the most that this one takes
-    of what is left for images). If `cache`, the first of `samples` are cached for later epochs, as
-    many as fit; the others are read again each time.
+    Threads read and decode ahead. One iteration at a time stays within `memory` (bytes, or a Memory
+    that streams share: at most `share` of what is left for images). If `cache`, as many of the
+    first of `samples` as fit are cached for later epochs.
 
     Unreadable images are skipped, and named in `bad` with the reason. More than 5 % of them (and
     more than one) end the run with a UserError if `stop_on_bad`.
@@ -1574,35 +1482,31 @@ class ImageStream(IterableDataset):
                  cache: bool = True, rank: int = 0, world: int = 1,
                  stop_on_bad: bool = True) -> None:
         self.source, self.samples, self.image_size = source, samples, image_size
-        self.memory = Memory(memory) if isinstance(memory, int) else memory
+        self.memory = memory = Memory(memory) if isinstance(memory, int) else memory
         self.seed, self.rank, self.world, self.stop_on_bad = seed, rank, world, stop_on_bad
-        self.batch_size = batch_size if seed is None else min(batch_size, len(samples))
+        self.batch_size = size = batch_size if seed is None else min(batch_size, len(samples))
         self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
         self.blocks = source.blocks(samples)
-        # Images of one block that are wanted within `_span` images are fetched together.
         grouped = len(np.unique(self.blocks)) < len(samples)
-        self._span, ahead = (SHUFFLE_WINDOW,) * 2 if grouped else (1, 4 * source.threads)
 
         # What is set aside, in images: two batches, as one is made while the consumer has the one
-        # before it; a window for those on their way, which are a batch, what is fetched together
-        # with it, and some ahead of it; and the cache.
-        pixels, least = image_size**2, 3 * self.batch_size + 1
-        wanted = least + self._span + max(batch_size, ahead)
-        room = int(share * self.memory.left) // pixels
-        if room < least:
+        # before it; a window for those on their way; and the cache.
+        pixels = image_size**2
+        room = int(share * (memory.most["images"] - memory.held["images"])) // pixels - 2 * size
+        if room <= size:
             raise UserError(
-                f"--memory-limit-gb: {self.memory.limit / 2**30:.4f} is too little for batches of "
-                f"{self.batch_size} images of {image_size}x{image_size} pixels; "
-                f"{7 * least * pixels / 2**30 + 5e-5:.4f} is enough")
-        self.cached = min(len(samples), room - min(wanted, max(least, room // 2))) if cache else 0
-        self.window = min(wanted, room - self.cached) - 2 * self.batch_size
-        self.bound = (2 * self.batch_size + self.window + self.cached) * pixels  # bytes
-        self.memory.left -= self.bound
+                f"--memory-limit-gb: {memory.limit / 2**30:.4f} is too little for batches of "
+                f"{size} images of {image_size}x{image_size} pixels; "
+                f"{7 * (3 * size + 1) * pixels / 2**30 + 5e-5:.4f} is enough")
+        wanted = size + (2 * SHUFFLE_WINDOW if grouped else max(size, 4 * source.threads))
+        self.window = min(wanted, max(size + 1, room // 2) if cache else room)
+        self.cached = min(len(samples), room - self.window) if cache else 0
+        self.bound = (2 * size + self.window + self.cached) * pixels  # bytes
+        memory.held["images"] += self.bound
         self._cache = np.empty((self.cached, image_size, image_size), np.uint8)
         self._is_cached = np.zeros(len(samples), dtype=bool)
-        # A batch fits into the window beside all that is fetched before its last image.
-        self._span = min(self._span, (self.window - self.batch_size + 1) // 2)
+        self._span = min(SHUFFLE_WINDOW, self.window // 2)
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -1644,8 +1548,14 @@ class ImageStream(IterableDataset):
         # epoch need read it.
         rest = order[len(self) * size :] if self.world == 1 else order[:0]
         batches.append(rest[(rest < self.cached) & ~self._is_cached[rest]])
-        with contextlib.closing(self._load(batches, self.stop_on_bad)) as loaded:
+        with contextlib.closing(self._load(batches)) as loaded:
             for number, batch in zip(numbers, loaded, strict=False):
+                if self.stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * n):
+                    key, reason = list(self.bad.items())[-1]
+                    raise UserError(
+                        f"--data {self.source.spec}: {len(self.bad)} of {n} images cannot be read, "
+                        f"more than {MAX_BAD_SHARE:.0%}; the last is {key}: {reason}. Replace or "
+                        "remove them")
                 self.next_batch = number + 1
                 if len(batch[0]) or self.world > 1:  # where every batch is counted on
                     yield batch
@@ -1654,62 +1564,53 @@ class ImageStream(IterableDataset):
     def every(self, step: int) -> Batches:
         """Iterate over every step-th of `samples`, whole for every rank. Shares the cache."""
         positions = np.arange(0, len(self.samples), step)
-        return self._load([positions[i : i + self.batch_size]
-                           for i in range(0, len(positions), self.batch_size)], False)
+        return self._load(np.split(positions, range(self.batch_size, len(positions),
+                                                    self.batch_size)))
 
     def _groups(self, batches: list[np.ndarray]) -> Iterator[list[int]]:
-        """Yield the positions that must be read, in the order in which they are wanted, but
-        neighbours together."""
-        wanted = np.concatenate(batches)
-        wanted = wanted[~self._is_cached[wanted]]
+        """Yield the positions that must be read, in the order in which they are wanted, but those
+        of one block together that are wanted within `_span` images."""
+        wanted = [i for i in np.concatenate(batches).tolist()
+                  if not self._is_cached[i] and self.samples[i].key not in self.bad]
         for start in range(0, len(wanted), self._span):
-            blocks: dict[int, list[int]] = {}
-            for i in wanted[start : start + self._span].tolist():
-                if self.samples[i].key not in self.bad:  # found in an earlier epoch
-                    blocks.setdefault(int(self.blocks[i]), []).append(i)
+            blocks = defaultdict(list)
+            for i in wanted[start : start + self._span]:
+                blocks[self.blocks[i]].append(i)
             yield from blocks.values()
 
-    def _load(self, batches: list[np.ndarray], stop_on_bad: bool) -> Batches:
+    def _load(self, batches: list[np.ndarray]) -> Batches:
         """Yield the images of each batch of positions that can be read, and their positions."""
         groups = self._groups(batches)
-        group = next(groups, [])
+        group = next(groups, None)
         loading: dict[int, Future] = {}  # images on their way, those of a group by one future
         jobs, cancelled = queue.SimpleQueue[Any](), threading.Event()
         # Daemons: an iteration that is left early waits for no network, nor does Python's end.
         threads = [threading.Thread(target=self._work, args=(jobs, cancelled), daemon=True,
                                     name=f"decode-{i}") for i in range(self.source.threads)]
-
-        def hand_over() -> None:
-            """Give groups to the threads while there is room for their images."""
-            nonlocal group
-            while group and len(loading) + len(group) <= self.window:
-                future: Future = Future()
-                loading.update(dict.fromkeys(group, future))
-                jobs.put((group, future))
-                group = next(groups, [])
-
         try:
-            hand_over()
             for thread in threads:
                 thread.start()
             for batch in batches:
                 images = np.empty((len(batch), 1, self.image_size, self.image_size), np.uint8)
                 positions: list[int] = []
                 for i in batch.tolist():
-                    key = self.samples[i].key
+                    found = None  # no longer held, as its room is given to others
+                    while group and len(loading) + len(group) <= self.window:
+                        future: Future = Future()
+                        loading.update(dict.fromkeys(group, future))
+                        jobs.put((group, future))
+                        group = next(groups, None)
                     if i in loading:
-                        found = loading.pop(i).result().pop(key)
-                        if i < self.cached and not isinstance(found, str):
+                        found = loading.pop(i).result().pop(i)
+                        if isinstance(found, Exception):
+                            self.bad[self.samples[i].key] = str(found)
+                        elif i < self.cached:
                             self._cache[i], self._is_cached[i] = found, True
-                    else:
-                        found = self._cache[i] if self._is_cached[i] else self.bad[key]
-                    if isinstance(found, str):
-                        self._note_bad(key, found, stop_on_bad)
-                        continue
-                    images[len(positions), 0] = found
-                    positions.append(i)
-                found = None  # nor held any longer, as its room is given to others
-                hand_over()
+                    elif self._is_cached[i]:
+                        found = self._cache[i]
+                    if isinstance(found, np.ndarray):  # not bad, now or in an earlier epoch
+                        images[len(positions), 0] = found
+                        positions.append(i)
                 yield (torch.from_numpy(images[: len(positions)]),
                        torch.tensor(positions, dtype=torch.int64))
         finally:
@@ -1724,40 +1625,29 @@ class ImageStream(IterableDataset):
         while (job := jobs.get()) and not cancelled.is_set():
             group, future = job
             try:
-                future.set_result(self._load_group([self.samples[i] for i in group], cancelled))
+                future.set_result(self._load_group(group, cancelled))
             except BaseException as error:  # the consumer raises it
                 future.set_exception(error)
 
-    def _load_group(self, group: list[Sample],
-                    cancelled: threading.Event) -> dict[str, np.ndarray | str]:
-        """Map each sample's key to its image, uint8 [H,W], or to what is wrong with it."""
-        cost, found = self.source.cost(group), {}
+    def _load_group(self, group: list[int],
+                    cancelled: threading.Event) -> dict[int, np.ndarray | Exception]:
+        """Map each position to its image, uint8 [H,W], or to what is wrong with it."""
+        position_of, found = {self.samples[i]: i for i in group}, {}
+        cost, hold = self.source.cost([*position_of]), partial(self.memory.hold, "pixels")
         if cost > self.memory.most["files"] and len(group) > 1:  # together they are too many
-            return {s.key: self._load_group([s], cancelled)[s.key] for s in group}
+            return {i: self._load_group([i], cancelled)[i] for i in group}
         try:
             with self.memory.hold("files", cost):
-                for sample, data in self.source.fetch(group, cancelled):
-                    found[sample.key] = self._decode(data)
+                for sample, data in self.source.fetch([*position_of], cancelled):
+                    try:
+                        found[position_of[sample]] = data if isinstance(data, Exception) else (
+                            decode_image(data, self.image_size, hold))
+                    except BadImage as error:
+                        found[position_of[sample]] = error
                     del data
         except BadImage as error:  # too large a file
-            found |= {s.key: str(error) for s in group if s.key not in found}
+            found[group[0]] = error
         return found
-
-    def _decode(self, data: bytes | Exception) -> np.ndarray | str:
-        if isinstance(data, Exception):
-            return str(data)
-        try:
-            return decode_image(data, self.image_size, partial(self.memory.hold, "pixels"))
-        except BadImage as error:
-            return str(error)
-
-    def _note_bad(self, key: str, reason: str, stop_on_bad: bool) -> None:
-        self.bad[key] = reason
-        if stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * len(self.samples)):
-            raise UserError(
-                f"--data {self.source.spec}: {len(self.bad)} of {len(self.samples)} images cannot "
-                f"be read, more than {MAX_BAD_SHARE:.0%}; the last is {key}: {reason}. Replace "
-                "or remove them")
 
 
 class Loaders(NamedTuple):
@@ -1774,57 +1664,25 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
                        source: Source | None = None) -> Loaders:
     """Make the three streams for a configuration. `stream.samples[position]` tells the label.
 
-    train is shuffled anew for each `stream.set_epoch(n)`. Of train and val, process `rank` of
-    `world` gets its slice of every batch. source: if it has been opened already.
+    Of train and val, process `rank` of `world` gets its slice of every batch. source: if it has
+    been opened already.
     """
     source = source or open_source(config)
     splits = split_for_training(source, config, rank)
     # Ranks on one machine share its memory. Test images are seen once: they need not be cached.
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    size, batch = config.image_size, config.batch_size
-    test = ImageStream(source, splits.test, size, batch, None, memory, 1 / 4, cache=False)
-    val = ImageStream(source, splits.normals("val"), size, batch, None, memory, 1 / 3,
-                      rank=rank, world=world)
-    train = ImageStream(source, splits.train, size, batch, config.seed, memory,
-                        rank=rank, world=world)
+    make = partial(ImageStream, source, image_size=config.image_size,
+                   batch_size=config.batch_size, memory=memory)
+    test = make(splits.test, share=1 / 4, cache=False)
+    val = make(splits.normals("val"), share=1 / 3, rank=rank, world=world)
+    train = make(splits.train, seed=config.seed, rank=rank, world=world)
     return Loaders(train, val, test, source, splits)
 
 
 def describe_memory(loaders: Loaders) -> str:
-    """The bound on what the streams hold, and what it is made of, in one or two lines."""
-    memory, streams = loaders.train.memory, loaders[:3]
-    cached, pixels = sum(stream.cached for stream in streams), loaders.train.image_size**2
+    """Tell in one line the bound on what the streams hold, and how many images they cache."""
+    cached = loaders.train.cached + loaders.val.cached
     there = len(loaders.train.samples) + len(loaders.val.samples)
-    waiting = sum(stream.bound for stream in streams) - cached * pixels
-    files, decoding, images, cache = (f"{math.ceil(count / 1e6):,}" for count in (
-        *memory.most.values(), waiting, cached * pixels))
-    return (f"memory    images never take more than {memory.limit / 1e6:,.0f} MB: files in flight "
-            f"{files}, decoding {decoding}, waiting {images},\n          cached for later epochs "
-            f"{cache} ({'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
-            "validation images)")
-
-
-def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
-    """split_samples for the configuration; UserError if there are too few normals to learn from.
-    Of several processes the first one, which prints the notes, looks for identical files."""
-    normals = sum(s.label == NORMAL for s in source.samples)
-    if normals < MIN_NORMALS:
-        raise UserError(
-            f"--data {source.spec}: {normals} normal images are too few to learn what is normal "
-            f"(at least {MIN_NORMALS}). Train on a larger set, then score this one with: "
-            f"{command('evaluate.py')} RUN_FOLDER --data {source.spec}"
-        )
-    splits = split_samples(source.samples, config.samples)
-    for name, part in (("training", splits.train), ("validation", splits.normals("val"))):
-        if len(part) < 2:
-            raise UserError(f"--data {source.spec}: its {normals} normal images leave {len(part)} "
-                            f"for {name}, because whole patients are kept together and a "
-                            "prescribed test split is kept as it is")
-    if (config.batch_size or 0) > len(splits.train):
-        splits.notes.append(f"--batch-size {config.batch_size}: more than there are training "
-                            "images, which all make one step")
-    if rank == 0 and not isinstance(source, PhantomSource) and (
-            pairs := duplicates_across(source, splits)):
-        splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
-                            f"{pairs[0][0]} and {pairs[0][1]}")
-    return splits
+    return (f"memory    images never take more than {loaders.train.memory.limit / 1e6:,.0f} MB; "
+            f"{'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
+            "validation images are cached")

@@ -52,14 +52,6 @@ def test_an_anomaly_differs_from_its_twin_in_the_mask_and_hardly_elsewhere() -> 
         draw_phantom(0, kind="fracture")
 
 
-def test_the_same_patient_at_another_size_is_the_same_anatomy() -> None:
-    small = np.stack([draw_phantom(i, 64)[0].ravel() for i in range(8)])
-    large = np.stack([draw_phantom(i, 128)[0].reshape(64, 2, 64, 2).mean((1, 3)).ravel()
-                      for i in range(8)])
-    alike = np.corrcoef(small, large)[:8, 8:]  # [i,j]: film i at 64 against film j at 128
-    assert (alike.argmax(1) == np.arange(8)).all() and alike.diagonal().min() > 0.9
-
-
 def test_trivial_scores_do_not_solve_the_phantom() -> None:
     source = PhantomSource(250, 64)
 
@@ -77,9 +69,8 @@ def test_phantom_masks_belong_to_the_images_that_are_read() -> None:
     source = PhantomSource(4, 64)
     sick = next(s for s in source.samples if s.finding == "opacity")
     image, mask = draw_phantom(int(sick.patient), 64, kind="opacity")
-    for _ in range(2):  # drawn, and as remembered from reading
-        assert np.array_equal(source.mask(sick, 64), mask)
-        assert np.array_equal(decode_image(source.read(sick), 64), image)
+    assert np.array_equal(source.mask(sick, 64), mask)
+    assert np.array_equal(decode_image(source.read(sick), 64), image)
     assert source.mask(sick, 32).shape == (32, 32)
     assert not source.mask(source.samples[0], 64).any()
 
@@ -121,37 +112,30 @@ NIH = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Ge
        "00000003_000.png,Hernia,0,3,081Y,F,PA,2582,2991,0.143,0.143,\n")
 
 
-def test_nih_is_read_by_column_name_with_its_official_lists() -> None:
+def test_nih_is_read_by_column_name_with_its_official_lists_and_boxes() -> None:
+    first = "images_001/images/00000001_000.png"
     found, left_out = layout(
-        ["images_001/images/00000001_000.png", "images_001/images/00000001_001.png",
-         "images_002/images/00000002_000.png"],
+        [first, "images_001/images/00000001_001.png", "images_002/images/00000002_000.png"],
         {"Data_Entry_2017.csv": NIH + NIH.splitlines()[1], "test_list.txt": "00000002_000.png\n",
-         "train_val_list.txt": "00000001_000.png\n00000001_001.png\n"})
+         "train_val_list.txt": "00000001_000.png\n00000001_001.png\n",
+         "BBox_List_2017.csv": "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
+         "00000001_000.png,Cardiomegaly,256,512,128,256,,,\n"
+         "00000001_000.png,Nodule,0,0,4,4,,,\n"
+         "00000009_000.png,Mass,1,1,9,9,,,\n"})
     rows = [(s.key[-16:], s.patient, s.label, s.finding, s.view, s.split) for s in found.samples]
     assert rows == [("00000001_000.png", "1", 1, "Cardiomegaly|Emphysema", "PA", "train"),
                     ("00000001_001.png", "1", 0, "", "AP", "train"),
                     ("00000002_000.png", "2", 0, "", "PA", "test")]
     assert left_out == {"listed in the table but not there": 1, "listed twice": 1}
-    assert found.boxes == {}
-
-
-def test_nih_boxes_are_shares_of_the_side_and_masks_at_any_size() -> None:
-    name = "images_001/images/00000001_000.png"
-    found, _ = layout([name, "images_002/images/00000002_000.png"], {
-        "Data_Entry_2017.csv": NIH,
-        "BBox_List_2017.csv": "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
-        "00000001_000.png,Cardiomegaly,256,512,128,256,,,\n"
-        "00000001_000.png,Nodule,0,0,4,4,,,\n"
-        "00000009_000.png,Mass,1,1,9,9,,,\n"})
-    assert found.boxes == {name: [(0.25, 0.5, 0.375, 0.75), (0, 0, 1 / 256, 1 / 256)]}
+    # Boxes are shares of the side, and masks at any size.
+    assert found.boxes == {first: [(0.25, 0.5, 0.375, 0.75), (0, 0, 1 / 256, 1 / 256)]}
     source = Source()
     source.masks, source.boxes = {}, found.boxes
-    mask = source.mask(next(s for s in found.samples if s.key == name), 64)
     wanted = np.zeros((64, 64), bool)
     wanted[32:48, 16:24] = True
     wanted[0, 0] = True  # a box under a pixel does not vanish
-    assert np.array_equal(mask, wanted)
-    assert source.mask(next(s for s in found.samples if s.key != name), 64) is None
+    assert np.array_equal(source.mask(found.samples[0], 64), wanted)
+    assert source.mask(found.samples[1], 64) is None
 
 
 def test_covid_rules_keep_frontal_xrays_with_a_stated_finding() -> None:
@@ -203,37 +187,40 @@ def test_links_and_names_that_cannot_be_written_down_do_no_harm(tmp_path: Path) 
 def test_runs_and_the_program_itself_are_no_data(tmp_path: Path) -> None:
     for name in ("normal/0.png", "sick/1.png", "runs/comparison.png", "mine/unet/curves.png"):
         write_image(tmp_path / name)
-    (tmp_path / "runs/trained.json").touch()
-    for name in ("last.pt", "split.csv"):
-        (tmp_path / "mine/unet" / name).touch()
+    for name in ("runs/comparison.html", "mine/unet/last.pt", "mine/unet/split.csv"):
+        (tmp_path / name).touch()
     assert [s.key for s in FolderSource(str(tmp_path)).samples] == ["normal/0.png", "sick/1.png"]
     with pytest.raises(UserError, match="the program's own folder; put the images into one"):
         FolderSource(str(Path(__file__).parent.parent))
 
 
-def test_stray_hidden_and_unlabelled_images_and_masks_are_not_abnormal() -> None:
-    found, left_out = layout(["overview.png", "normal/a.png", "sick/b.png", "masks/b.png",
-                              "Unlabeled/c.png"])
-    assert [s.key for s in found.samples] == ["normal/a.png", "sick/b.png"]
-    assert sum(left_out.values()) == 3 and left_out["in a folder called Unlabeled"] == 1
-    found, left_out = layout(["normal/a (1).png", "normal/a (1)_mask.png", "sick/b.png",
-                              "sick/b_mask.png", "sick/b_mask_1.png", "sick/c_mask.png",
-                              "normal/._a (1).png", ".ipynb_checkpoints/a.png"])
-    assert [s.key for s in found.samples] == ["normal/a (1).png", "sick/b.png", "sick/c_mask.png"]
-    assert left_out == {"masks beside their images": 3}
+@pytest.mark.parametrize(("names", "abnormal", "left_out"), [
+    (["train/good/a.png", "test/good/b.png", "test/scratch/c.png",
+      "ground_truth/scratch/c_mask.png"], ["test/scratch/c.png"],
+     {"in a folder that is neither normal nor beside a normal one": 1}),
+    (["overview.png", "normal/a.png", "sick/b.png", "masks/b.png", "Unlabeled/c.png"],
+     ["sick/b.png"], {"in a folder called Unlabeled": 1,
+                      "in a folder that is neither normal nor beside a normal one": 2}),
+    (["normal/a (1).png", "normal/a (1)_mask.png", "sick/b.png", "sick/b_mask.png",
+      "sick/b_mask_1.png", "sick/c_mask.png", "normal/._a (1).png", ".ipynb_checkpoints/a.png"],
+     ["sick/b.png", "sick/c_mask.png"], {"masks beside their images": 3}),
+])
+def test_folders_beside_a_normal_one_are_abnormal_but_strays_and_masks_are_not(
+    names: list[str], abnormal: list[str], left_out: dict
+) -> None:
+    found, counts = layout(names)
+    assert [s.key for s in found.samples if s.label == ABNORMAL] == abnormal
+    for s in found.samples:
+        folders = Path(s.key).parts
+        assert s.finding == ("" if s.label == NORMAL else folders[-2])
+        assert s.split == (folders[0] if len(folders) == 3 else "")
+    assert counts == left_out
 
 
-def test_class_folders_need_a_normal_one_and_take_its_neighbours_as_abnormal() -> None:
-    found, left_out = layout(["train/good/a.png", "test/good/b.png", "test/scratch/c.png",
-                              "ground_truth/scratch/c_mask.png"])
-    assert [(s.key, s.label, s.finding, s.split) for s in found.samples] == [
-        ("test/good/b.png", 0, "", "test"), ("test/scratch/c.png", 1, "scratch", "test"),
-        ("train/good/a.png", 0, "", "train")]
-    assert sum(left_out.values()) == 1
-    with pytest.raises(UserError, match=r"2 images is known to be normal.*found: pictures"):
-        layout(["pictures/a.png", "pictures/b.png"])
-    with pytest.raises(UserError, match=r"into a folder normal.*it has no folders$"):
-        layout(["a.png", "b.png"])
+@pytest.mark.parametrize(("folder", "says"), [("pictures/", "found: pictures"), ("", "no folders")])
+def test_class_folders_need_a_normal_one(folder: str, says: str) -> None:
+    with pytest.raises(UserError, match=rf"2 images is known to be normal.*{says}$"):
+        layout([f"{folder}a.png", f"{folder}b.png"])
 
 
 def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> None:
@@ -249,6 +236,9 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     assert [(s.key, s.patient, s.label, s.finding, s.split) for s in source.samples] == [
         ("p/0.png", "A", 0, "", "train"), ("p/1.png", "A", 0, "", "train"),
         ("p/2.png", "B", 1, "Nodule", "test")]
+    table, print_ = (tmp_path / "list.csv").read_text(), source.fingerprint()
+    (tmp_path / "list.csv").write_text(table.replace("test", "train"))
+    assert FolderSource(str(tmp_path / "list.csv")).fingerprint() != print_  # it is other data
     found = source.mask(source.samples[2], 32)
     assert found[:16].all() and not found[16:].any() and source.mask(source.samples[0], 32) is None
 
@@ -256,13 +246,13 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
 @pytest.mark.parametrize(("text", "says"), [
     ("path,finding\na.png,x\n", "list.csv has no column label"),
     ("name,label\na.png,0\n", "list.csv has no column path"),
-    ("path,label\na.png,0\nb.png,0\n", "1 of the 2 files it lists are not there"),
+    ("path,label\na.png,0\nb.png,0\n", "1 of the 2 files that list.csv lists are not there"),
     ("path,label\na.png,\n", "row 2: path or label is empty"),
     ("path,label\na.png,7\n", "label 7 is neither 0"),
     ("path,label\na.png,Unknown\n", "row 2: label Unknown says neither normal nor abnormal"),
     ("path,label\na.png,0\na.png,0\n", "row 3: a.png is listed twice"),
     ("path,label,split\na.png,0,dev\n", "split 'dev' is not one of"),
-    ("path,label,mask\na.png,1,gone.png\n", "1 of the 2 files it lists are not there"),
+    ("path,label,mask\na.png,1,gone.png\n", "1 of the 2 files that list.csv lists are not there"),
 ])
 def test_a_wrong_csv_is_one_line_that_names_it(tmp_path: Path, text: str, says: str) -> None:
     write_image(tmp_path / "a.png")
@@ -272,32 +262,25 @@ def test_a_wrong_csv_is_one_line_that_names_it(tmp_path: Path, text: str, says: 
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_empty_and_odd_places_are_one_line_that_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_places_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my films/empty").mkdir(parents=True)
     write_image(tmp_path / "my films/Normal/a.png")
     for name in ("notes.txt", "list.csv"):
         (tmp_path / name).write_text("path;label\n")
-    page = "https://www.kaggle.com/datasets/paul/chest-xray"
     for name, says in (
         ("nowhere", "nothing at {}/nowhere; give a folder, a CSV, kaggle:owner/name, or synthetic"),
-        ("my_films", "did you mean my films?"), ("./lists.csv", "did you mean list.csv?"),
-        ("synthetik", "did you mean synthetic?"),
-        (page, "to read it from Kaggle: --data kaggle:paul/chest-xray"),
+        ("https://www.kaggle.com/datasets/paul/xray", "give a folder, a CSV, kaggle:paul/xray, or"),
         ("my films/empty", "no images in it"), ("notes.txt", "neither a folder nor a CSV file; un"),
         ("list.csv", "its columns, parted by commas, are: path;label"),
-        ("my films/Normal", "give the folder above it, {}/my films, in which Normal is"),
+        ("my films/Normal", "Give a place with a folder normal"),
     ):
         with pytest.raises(UserError, match=r"^[^\n]*$") as told:
             FolderSource(name)
         assert says.format(tmp_path) in str(told.value)
 
 
-def test_a_batch_larger_than_the_data_is_noted_and_too_little_data_refused(
-    xrays: Path, tmp_path: Path
-) -> None:
+def test_a_large_batch_is_noted_and_too_little_data_refused(xrays: Path, tmp_path: Path) -> None:
     for size, notes in ((42, 0), (43, 1)):
         config = Config(data=str(xrays), batch_size=size)
         splits = split_for_training(FolderSource(str(xrays)), config)
@@ -324,8 +307,7 @@ def test_patients_are_never_shared_and_train_is_normal() -> None:
     samples = many(600, NORMAL, 150) + many(200, ABNORMAL, 220)  # many patients have both
     parts = split_samples(samples)
     patients = [{s.patient for s in p} for p in parts[:3]]
-    assert not patients[0] & patients[1] and not patients[0] & patients[2]
-    assert not patients[1] & patients[2]
+    assert sum(map(len, patients)) == len(set().union(*patients))
     assert all(s.label == NORMAL for s in parts.train)
     counts = [len(parts.train), len(parts.normals("val")), len(parts.normals("test"))]
     assert sum(counts) == 600 and 90 <= counts[2] <= 140 and 35 <= counts[1] <= 65
@@ -334,15 +316,6 @@ def test_patients_are_never_shared_and_train_is_normal() -> None:
     # Test takes its share of the normals also where patients have many abnormal images.
     parts = split_samples(many(100, NORMAL, 100) + many(400, ABNORMAL, 100))
     assert len(parts.normals("test")) == 20 and len(parts.train) == 60
-
-
-def test_a_changed_prescribed_split_is_other_data(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.png")
-    prints = set()
-    for split in ("train", "test"):
-        (tmp_path / "list.csv").write_text(f"path,label,split\na.png,0,{split}\n")
-        prints.add(FolderSource(str(tmp_path / "list.csv")).fingerprint())
-    assert len(prints) == 2
 
 
 def test_an_official_test_split_is_respected_and_a_tiny_official_validation_is_not() -> None:
@@ -393,9 +366,7 @@ def test_splits_survive_their_file(tmp_path: Path) -> None:
         read_splits(tmp_path / "split.csv")
 
 
-def test_identical_files_in_two_splits_are_reported_and_few_are_read_in_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_identical_files_in_two_splits_are_reported_and_few_read_in_full(tmp_path: Path) -> None:
     for i in range(60):
         write_image(tmp_path / "train" / "normal" / f"{i}.bmp", i)
     for name, i in (("copy", 11), ("other", 900), ("nearly", 12)):
@@ -404,18 +375,12 @@ def test_identical_files_in_two_splits_are_reported_and_few_are_read_in_full(
     nearly.write_bytes(nearly.read_bytes()[:-1] + b"x")  # like 12.bmp but for the last pixel
     source, read = FolderSource(str(tmp_path)), []
     digest = source.digest
-    monkeypatch.setattr(source, "digest", lambda s: read.append(s.key) or digest(s))
+    source.digest = lambda s: read.append(s.key) or digest(s)
     splits = split_for_training(source, Config(data=str(tmp_path)))
     [note] = [n for n in splits.notes if "identical" in n]
     assert note.startswith("1 pairs") and "11.bmp and test/normal/copy.bmp" in note
     assert sorted(read) == ["test/normal/copy.bmp", "test/normal/nearly.bmp",
                             "train/normal/11.bmp", "train/normal/12.bmp"]
-
-
-def test_the_table_of_the_data_names_counts_and_sizes(xrays: Path) -> None:
-    source = FolderSource(str(xrays))
-    text = describe(source, split_for_training(source, Config(data=str(xrays))))
-    assert str(xrays) in text and "40x40" in text and "abnormal 12" in text
 
 
 # ----------------------------------------------------------------------------------------------
@@ -431,23 +396,18 @@ def encoded(image: Image.Image, kind: str = "PNG", **how: object) -> bytes:
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))  # 64x64, dark left, bright right
 
 
-def test_grey_colour_palette_and_transparency_come_out_the_same() -> None:
+def test_grey_of_8_or_16_bits_colour_palette_and_transparency_come_out_the_same() -> None:
     grey = Image.fromarray(RAMP)
     opaque = Image.fromarray(np.dstack([RAMP] * 3 + [np.full_like(RAMP, 90)]))
     palette = Image.fromarray((RAMP // 4).astype(np.uint8), "P")
     palette.putpalette([v for i in range(64) for v in (4 * i,) * 3])
-    for image in (grey, grey.convert("RGB"), opaque, grey.convert("LA"), palette):
-        assert np.array_equal(decode_image(encoded(image), 64), RAMP), image.mode
-    assert np.abs(decode_image(encoded(grey, "JPEG", quality=95), 64) - RAMP.astype(int)).max() < 8
-
-
-def test_sixteen_bit_grey_is_scaled_not_saturated() -> None:
     full = Image.fromarray(RAMP.astype(np.uint16) * 257)
     twelve = Image.fromarray((RAMP.astype(np.uint32) * 4095 // 255).astype(np.uint16))
-    assert np.array_equal(decode_image(encoded(full), 64), RAMP)
-    assert np.array_equal(decode_image(encoded(twelve), 64), RAMP)
+    for image in (grey, grey.convert("RGB"), opaque, grey.convert("LA"), palette, full, twelve):
+        assert np.array_equal(decode_image(encoded(image), 64), RAMP), image.mode
+    assert np.abs(decode_image(encoded(grey, "JPEG", quality=95), 64) - RAMP.astype(int)).max() < 8
     bright = Image.fromarray(np.array([[0, 65535]] * 2, np.uint16))
-    assert decode_image(encoded(bright), 2).tolist() == [[0, 255]] * 2
+    assert decode_image(encoded(bright), 2).tolist() == [[0, 255]] * 2  # not saturated
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -515,7 +475,7 @@ def test_an_image_or_mask_of_absurd_size_is_refused_before_it_is_decoded(tmp_pat
     (tmp_path / "mask.png").write_bytes(png)
     (tmp_path / "list.csv").write_text("path,label,mask\na.png,1,mask.png\n")
     source = FolderSource(str(tmp_path))
-    with pytest.raises(UserError, match=r"mask\.png cannot be read as a mask"):
+    with pytest.raises(UserError, match=r"mask\.png is no readable mask"):
         source.mask(source.samples[0], 32)
 
 
@@ -551,9 +511,7 @@ def test_dicom_is_scaled_inverted_and_windowed() -> None:
     assert 0 < windowed[~low & ~high].mean() < 255
 
 
-def test_dicom_with_colours_or_without_a_decoder_is_a_bad_image_in_one_line(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dicom_that_cannot_be_decoded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadImage, match="DICOM with PALETTE COLOR pixels"):
         decode_image(dicom("PALETTE COLOR"), 64)
     content = dicom("MONOCHROME2")
@@ -562,16 +520,14 @@ def test_dicom_with_colours_or_without_a_decoder_is_a_bad_image_in_one_line(
         raise RuntimeError("Unable to decompress, because all plugins lack:\n\tgdcm\n\tpylibjpeg")
 
     monkeypatch.setattr("pydicom.dcmread", no_plugin)
-    with pytest.raises(BadImage, match="DICOM: Unable to decompress, because all plugins lack: "
-                                       "gdcm pylibjpeg"):
+    with pytest.raises(BadImage, match=r"DICOM: Unable .* all plugins lack: gdcm pylibjpeg"):
         decode_image(content, 64)
 
 
 def test_dicom_without_pydicom_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = b"\0" * 128 + b"DICM" + b"\0" * 100
-    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(UserError, match="pip install 'pydicom>=3'"):
-        decode_image(content, 32)
+        decode_image(b"\0" * 128 + b"DICM" + b"\0" * 100, 32)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -589,23 +545,9 @@ def test_an_epochs_order_is_a_permutation_and_depends_on_seed_and_epoch_alone(co
         assert np.abs(np.diff(order)).min() >= 1 and (np.abs(np.diff(order)) == 1).mean() < 0.35
 
 
-def test_validation_is_complete_and_training_drops_a_different_rest_each_epoch() -> None:
-    source = PhantomSource(70, 32)
-    samples = source.samples[:70]
-    plain = ImageStream(source, samples, 32, 16)
-    assert torch.cat([p for _, p in plain]).tolist() == list(range(70)) and len(plain) == 5
-    stream = ImageStream(source, samples, 32, 16, seed=1)
-    seen = []
-    for epoch in range(2):
-        stream.set_epoch(epoch)
-        seen.append(torch.cat([p for _, p in stream]).tolist())
-        assert len(seen[-1]) == 64 == len(set(seen[-1])) and len(stream) == 4
-    assert set(seen[0]) != set(seen[1])
-
-
 def test_batches_hold_the_right_pixels_in_any_epoch(xrays: Path) -> None:
     source = FolderSource(str(xrays))
-    for memory, cache, kept in ((1 << 30, True, 82), (100 << 10, True, 31), (1 << 20, False, 0)):
+    for memory, cache, kept in ((1 << 30, True, 82), (100 << 10, True, 26), (1 << 20, False, 0)):
         stream = ImageStream(source, source.samples, 32, 9, seed=0, memory=memory, cache=cache)
         assert stream.cached == kept
         for epoch in range(2):
@@ -650,7 +592,7 @@ def test_a_bad_image_is_skipped_counted_and_named_and_many_stop_the_run(tmp_path
         assert list(stream.bad) == ["normal/07.png"]
     for i in (1, 2, 3):
         (tmp_path / "normal" / f"{i:02d}.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"3 of 40 images cannot be read, more than 5%"):
+    with pytest.raises(UserError, match=r"4 of 40 images cannot be read, more than 5%.*07.png"):
         list(ImageStream(source, source.samples, 32, 8))
 
 
@@ -658,16 +600,21 @@ def test_what_fits_in_memory_is_read_once_for_calibration_and_training() -> None
     source = Counting(44, 32)
     stream = ImageStream(source, source.samples[:44], 32, 8, seed=0)
     assert sum(len(x) for x, _ in stream.every(4)) == 11
+    seen = []
     for epoch in range(3):
         stream.set_epoch(epoch)
-        assert sum(len(x) for x, _ in stream) == 40  # what training leaves over is read, too
+        seen.append({*torch.cat([p for _, p in stream]).tolist()})
+        assert len(seen[-1]) == 40  # what training leaves over is read, too
+    assert seen[0] != seen[1]  # it is different in each epoch
     assert sum(len(x) for x, _ in stream.every(1)) == source.reads == 44
 
 
-def test_loaders_in_two_lines(xrays: Path) -> None:
+def test_loaders_in_two_lines_and_the_table_of_the_data(xrays: Path) -> None:
     loaders = create_dataloaders(tiny(xrays.parent, data=str(xrays), samples=None))
     images, positions = next(iter(loaders.train))
     assert images.shape == (16, 1, 32, 32)
     assert all(loaders.train.samples[i].label == NORMAL for i in positions)
     assert all(s.label == NORMAL for s in loaders.val.samples)
     assert any(s.label == ABNORMAL for s in loaders.test.samples)
+    text = describe(loaders.source, loaders.splits)
+    assert str(xrays) in text and "abnormal 12" in text and "every image counts as a pat" in text
