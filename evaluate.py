@@ -21,21 +21,22 @@ from config import Parser, UserError, command, require_packages, run_command
 def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     """Read the command line: keyword arguments for `evaluate` or `predict`."""
     parser = Parser("evaluate.py", __doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or "
-                        "the folder above: every run in it that has its model's name")
-    parser.add_argument("--data", metavar="SPEC", help="other data to test on: synthetic, a "
-                        "folder, a CSV or kaggle:owner/name (default: what the run was trained on)")
-    parser.add_argument("--split", default="test", metavar="{test,val}",
-                        help="val: choose settings there, never on test (default: test)")
-    parser.add_argument("--samples", type=int, metavar="N",
-                        help="at most N images, drawn evenly from both labels (default: all)")
-    parser.add_argument("--scorer", metavar="NAME", help="fused, zscore, peak, texture, haze, "
-                        "trace, mse, ssim, or all for a table of every one (default: fused)")
-    parser.add_argument("--image", metavar="PATH", help="score this image, or every image in "
-                        "this folder, instead of testing")
-    parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
-                        "in the run folder); a number is added if predictions are there already")
-    parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or the folder above: "
+        "every run in it that has its model's name")
+    add("--data", metavar="SPEC", help="other data to test on: synthetic, a folder, a CSV or "
+        "kaggle:owner/name (default: what the run was trained on)")
+    add("--split", default="test", metavar="{test,val}",
+        help="val: choose settings there, never on test (default: test)")
+    add("--samples", type=int, metavar="N",
+        help="at most N images, drawn evenly from both labels (default: all)")
+    add("--scorer", metavar="NAME", help="fused, zscore, peak, texture, haze, trace, mse, ssim, or "
+        "all for a table of every one (default: fused)")
+    add("--image", metavar="PATH", help="score this image, or every image in this folder, instead "
+        "of testing")
+    add("--out", metavar="DIR", help="where --image writes (default: predictions in the run "
+        "folder); a number is added if predictions are there already")
+    add("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
     arguments = parser.values(argv)
     if not arguments["runs"]:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
@@ -127,13 +128,8 @@ class TrainedRun:
 
     def __call__(self, images: np.ndarray | Tensor, scorer: str = DEFAULT_SCORER,
                  ) -> tuple[np.ndarray, ...]:
-        """(reconstructions [n,1,H,W] in [0,1], anomaly maps [n,1,H,W], scores [n]) as arrays.
-
-            run = load_run("runs/unet")
-            reconstruction, anomaly_map, score = run(images)
-
-        images: array or tensor [n,1,H,W], uint8, or float in [0,1]; H = W = config.image_size.
-        UserError if they are not.
+        """(reconstructions [n,1,H,W] in [0,1], anomaly maps [n,1,H,W], scores [n]) of images
+        [n,1,H,W], uint8, or float in [0,1]; H = W = config.image_size. UserError if they are not.
         """
         x, side = torch.as_tensor(images).cpu(), self.config.image_size
         if x.is_floating_point() and x.numel() and x.min() >= 0 and x.max() <= 1:
@@ -159,11 +155,12 @@ class TrainedRun:
         return ImageStream(source, samples, self.config.image_size, batch_size,
                            memory=self.config.memory_bytes, cache=False, stop_on_bad=stop_on_bad)
 
-    def normals(self, source: Source, split: str) -> list[Sample]:
-        """List the normal images of one of its splits, as far as the source has them."""
-        there = {s.key for s in source.samples}
-        splits = read_splits(self.folder / "split.csv")
-        return [s for s in splits.normals(split) if s.key in there]
+    def some_normals(self, source: Source, split: str, most: int) -> list[Tensor]:
+        """Read a few normal images of one of its splits, those that can be: [B,1,H,W], ..."""
+        there, splits = {s.key for s in source.samples}, read_splits(self.folder / "split.csv")
+        normals = [s for s in splits.normals(split) if s.key in there]
+        step = max(1, math.ceil(len(normals) / most))
+        return [images for images, _ in self.stream(source, normals[::step])]
 
 
 def check_scorer(name: str) -> None:
@@ -477,31 +474,27 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
             raise error if data else UserError(
                 f"{error}. {run.folder} was trained on it: if it lies elsewhere now, name that "
                 "place with --data") from None
-        samples, external, notes = samples_to_score(run, source, split)
-        samples = draw_evenly(samples, limit)
-        if not samples:
+        chosen, external, notes = samples_to_score(run, source, split)
+        plan = Result(run, source, draw_evenly(chosen, limit), scorer, split, external)
+        if not plan.samples:
             raise UserError(f"--data {source.spec}: no images to score in its {split} split")
-        if not plans:
+        plans.append(plan)
+        if len({tuple((s.key, s.patient, s.label) for s in p.samples) for p in plans}) > 1:
+            raise UserError(f"{run.folder} and {runs[0].folder} cannot be compared: their test "
+                            "images differ; name common data with --data, or the runs to compare")
+        if len(plans) == 1:
             log.info(f"testing   {source.title}")
             notes += [f"left out: {n:,} {reason}" for reason, n in source.left_out.most_common()]
             for note in ["external test: nothing is fitted to these images"] * external + notes:
                 log.info(f"          note: {note}")
-        elif [(s.key, s.patient, s.label) for s in samples] != [
-                (s.key, s.patient, s.label) for s in plans[0].samples]:
-            raise UserError(f"{run.folder} and {runs[0].folder} cannot be compared: their test "
-                            "images differ; name common data with --data, or the runs to compare")
-        plans.append(Result(run, source, samples, scorer, split, external))
     return plans
 
 
 def training_reference(run: TrainedRun, source: Source) -> np.ndarray:
-    """Read up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores.
-    UserError if none can be read."""
-    normals = run.normals(source, "train")
-    stream = run.stream(source, normals[:: max(1, math.ceil(len(normals) / 400))])
-    if not (found := [images.numpy() for images, _ in stream]):
+    """Read up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores."""
+    if not (found := run.some_normals(source, "train", 400)):
         raise UserError(f"none of the training images of {run.folder} can be read")
-    return np.concatenate(found)
+    return torch.cat(found).numpy()
 
 
 def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
@@ -641,15 +634,12 @@ def evaluate(
     runs: str | Path | Sequence[str | Path], data: str | None = None, split: str = "test",
     samples: int | None = None, scorer: str | None = None, device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Test runs on the test split of their data (or on other `data`); the metrics of each run.
-
-    Shows the tables, and writes <run>/eval/<data name>/ and for several runs the comparison in the
-    folder above them. Instead of runs the folder above may be given: every run in it that has its
-    model's name. Runs that differ by their seed alone are compared as one.
-    """
+    """Test runs, or all in a folder, on the test split of their data (or on other `data`): the
+    metrics of each. Shows the tables, and writes <run>/eval/<data name>/ and for several runs the
+    comparison in the folder above. Runs that differ by their seed alone are compared as one."""
     with on_screen():
         given = [runs] if isinstance(runs, str | Path) else runs
-        paths = list({path.resolve(): path for g in given for path in runs_in(g)}.values())
+        paths = {path.resolve(): path for g in given for path in runs_in(g)}.values()
         by = DEFAULT_SCORER if scorer in (None, "all") else scorer
         check_scorer(by)
         if split not in ("test", "val"):
@@ -674,10 +664,7 @@ def evaluate(
             r.metrics = measure_all(r, weights, scorer == "all")
             write_test(r)
         groups = {name: [r for r in tested if r.run in group] for name, group in named.items()}
-        again = {"data": data, "split": split, "samples": samples, "scorer": scorer}
-        default = {"data": None, "split": "test", "samples": None, "scorer": None}
-        report(tested, groups, all_verdicts(groups, weights),
-               to_type("evaluate.py", paths, again, default))
+        report(tested, groups, all_verdicts(groups, weights))
     return [r.metrics for r in tested]
 
 
@@ -743,17 +730,14 @@ def cautions(tested: list[Result]) -> list[str]:
     return found
 
 
-def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str],
-           again: str) -> None:
-    """Show what was found, and write it to report.html or the comparison. again: what to type to
-    evaluate like this once more."""
+def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str]) -> None:
+    """Show what was found, and write it to report.html or the comparison."""
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
     tables, sentences = result_tables(tested, groups), [*verdicts, *cautions(tested)]
+    trained_on = [PHANTOM if r.run.config.data == "synthetic" else relative(r.run.config.data)
+                  for r in tested]
     facts = {
-        "Trained on": "; ".join(dict.fromkeys(
-            PHANTOM if data == "synthetic" else relative(data)
-            for data in (r.run.config.data for r in tested))),
-        "Tested on": first.about,
+        "Trained on": "; ".join(dict.fromkeys(trained_on)), "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
         f"abnormal, of {m['n_patients']:,} patients"
         + (f"; {len(first.bad)} could not be read" if first.bad else "")}
@@ -779,14 +763,13 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         pictures |= {r.folder / file: f"{name}: {text}" for file, text in PICTURES.items()
                      if not (several and file == "scores.png")}  # in comparison.png
         pictures[r.run.folder / "curves.png"] = f"{name}: loss in training"
-    default = {k: f.default for k, f in FIELDS.items() if k != "model"}
+    made = {r.run.name: f"{command_to_train(r.run.config)}\n{r.run.made_with}; data "
+                        f"{r.run.fingerprint}" for r in tested}
+    made["This test"] = (
+        f"torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}, "
+        f"{first.run.setup.device.type}, {first.run.setup.precision}; data {m['data_fingerprint']}")
     write_page(page, f"{' and '.join(groups)}, {'compared' if several else 'tested'}", sentences,
-               facts, tables, pictures, {r.run.name: "{}\n{}; data {}".format(
-                   to_type("train.py", [], dataclasses.asdict(r.run.config), default),
-                   r.run.made_with, r.run.fingerprint) for r in tested} | {
-        "This test": f"{again}\ntorch {torch.__version__}, numpy {np.__version__}, scikit-learn "
-                     f"{sklearn.__version__}, {first.run.setup.device.type}, "
-                     f"{first.run.setup.precision}; data {m['data_fingerprint']}"})
+               facts, tables, pictures, made)
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
 
 
@@ -799,12 +782,11 @@ def relative(path: str | Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
-def to_type(script: str, paths: Sequence[Path], settings: dict[str, Any],
-            default: dict[str, Any]) -> str:
-    """Give what to type to start a script with these settings, as far as they are not default."""
-    words = ["python", script, *map(relative, paths)]
-    for name, value in settings.items():
-        if name not in default or value != default[name]:
+def command_to_train(config: Config) -> str:
+    """Give what to type to train a run again: model, and every setting that is not the default."""
+    words = ["python", "train.py"]
+    for name, value in dataclasses.asdict(config).items():
+        if name == "model" or value != FIELDS[name].default:
             words += [flag(name if value else f"no_{name}")] if isinstance(value, bool) else [
                 flag(name), relative(str(value))]
     return shlex.join(words)
@@ -889,8 +871,7 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
         if len(groups) < len(tested):
             tables.append(Table("AUROC over seeds; the tables below hold means over them", [
                 "", "seeds", "mean", "standard deviation", "lowest", "highest"], [
-                [name, str(len(x)),
-                 *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
+                [name, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
                 for name, x in aurocs.items() if len(x) > 1]))
         tables.append(Table("Trivial scores, which need no model, each in its better direction", [
             "", "AUROC (95 % interval)"], [[name, decimal(x, first["baselines_ci"][name])]
@@ -1019,7 +1000,7 @@ def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
     every = np.concatenate([r.scores for r in tested])
     bins = np.linspace(every.min(), max(np.quantile(every, 0.995), every.min() + 1e-9), 31)
     for r, axes, colour in zip(tested, histograms, itertools.cycle(COLOURS), strict=False):
-        curve, told = ([], []), "needs normal\nand abnormal images"
+        curve, told = ([0], [0]), "needs normal\nand abnormal images"
         if r.metrics["auroc"] is not None:
             curve = roc_curve(r.labels, r.scores)[:2]
             told = decimal(r.metrics["auroc"], r.metrics["auroc_ci"])
@@ -1053,14 +1034,19 @@ def read_again(r: Result, positions: Sequence[int]) -> Tensor:
     return torch.cat(images)
 
 
+def views_of(output: Output, scores: dict[str, Tensor], maps: Tensor) -> np.ndarray:
+    """Put side by side what was scored: image, reconstructions and map of each, [n,V,H,W]."""
+    return torch.cat([output.images, output.reconstructions, maps], 1).cpu().numpy()
+
+
 def tiles_of(r: Result, images: Tensor, masks: Sequence[np.ndarray | None],
-             above: Sequence[str]) -> list[list[Tile]]:
+             above: Sequence[str] = ()) -> list[list[Tile]]:
     """Make tiles of uint8 images [n,1,H,W]: of each the image, with a text above, the
     reconstructions, and the map."""
-    output, _, maps = r.run.score(images, r.scorer)
-    views = torch.cat([output.images, output.reconstructions, maps], 1).cpu().numpy()
     return [[Tile(image, text), *map(Tile, backs), Tile(image, "", map_, mask)]
-            for (image, *backs, map_), mask, text in zip(views, masks, above, strict=True)]
+            for (image, *backs, map_), mask, text in zip(
+                views_of(*r.run.score(images, r.scorer)), masks, above or [""] * len(masks),
+                strict=True)]
 
 
 def cases_of(r: Result, cases: dict[int, str]) -> list[list[Tile]]:
@@ -1107,12 +1093,11 @@ def draw_test(r: Result, folder: Path, percentiles: list[float]) -> None:
 def draw_healing(r: Result, file: Path) -> None:
     """Draw three validation normals, corrupted as in training, and what the model makes of them;
     below them a tested image with a finding."""
-    config, normals = r.run.config, r.run.normals(r.source, "val")
-    three = r.run.stream(r.source, normals[:: max(1, len(normals) // 3)][:3])
-    for clean, _ in three:
+    config = r.run.config
+    for clean in r.run.some_normals(r.source, "val", 3):
         draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
         seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
-        names, masks = ["normal"] * len(clean), [None] * len(clean)
+        names, masks = ["normal"] * len(clean), list[np.ndarray | None]([None] * len(clean))
         if sick := [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]:
             middle = sick[len(sick) // 2]
             image = read_again(r, [middle])
@@ -1120,7 +1105,7 @@ def draw_healing(r: Result, file: Path) -> None:
             names.append(describe_sample(r.samples[middle]))
             masks.append(r.mask(r.samples[middle]))
         rows = [[Tile(image), *tiles] for image, tiles in zip(
-            clean[:, 0].numpy() / 255, tiles_of(r, seen, masks, [""] * len(seen)), strict=True)]
+            clean[:, 0].numpy() / 255, tiles_of(r, seen, masks), strict=True)]
         titles = ["image", "what the model sees", "healed", "healed, without skips"]
         rows[0] = [tile._replace(above=text) for tile, text in zip(
             rows[0], [*titles[: len(rows[0]) - 1], "map"], strict=True)]
@@ -1273,22 +1258,22 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
-                    output, scores, maps = trained.score(images, scorer)
-                    views = torch.cat([output.images, output.reconstruction, maps], 1).cpu().numpy()
-                    percentiles = trained.scorer.percentile(scorer, scores[scorer])
-                    for i, (seen, back, map_), score, percentile in zip(
-                            positions.tolist(), views, scores[scorer].tolist(),
-                            percentiles.tolist(), strict=True):
+                    _, scores, _ = scored = trained.score(images, scorer)
+                    percentiles = trained.scorer.percentile(scorer, scores[scorer]).tolist()
+                    for i, score, percentile, (seen, back, *_, map_) in zip(
+                            positions.tolist(), scores[scorer].tolist(), percentiles,
+                            views_of(*scored), strict=True):
                         rows.append({"image": source.samples[i].key, "score": round(score, 6),
                                      "percentile_among_normals": round(percentile, 1),
                                      "threshold": round(threshold, 6),
                                      "verdict": "abnormal" if score > threshold else "normal"})
                         np.save(folder / f"{stems[i]}_map.npy", map_)
-                        tiles = [Tile(seen, "input"), Tile(back, "reconstruction"),
-                                 Tile(seen, "anomaly map", map_)]
-                        save_picture(folder / f"{stems[i]}_heatmap.png",
-                                     f"{TOLD.format(**rows[-1])} ({trained.name})",
-                                     [Row("", tiles)], scorer, max(float(map_.max()), usual))
+                        save_picture(
+                            folder / f"{stems[i]}_heatmap.png",
+                            f"{TOLD.format(**rows[-1])} ({trained.name})", [Row("", [
+                                Tile(seen, "input"), Tile(back, "reconstruction"),
+                                Tile(seen, "anomaly map", map_)])],
+                            scorer, max(float(map_.max()), usual))
                         bar.update(1)
         finally:  # also when it was interrupted
             if rows:
@@ -1296,16 +1281,14 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         bad = source.bad | stream.bad
         if not rows:
             raise UserError(f"--image {image}: cannot be read as an image ({min(bad.values())})")
-        for name, reason in bad.items():
-            log.info(f"skipped   {name}: {reason}")
-        for row in rows[:40]:
-            log.info(TOLD.format(**row))
-        if len(rows) > 40:
-            log.info(f"... and {len(rows) - 40} more in predictions.csv")
-        log.info(f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
-                 f"{len(trained.scorer.normal_scores[scorer])} validation normals. Not a diagnosis."
-                 f"\nwritten   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
-                 "predictions.csv")
+        more = [f"... and {len(rows) - 40} more in predictions.csv"] if len(rows) > 40 else []
+        log.info("\n".join([
+            *(f"skipped   {name}: {reason}" for name, reason in bad.items()),
+            *(TOLD.format(**row) for row in rows[:40]), *more,
+            f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
+            f"{len(trained.scorer.normal_scores[scorer])} validation normals. Not a diagnosis.",
+            f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
+            "predictions.csv"]))
     return rows
 
 
