@@ -68,7 +68,7 @@ import re
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -339,10 +339,6 @@ class TrivialScores:
         return scores
 
 
-# ----------------------------------------------------------------------------------------------
-# Which images are scored
-
-
 def samples_to_score(run: TrainedRun, source: Source, split: str,
                      ) -> tuple[list[Sample], bool, list[str]]:
     """(samples, whether this is an external test, notes) for a run on a source.
@@ -408,7 +404,7 @@ def draw_evenly(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 
 # ----------------------------------------------------------------------------------------------
-# Scoring and measuring
+# Scoring
 
 
 @dataclass
@@ -428,8 +424,7 @@ class Result:
     # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
     # sum, and its share of the image's area, which is what a map that knows nothing would give.
     located: list[tuple[bool, float, float]] = field(default_factory=list)
-    pixels: np.ndarray = field(  # how many outside, and inside of masks lie between PIXEL_BOUNDS
-        default_factory=lambda: np.zeros((2, len(PIXEL_BOUNDS) - 1)))
+    pixels: Any = 0  # [2,n]: how many outside, and inside of masks lie between PIXEL_BOUNDS
     metrics: dict[str, Any] = field(default_factory=dict)
     folder: Path = Path()  # where it is written
 
@@ -455,9 +450,8 @@ class Result:
         """Where its lesions are, bool [H,W]: nowhere in a normal image of a source with masks."""
         size = self.run.config.image_size
         mask = self.source.mask(sample, size)
-        if mask is None and sample.label == NORMAL and getattr(self.source, "masks", None):
-            return np.zeros((size, size), dtype=bool)
-        return mask
+        empty = mask is None and sample.label == NORMAL and getattr(self.source, "masks", None)
+        return np.zeros((size, size), dtype=bool) if empty else mask
 
 
 def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int | None,
@@ -538,12 +532,11 @@ def locate(r: Result, map_: np.ndarray, mask: np.ndarray) -> None:
     """Hold an anomaly map [H,W] against the mask [H,W] of its lesions."""
     if mask.any():
         energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
-        away = distance_transform_edt(~mask)  # of each pixel from the lesions
-        r.located.append((bool(away.flat[map_.argmax()] <= PEAK_TOLERANCE * len(mask)), energy,
-                          float(mask.mean())))
+        away = distance_transform_edt(~mask).flat[map_.argmax()]  # of the peak from the lesions
+        r.located.append((bool(away <= PEAK_TOLERANCE * len(mask)), energy, float(mask.mean())))
     if not r.source.boxes:  # a box holds much besides its lesion
-        for row, values in zip(r.pixels, (map_[~mask], map_[mask]), strict=True):
-            row += np.histogram(values.clip(0), PIXEL_BOUNDS)[0]
+        r.pixels = r.pixels + np.stack([
+            np.histogram(values.clip(0), PIXEL_BOUNDS)[0] for values in (map_[~mask], map_[mask])])
 
 
 def mean_of(values: np.ndarray) -> float | None:
@@ -598,7 +591,7 @@ def localisation(r: Result) -> dict[str, Any]:
     """Measure how well the maps point at lesions. Those as large as the median count as large."""
     hits, energies, areas = np.array(r.located).T
     large, pixel_auroc = areas >= np.median(areas), None
-    if r.pixels.any(axis=1).all():  # of the map as a test of each pixel
+    if np.any(r.pixels, axis=-1).all():  # of the map as a test of each pixel
         truth, level = np.indices(r.pixels.shape).reshape(2, -1)
         pixel_auroc = float(roc_auc_score(truth, level, sample_weight=r.pixels.ravel()))
     return {"pixel_auroc": pixel_auroc, "n_located": len(hits),
@@ -627,7 +620,7 @@ def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str,
 
 
 # ----------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation: figures, tables, the page
 
 
 def evaluate(
@@ -686,7 +679,7 @@ def write_test(r: Result) -> None:
         | {k: float(f"{v[i]:.6g}") for k, v in r.scored.items()}
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
         for i, s in enumerate(r.samples)])
-    draw_test(r, folder, percentiles[r.scorer])
+    draw_test(r, folder)
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
     r.folder = folder
 
@@ -790,10 +783,6 @@ def command_to_train(config: Config) -> str:
             words += [flag(name if value else f"no_{name}")] if isinstance(value, bool) else [
                 flag(name), relative(str(value))]
     return shlex.join(words)
-
-
-# ----------------------------------------------------------------------------------------------
-# Tables
 
 
 class Table(NamedTuple):
@@ -910,7 +899,7 @@ def training_cost(run: TrainedRun) -> dict[str, float | None]:
 
 
 # ----------------------------------------------------------------------------------------------
-# Pictures
+# Pictures and page
 
 
 SIDE, GAP, LINE = 1.6, 0.08, 0.16  # inches: a tile's side, between tiles, a line of text
@@ -1024,7 +1013,7 @@ def describe_sample(sample: Sample) -> str:
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
 
 
-def read_again(r: Result, positions: Sequence[int]) -> Tensor:
+def read_again(r: Result, positions: Iterable[int]) -> Tensor:
     """Read images that have been scored once more: uint8 [n,1,H,W]."""
     stream = r.run.stream(r.source, [r.samples[i] for i in positions])
     images = [images for images, _ in stream]
@@ -1034,25 +1023,15 @@ def read_again(r: Result, positions: Sequence[int]) -> Tensor:
     return torch.cat(images)
 
 
-def views_of(output: Output, scores: dict[str, Tensor], maps: Tensor) -> np.ndarray:
-    """Put side by side what was scored: image, reconstructions and map of each, [n,V,H,W]."""
-    return torch.cat([output.images, output.reconstructions, maps], 1).cpu().numpy()
-
-
-def tiles_of(r: Result, images: Tensor, masks: Sequence[np.ndarray | None],
+def tiles_of(r: Result, images: Tensor, positions: Iterable[int] = (),
              above: Sequence[str] = ()) -> list[list[Tile]]:
     """Make tiles of uint8 images [n,1,H,W]: of each the image, with a text above, the
-    reconstructions, and the map."""
-    return [[Tile(image, text), *map(Tile, backs), Tile(image, "", map_, mask)]
-            for (image, *backs, map_), mask, text in zip(
-                views_of(*r.run.score(images, r.scorer)), masks, above or [""] * len(masks),
-                strict=True)]
-
-
-def cases_of(r: Result, cases: dict[int, str]) -> list[list[Tile]]:
-    """Make tiles of tested images: position -> text above."""
-    return tiles_of(r, read_again(r, list(cases)), [r.mask(r.samples[i]) for i in cases],
-                    list(cases.values()))
+    reconstructions, and the map, with the lesions of tested images at these positions."""
+    output, _, maps = r.run.score(images, r.scorer)
+    views = torch.cat([output.images, output.reconstructions, maps], 1).cpu().numpy()
+    masks = [r.mask(r.samples[i]) for i in positions]
+    return [[Tile(image, text or ""), *map(Tile, backs), Tile(image, "", map_, mask)]
+            for (image, *backs, map_), mask, text in itertools.zip_longest(views, masks, above)]
 
 
 def worst(r: Result) -> tuple[list[int], list[int]]:
@@ -1062,30 +1041,33 @@ def worst(r: Result) -> tuple[list[int], list[int]]:
     return order[sick & ~flagged].tolist(), order[~sick & flagged][::-1].tolist()
 
 
-def draw_test(r: Result, folder: Path, percentiles: list[float]) -> None:
+def draw_cases(r: Result, file: Path, title: str, *groups: dict[int, str]) -> None:
+    """Draw image, reconstruction and map of tested images, one group below the other: position ->
+    text above."""
+    rows: list[Row] = []
+    for group in filter(None, groups):
+        images, backs, *_, maps = zip(*tiles_of(r, read_again(r, group), group, [
+            f"{text}\n{describe_sample(r.samples[i])}\nscore {r.scores[i]:.3g}"
+            for i, text in group.items()]), strict=True)
+        rows += [Row("image", images), Row("reconstruction", backs), Row("anomaly map", maps)]
+    save_picture(file, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer)
+
+
+def draw_test(r: Result, folder: Path) -> None:
     """Draw the scores, the images with the highest, borderline and lowest ones, the worst misses
     and false alarms, and healing."""
-    m, title = r.metrics, f"{r.run.name}, tested on {r.about}"
-    save_picture(folder / "scores.png", title, tested=[r])
+    save_picture(folder / "scores.png", f"tested on {r.about}", tested=[r])
     chosen: dict[int, str] = {}
-    away = abs(r.scores - m["threshold"])
+    away = abs(r.scores - r.metrics["threshold"])
     for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
         chosen |= dict.fromkeys([i for i in np.argsort(order).tolist() if i not in chosen][:3], why)
-    missed, flagged = ({i: r.samples[i].key.rpartition("/")[2][-18:] for i in found[:8]}
-                       for found in worst(r))
-    counts = [f"{len(found)} of {m[f'n_{kind}']} {kind} images {wrong}" for found, kind, wrong in
-              zip(worst(r), ("abnormal", "normal"), ("missed", "flagged"), strict=True)]
-    for file, groups, what in (
-            ("examples.png", [chosen], f"threshold {m['threshold']:.3g}"),
-            ("worst.png", [missed, flagged], f"{' and '.join(counts)}: the worst, with percentiles "
-                                             "among validation normals")):
-        rows: list[Row] = []
-        for group in filter(None, groups):
-            images, backs, *_, maps = zip(*cases_of(r, {
-                i: f"{text}\n{describe_sample(r.samples[i])}\n{r.scores[i]:.3g}, percentile "
-                   f"{percentiles[i]:.0f}" for i, text in group.items()}), strict=True)
-            rows += [Row("image", images), Row("reconstruction", backs), Row("anomaly map", maps)]
-        save_picture(folder / file, f"{title}\n{what}", rows, r.scorer)
+    draw_cases(r, folder / "examples.png", f"threshold {r.metrics['threshold']:.3g}", chosen)
+    missed, flagged = worst(r)
+    draw_cases(r, folder / "worst.png", f"{len(missed)} of {r.metrics['n_abnormal']} abnormal "
+               f"images missed, {len(flagged)} of {r.metrics['n_normal']} normal images flagged: "
+               f"the worst of them, threshold {r.metrics['threshold']:.3g}", *(
+                   {i: r.samples[i].key.rpartition("/")[2][-18:] for i in found[:8]}
+                   for found in (missed, flagged)))
     if not r.external:
         draw_healing(r, folder / "healing.png")
 
@@ -1093,33 +1075,28 @@ def draw_test(r: Result, folder: Path, percentiles: list[float]) -> None:
 def draw_healing(r: Result, file: Path) -> None:
     """Draw three validation normals, corrupted as in training, and what the model makes of them;
     below them a tested image with a finding."""
-    config = r.run.config
+    config, rows = r.run.config, list[Row]()
     for clean in r.run.some_normals(r.source, "val", 3):
         draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
         seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
-        names, masks = ["normal"] * len(clean), list[np.ndarray | None]([None] * len(clean))
-        if sick := [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]:
-            middle = sick[len(sick) // 2]
-            image = read_again(r, [middle])
-            clean, seen = torch.cat([clean, image]), torch.cat([seen, image])
-            names.append(describe_sample(r.samples[middle]))
-            masks.append(r.mask(r.samples[middle]))
-        rows = [[Tile(image), *tiles] for image, tiles in zip(
-            clean[:, 0].numpy() / 255, tiles_of(r, seen, masks), strict=True)]
+        rows += [Row("normal", [Tile(image[0] / 255), *tiles])
+                 for image, tiles in zip(clean.numpy(), tiles_of(r, seen), strict=True)]
+    sick = [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]
+    for i in sick[len(sick) // 2 :][:1] if rows else []:
+        (tiles,) = tiles_of(r, read_again(r, [i]), [i])
+        rows.append(Row(describe_sample(r.samples[i]), [tiles[0], *tiles]))
+    if rows:
         titles = ["image", "what the model sees", "healed", "healed, without skips"]
-        rows[0] = [tile._replace(above=text) for tile, text in zip(
-            rows[0], [*titles[: len(rows[0]) - 1], "map"], strict=True)]
+        rows[0] = Row("normal", [tile._replace(above=text) for tile, text in zip(
+            rows[0].tiles, [*titles[: len(rows[0].tiles) - 1], "map"], strict=True)])
         # The colours end where the least of the maps does: corruptions are stronger than findings.
-        save_picture(file, f"{r.run.name}, objective {config.objective}",
-                     list(map(Row, names, rows)), r.scorer,
-                     min(map_top([tiles[-1].map]) for tiles in rows))
+        save_picture(file, f"{r.run.name}, objective {config.objective}", rows, r.scorer,
+                     min(map_top([row.tiles[-1].map]) for row in rows))
 
 
 def draw_comparison(tested: list[Result], file: Path) -> None:
-    """Draw ROC and histograms of all runs, and below the same example cases through every model.
-
-    The cases have the middle score of the six most common findings, normal among them: the picture
-    shows what is usual, and nothing is picked by hand.
+    """Draw ROC and histograms of all runs, and below the same example cases through every model:
+    those with the middle score of the six most common findings, so that nothing is picked by hand.
     """
     first, kinds = tested[0], [describe_sample(s) for s in tested[0].samples]
     order, cases = np.argsort(first.scores).tolist(), {}
@@ -1127,19 +1104,14 @@ def draw_comparison(tested: list[Result], file: Path) -> None:
         cases[[i for i in order if kinds[i] == kind][count // 2]] = kind
     rows: list[list[Tile]] = [[] for _ in cases]
     for r in tested:
-        name = f"{textwrap.fill(r.run.name, 22)}\nreconstruction"
-        for row, i, (image, back, *_, map_) in zip(rows, cases, cases_of(
-                r, dict.fromkeys(cases, "")), strict=True):
+        names = [f"{textwrap.fill(r.run.name, 22)}\nreconstruction"] + [""] * (len(cases) - 1)
+        for row, i, name, (image, back, *_, map_) in zip(
+                rows, cases, names, tiles_of(r, read_again(r, cases), cases), strict=True):
+            row += [] if row else [image._replace(above="input" if name else "")]
             row += [back._replace(above=name), map_._replace(above=f"score {r.scores[i]:.3g}")]
-            row[:0] = [] if r is not first else [image._replace(above="input" if name else "")]
-            name = ""
     save_picture(file, f"{first.metrics['n_normal']} normal and {first.metrics['n_abnormal']} "
                  f"abnormal images, tested on {first.about}",
                  list(map(Row, cases.values(), rows)), first.scorer, tested=tested)
-
-
-# ----------------------------------------------------------------------------------------------
-# The page: one file that needs nothing but a browser
 
 
 PAGE = Template("""<!doctype html>
@@ -1238,12 +1210,10 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     with on_screen():
         trained, scorer = load_run(run, device), scorer or DEFAULT_SCORER
         check_scorer(scorer)
-        source, rows = NewImages(Path(image)), list[dict[str, Any]]()
+        source, rows, number = NewImages(Path(image)), list[dict[str, Any]](), 1
         wanted = folder = Path(out) if out else trained.folder / "predictions"
-        for number in itertools.count(2):
-            if not (folder / "predictions.csv").exists():
-                break
-            folder = Path(f"{wanted}-{number}")
+        while (folder / "predictions.csv").exists():
+            folder, number = Path(f"{wanted}-{number + 1}"), number + 1
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1258,22 +1228,21 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
-                    _, scores, _ = scored = trained.score(images, scorer)
-                    percentiles = trained.scorer.percentile(scorer, scores[scorer]).tolist()
-                    for i, score, percentile, (seen, back, *_, map_) in zip(
-                            positions.tolist(), scores[scorer].tolist(), percentiles,
-                            views_of(*scored), strict=True):
+                    output, scores, maps = trained.score(images, scorer)
+                    views = torch.cat([output.images, output.reconstruction, maps], 1).cpu().numpy()
+                    for i, score, percentile, (seen, back, map_) in zip(
+                            positions.tolist(), scores[scorer].tolist(), trained.scorer.percentile(
+                                scorer, scores[scorer]).tolist(), views, strict=True):
                         rows.append({"image": source.samples[i].key, "score": round(score, 6),
                                      "percentile_among_normals": round(percentile, 1),
                                      "threshold": round(threshold, 6),
                                      "verdict": "abnormal" if score > threshold else "normal"})
                         np.save(folder / f"{stems[i]}_map.npy", map_)
-                        save_picture(
-                            folder / f"{stems[i]}_heatmap.png",
-                            f"{TOLD.format(**rows[-1])} ({trained.name})", [Row("", [
-                                Tile(seen, "input"), Tile(back, "reconstruction"),
-                                Tile(seen, "anomaly map", map_)])],
-                            scorer, max(float(map_.max()), usual))
+                        tiles = [Tile(seen, "input"), Tile(back, "reconstruction"),
+                                 Tile(seen, "anomaly map", map_)]
+                        save_picture(folder / f"{stems[i]}_heatmap.png",
+                                     f"{TOLD.format(**rows[-1])} ({trained.name})",
+                                     [Row("", tiles)], scorer, max(float(map_.max()), usual))
                         bar.update(1)
         finally:  # also when it was interrupted
             if rows:
@@ -1281,10 +1250,10 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         bad = source.bad | stream.bad
         if not rows:
             raise UserError(f"--image {image}: cannot be read as an image ({min(bad.values())})")
-        more = [f"... and {len(rows) - 40} more in predictions.csv"] if len(rows) > 40 else []
         log.info("\n".join([
             *(f"skipped   {name}: {reason}" for name, reason in bad.items()),
-            *(TOLD.format(**row) for row in rows[:40]), *more,
+            *(TOLD.format(**row) for row in rows[:40]),
+            *[f"... and {len(rows) - 40} more in predictions.csv"] * (len(rows) > 40),
             f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
             f"{len(trained.scorer.normal_scores[scorer])} validation normals. Not a diagnosis.",
             f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
