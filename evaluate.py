@@ -932,7 +932,7 @@ def save_picture(file: Path, title: str, rows: Sequence[Row] = (), scorer: str =
     """Save a picture, whatever the user's settings of matplotlib: ROC curves and scores of tests,
     and below them rows of tiles. top: where the maps' colours end; by default almost all do."""
     columns = max((len(row.tiles) for row in rows), default=3)
-    wide = max(columns * (SIDE + GAP) + 1.6, 4.2 * (1 + len(tested)) * bool(tested))
+    wide = max(columns * (SIDE + GAP) + 1.9, 4.2 * (1 + len(tested)) * bool(tested))
     title = "\n".join(textwrap.fill(line, int(12 * wide)) for line in title.split("\n"))
     heights = [4.4] * bool(tested) + [
         0.3 + sum(row.above + SIDE + GAP for row in rows)] * bool(rows) or [0.3]
@@ -985,6 +985,8 @@ def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
     """Draw the ROC curves of tests on matplotlib's subfigure, and beside them histograms of the
     scores on one scale: normal images in grey, abnormal ones in the run's colour."""
     roc, *histograms = figure.subplots(1, 1 + len(tested))
+    for axes in histograms[1:]:
+        axes.sharey(histograms[0])
     roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
     every = np.concatenate([r.scores for r in tested])
     bins = np.linspace(every.min(), max(np.quantile(every, 0.995), every.min() + 1e-9), 31)
@@ -1002,7 +1004,6 @@ def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
                      label="threshold (95 % of\nvalidation normals)")
         axes.set(xlabel=f"anomaly score ({r.scorer})", ylabel="images", title=r.run.name)
         axes.legend(frameon=False, fontsize=9)
-        axes.sharey(histograms[0])
     roc.legend(loc="lower right", frameon=False, fontsize=9)
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
             title="ROC, with AUROC and its 95 % interval", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
