@@ -244,26 +244,25 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
 # Statistics
 
 
-def weighted_metrics(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted_metrics(scores: np.ndarray, labels: np.ndarray,
+                     weights: np.ndarray | None = None) -> np.ndarray:
     """Compute AUROC and average precision of scores [n] against labels [n] in {0,1}, under each row
-    of weights [R,n]: [2,R]. NaN where a row has no image of one label left. Equal scores count half
-    in the AUROC, and enter the precision together."""
+    of weights [R,n] (default: every image once): [2,R]. NaN where a row has no image of one label
+    left. Equal scores count half in the AUROC, and enter the precision together."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf))
-    w, y = weights[:, order], labels[order]
-    positive = np.add.reduceat(w * y, starts, axis=1)
-    negative = np.add.reduceat(w * (1 - y), starts, axis=1)
-    true, false = positive.cumsum(axis=1), negative.cumsum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        below = false[:, -1:] - false
-        auroc = (positive * (below + negative / 2)).sum(1) / (true[:, -1] * false[:, -1])
-        precision = np.where(true > 0, true / (true + false), 0.0)
-        return np.stack([auroc, (positive * precision).sum(1) / true[:, -1]])
-
-
-def auroc_of(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the AUROC with every image counted once."""
-    return float(weighted_metrics(scores, labels, np.ones((1, len(labels))))[0, 0])
+    weights, y = np.ones((1, len(labels))) if weights is None else weights, labels[order]
+    found = []
+    for rows in np.array_split(weights, max(1, weights.size // 500_000)):  # faster, and smaller
+        positive = np.add.reduceat(rows[:, order] * y, starts, axis=1)
+        negative = np.add.reduceat(rows[:, order] * (1 - y), starts, axis=1)
+        true, false = positive.cumsum(axis=1), negative.cumsum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            below = false[:, -1:] - false
+            auroc = (positive * (below + negative / 2)).sum(1) / (true[:, -1] * false[:, -1])
+            precision = np.where(true > 0, true / (true + false), 0.0)
+            found.append(np.stack([auroc, (positive * precision).sum(1) / true[:, -1]]))
+    return np.concatenate(found, axis=1)
 
 
 def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
@@ -279,25 +278,18 @@ def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
     return weights
 
 
-def bootstrap(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """weighted_metrics [2,R], a few rows at a time, which is faster and takes less memory."""
-    parts = np.array_split(weights, max(1, weights.size // 500_000))
-    return np.concatenate([weighted_metrics(scores, labels, part) for part in parts], axis=1)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
+def interval(values: np.ndarray) -> tuple[float, ...]:
     """Give the central 95 % of bootstrap values, NaNs left out."""
     values = values[np.isfinite(values)]
-    low, high = np.quantile(values, (0.025, 0.975)) if len(values) else (math.nan, math.nan)
-    return float(low), float(high)
+    return tuple(np.quantile(values, (0.025, 0.975)).tolist() if len(values) else [math.nan] * 2)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
-                      weights: np.ndarray) -> tuple[float, float, float]:
+                      weights: np.ndarray) -> tuple[float, ...]:
     """(mean AUROC of scores b minus that of scores a, its 95 % interval): both on the same
     resamples. a, b: [n], or [S,n] of S seeds, averaged within each resample."""
-    one, two = (np.mean([bootstrap(x, labels, weights)[0] for x in np.atleast_2d(scores)], axis=0)
-                for scores in (a, b))
+    one, two = (np.mean([weighted_metrics(x, labels, weights)[0] for x in np.atleast_2d(scores)],
+                        axis=0) for scores in (a, b))
     return float(two[0] - one[0]), *interval(two[1:] - one[1:])
 
 
@@ -525,7 +517,8 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
         if 0 < is_ap.sum() < len(is_ap):
             every["is it an AP view"] = is_ap
         # Each in the direction that tells more: its AUROC is then the most it can claim.
-        r.trivial = {k: -v if auroc_of(v, r.labels) < 0.5 else v for k, v in every.items()}
+        r.trivial = {k: -v if weighted_metrics(v, r.labels)[0, 0] < 0.5 else v
+                     for k, v in every.items()}
 
 
 def locate(r: Result, map_: np.ndarray, mask: np.ndarray) -> None:
@@ -567,7 +560,7 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
         chance = betabinom.cdf(under, len(well), rank, len(normal) + 1 - rank)
         result |= {"specificity_ci": (float(low), float(high)), "specificity_chance": float(chance)}
     if len(sick) and len(well):
-        drawn = bootstrap(scores, labels, weights)
+        drawn = weighted_metrics(scores, labels, weights)
         for name, values in zip(("auroc", "average_precision"), drawn, strict=True):
             result |= {name: float(values[0]), f"{name}_ci": interval(values[1:])}
         result |= {f"auroc_by_{kind}": by_group(r, scores, kind) for kind in ("finding", "view")}
@@ -583,7 +576,8 @@ def by_group(r: Result, scores: np.ndarray, kind: str) -> dict[str, dict[str, fl
     for value, count in Counter(values[grouped].tolist()).most_common(12):
         chosen = (values == value) | ~grouped
         if value and len(set(labels[chosen])) == 2:
-            table[value] = {"auroc": auroc_of(scores[chosen], labels[chosen]), "n": count}
+            auroc, _ = weighted_metrics(scores[chosen], labels[chosen])[:, 0].tolist()
+            table[value] = {"auroc": auroc, "n": count}
     return table if kind == "finding" or len(set(values) - {""}) > 1 else {}
 
 
@@ -611,7 +605,7 @@ def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str,
         "model": r.run.config.model, "seed": r.run.config.seed, "unreadable": r.bad,
         "left_out": dict(r.source.left_out)}
     if metrics["auroc"] is not None:
-        drawn = {k: bootstrap(v, r.labels, weights)[0] for k, v in r.trivial.items()}
+        drawn = {k: weighted_metrics(v, r.labels, weights)[0] for k, v in r.trivial.items()}
         metrics |= {"baselines": {k: float(values[0]) for k, values in drawn.items()},
                     "baselines_ci": {k: interval(values[1:]) for k, values in drawn.items()}}
     if every_scorer:
@@ -664,14 +658,14 @@ def evaluate(
 def write_test(r: Result) -> None:
     """Write what a test found to <run>/eval/<data name>/; with a digest added to that name if other
     data of that name is there."""
-    name, fingerprint = r.source.name + "-val" * (r.split == "val"), r.metrics["data_fingerprint"]
-    folder = r.run.folder / "eval" / name
+    m, name = r.metrics, r.source.name + "-val" * (r.split == "val")
+    folder = r.folder = r.run.folder / "eval" / name
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         there = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        if there["data_fingerprint"] != fingerprint:
-            folder = folder.with_name(f"{name}-{fingerprint[:6]}")
+        if there["data_fingerprint"] != m["data_fingerprint"]:
+            folder = r.folder = folder.with_name(f"{name}-{m['data_fingerprint'][:6]}")
     folder.mkdir(parents=True, exist_ok=True)
-    train.write_text(folder / "metrics.json", json.dumps(r.metrics, indent=2) + "\n")
+    train.write_text(folder / "metrics.json", json.dumps(m, indent=2) + "\n")
     percentiles = {k: r.run.scorer.percentile(k, torch.from_numpy(v)).tolist()
                    for k, v in r.scored.items()}
     write_csv(folder / "scores.csv", [
@@ -679,9 +673,20 @@ def write_test(r: Result) -> None:
         | {k: float(f"{v[i]:.6g}") for k, v in r.scored.items()}
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
         for i, s in enumerate(r.samples)])
-    draw_test(r, folder)
+    save_picture(folder / "scores.png", f"tested on {r.about}", tested=[r])
+    chosen: dict[int, str] = {}
+    away, threshold = abs(r.scores - m["threshold"]), f"threshold {m['threshold']:.3g}"
+    for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
+        chosen |= dict.fromkeys([i for i in np.argsort(order).tolist() if i not in chosen][:3], why)
+    draw_cases(r, folder / "examples.png", threshold, chosen)
+    missed, flagged = worst(r)
+    draw_cases(r, folder / "worst.png", f"{len(missed)} of {m['n_abnormal']} abnormal images "
+               f"missed, {len(flagged)} of {m['n_normal']} normal images flagged: the worst of "
+               f"them, {threshold}", *({i: r.samples[i].key.rpartition("/")[2][-18:]
+                                        for i in found[:8]} for found in (missed, flagged)))
+    if not r.external:
+        draw_healing(r, folder / "healing.png")
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
-    r.folder = folder
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -920,11 +925,6 @@ class Row(NamedTuple):
     beside: str
     tiles: Sequence[Tile]
 
-    @property
-    def above(self) -> float:
-        """Inches that the texts above the tiles take."""
-        return LINE * max(tile.above.count("\n") + bool(tile.above) for tile in self.tiles)
-
 
 @matplotlib.style.context({"text.parse_math": False}, after_reset=True)  # a $ in a name is a $
 def save_picture(file: Path, title: str, rows: Sequence[Row] = (), scorer: str = "",
@@ -934,27 +934,31 @@ def save_picture(file: Path, title: str, rows: Sequence[Row] = (), scorer: str =
     columns = max((len(row.tiles) for row in rows), default=3)
     wide = max(columns * (SIDE + GAP) + 1.9, 4.2 * (1 + len(tested)) * bool(tested))
     title = "\n".join(textwrap.fill(line, int(12 * wide)) for line in title.split("\n"))
-    heights = [4.4] * bool(tested) + [
-        0.3 + sum(row.above + SIDE + GAP for row in rows)] * bool(rows) or [0.3]
+    heights = [4.4] * bool(tested) + [0.3 + sum(map(height_of, rows))] * bool(rows) or [0.3]
     figure = Figure(figsize=(wide, sum(heights) + LINE * (2 + title.count("\n"))),
                     layout="constrained")
-    upper, *_, lower = figure.subfigures(len(heights), 1, False, height_ratios=heights)[[0, -1], 0]
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     if tested:
-        draw_scores(upper, tested)
+        draw_scores(parts[0], tested)
     if rows:
-        draw_grid(lower, rows, scorer, top)
+        draw_grid(parts[-1], rows, scorer, top)
     figure.suptitle(title, fontsize=9)
     figure.savefig(file, dpi=110)
+
+
+def height_of(row: Row) -> float:
+    """Inches that a row takes, with the texts above its tiles."""
+    return SIDE + GAP + LINE * max(t.above.count("\n") + bool(t.above) for t in row.tiles)
 
 
 def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None) -> None:
     """Draw rows of tiles on matplotlib's subfigure, all in one coordinate system of inches, which
     is far faster than one for each."""
-    maps = [tile.map for row in rows for tile in row.tiles if tile.map is not None]
-    top = top or map_top(maps)
-    axes, y = figure.subplots(), 0.0
+    top = top or map_top([t.map for row in rows for t in row.tiles if t.map is not None])
+    axes, bottom = figure.subplots(), 0.0
     for row in rows:
-        y += row.above
+        bottom += height_of(row)
+        y = bottom - SIDE - GAP
         axes.text(-0.05, y + SIDE / 2, row.beside, fontsize=8, rotation=90, ha="right", va="center")
         for i, tile in enumerate(row.tiles):
             x = i * (SIDE + GAP)
@@ -967,13 +971,12 @@ def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None) 
             if tile.mask is not None and tile.mask.any():
                 at = (np.arange(len(tile.mask)) + 0.5) * SIDE / len(tile.mask)
                 axes.contour(x + at, y + at, tile.mask, [0.5], colors="#56B4E9", linewidths=1)
-        y += SIDE + GAP
-    axes.set(xlim=(0, max(len(row.tiles) for row in rows) * (SIDE + GAP)), ylim=(y, 0),
+    axes.set(xlim=(0, max(len(row.tiles) for row in rows) * (SIDE + GAP)), ylim=(bottom, 0),
              aspect="equal")
     axes.axis("off")
     unit = "\n(standard deviations\nof training normals)" * (map_name(scorer) in models.Z_MAPS)
-    figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=axes, extend="max",
-                    label=map_name(scorer) + unit, shrink=min(1, 2.5 / y), aspect=15, pad=0.02)
+    figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=axes, extend="max", pad=0.02,
+                    label=map_name(scorer) + unit, shrink=min(1, 2.5 / bottom), aspect=15)
 
 
 def map_top(maps: Sequence[np.ndarray]) -> float:
@@ -1052,25 +1055,6 @@ def draw_cases(r: Result, file: Path, title: str, *groups: dict[int, str]) -> No
             for i, text in group.items()]), strict=True)
         rows += [Row("image", images), Row("reconstruction", backs), Row("anomaly map", maps)]
     save_picture(file, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer)
-
-
-def draw_test(r: Result, folder: Path) -> None:
-    """Draw the scores, the images with the highest, borderline and lowest ones, the worst misses
-    and false alarms, and healing."""
-    save_picture(folder / "scores.png", f"tested on {r.about}", tested=[r])
-    chosen: dict[int, str] = {}
-    away = abs(r.scores - r.metrics["threshold"])
-    for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
-        chosen |= dict.fromkeys([i for i in np.argsort(order).tolist() if i not in chosen][:3], why)
-    draw_cases(r, folder / "examples.png", f"threshold {r.metrics['threshold']:.3g}", chosen)
-    missed, flagged = worst(r)
-    draw_cases(r, folder / "worst.png", f"{len(missed)} of {r.metrics['n_abnormal']} abnormal "
-               f"images missed, {len(flagged)} of {r.metrics['n_normal']} normal images flagged: "
-               f"the worst of them, threshold {r.metrics['threshold']:.3g}", *(
-                   {i: r.samples[i].key.rpartition("/")[2][-18:] for i in found[:8]}
-                   for found in (missed, flagged)))
-    if not r.external:
-        draw_healing(r, folder / "healing.png")
 
 
 def draw_healing(r: Result, file: Path) -> None:
