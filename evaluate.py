@@ -155,12 +155,15 @@ class TrainedRun:
         return ImageStream(source, samples, self.config.image_size, batch_size,
                            memory=self.config.memory_bytes, cache=False, stop_on_bad=stop_on_bad)
 
-    def some_normals(self, source: Source, split: str, most: int) -> list[Tensor]:
-        """Read a few normal images of one of its splits, those that can be: [B,1,H,W], ..."""
+    def some_normals(self, source: Source, split: str, most: int) -> Tensor:
+        """Read a few normal images of its train or val split: uint8 [n,1,H,W]. UserError if none
+        can be read."""
         there, splits = {s.key for s in source.samples}, read_splits(self.folder / "split.csv")
         normals = [s for s in splits.normals(split) if s.key in there]
-        step = max(1, math.ceil(len(normals) / most))
-        return [images for images, _ in self.stream(source, normals[::step])]
+        some = normals[:: max(1, math.ceil(len(normals) / most))]
+        if not (found := [images for images, _ in self.stream(source, some)]):
+            raise UserError(f"none of the {split} images of {self.folder} can be read")
+        return torch.cat(found)
 
 
 def check_scorer(name: str) -> None:
@@ -267,8 +270,7 @@ def weighted_metrics(scores: np.ndarray, labels: np.ndarray,
 
 def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
                     seed: int = 0) -> np.ndarray:
-    """Draw whole patients with replacement: how often each image [n] counts, [1+R,n]. In the first
-    row each counts once."""
+    """Draw whole patients with replacement: how often each image counts, [1+R,n]; first: once."""
     names, of_image = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.Generator(np.random.PCG64(seed))
     weights = np.ones((1 + resamples, len(of_image)), dtype=np.float32)
@@ -286,16 +288,15 @@ def interval(values: np.ndarray) -> tuple[float, ...]:
 
 def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
                       weights: np.ndarray) -> tuple[float, ...]:
-    """(mean AUROC of scores b minus that of scores a, its 95 % interval): both on the same
-    resamples. a, b: [n], or [S,n] of S seeds, averaged within each resample."""
+    """(mean AUROC of scores b minus that of a, its 95 % interval) on the same resamples. a, b: [n],
+    or [S,n] of S seeds, averaged within each resample."""
     one, two = (np.mean([weighted_metrics(x, labels, weights)[0] for x in np.atleast_2d(scores)],
                         axis=0) for scores in (a, b))
     return float(two[0] - one[0]), *interval(two[1:] - one[1:])
 
 
 def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
-    """Put the AUROC difference b - a and its 95 % interval into a plain sentence. It is clear if
-    the interval, as it is shown, leaves out 0."""
+    """Tell the AUROC difference b - a: clear if its 95 % interval, as it is shown, leaves out 0."""
     better, worse = (name_b, name_a) if difference >= 0 else (name_a, name_b)
     if difference < 0:
         difference, low, high = -difference, -high, -low
@@ -476,13 +477,6 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
     return plans
 
 
-def training_reference(run: TrainedRun, source: Source) -> np.ndarray:
-    """Read up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores."""
-    if not (found := run.some_normals(source, "train", 400)):
-        raise UserError(f"none of the training images of {run.folder} can be read")
-    return torch.cat(found).numpy()
-
-
 def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     """Score the images with every scorer, and note which of them could be read."""
     # Several batches of READ_AT_ONCE, so that what is read twice fills some; fewer of large images.
@@ -538,8 +532,7 @@ def mean_of(values: np.ndarray) -> float | None:
 
 
 def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
-    """Compute the metrics with one scorer; None where the labels do not allow a figure. weights:
-    those of patient_weights, [1+R,n]."""
+    """Compute the metrics with one scorer; None where the labels do not allow a figure."""
     scores, labels, normal = r.scored[scorer], r.labels, r.run.scorer.normal_scores[scorer]
     sick, well = scores[labels == ABNORMAL], scores[labels == NORMAL]
     threshold90, threshold95 = (r.run.scorer.threshold(scorer, s) for s in (0.90, 0.95))
@@ -568,8 +561,7 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
 
 
 def by_group(r: Result, scores: np.ndarray, kind: str) -> dict[str, dict[str, float]]:
-    """Compute the AUROC of each finding against all normals, or within the images of each view; {}
-    where findings are not known, or no two views."""
+    """Compute the AUROC of each finding against all normals, or within each of several views."""
     labels, values = r.labels, np.array([getattr(s, kind) for s in r.samples])
     grouped = labels == ABNORMAL if kind == "finding" else np.ones(len(labels), dtype=bool)
     table = {}
@@ -637,7 +629,7 @@ def evaluate(
         first = tested[0]
         try:
             source = open_source(first.run.config) if first.external else first.source
-            trivial = TrivialScores(training_reference(first.run, source))
+            trivial = TrivialScores(first.run.some_normals(source, "train", 400).numpy())
         except UserError as error:
             log.info(f"          note: two trivial scores are left out ({error})")
             trivial = TrivialScores(None)
@@ -656,8 +648,7 @@ def evaluate(
 
 
 def write_test(r: Result) -> None:
-    """Write what a test found to <run>/eval/<data name>/; with a digest added to that name if other
-    data of that name is there."""
+    """Write what a test found to <run>/eval/<data name>/, with a digest if other data is there."""
     m, name = r.metrics, r.source.name + "-val" * (r.split == "val")
     folder = r.folder = r.run.folder / "eval" / name
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -685,7 +676,8 @@ def write_test(r: Result) -> None:
                f"them, {threshold}", *({i: r.samples[i].key.rpartition("/")[2][-18:]
                                         for i in found[:8]} for found in (missed, flagged)))
     if not r.external:
-        draw_healing(r, folder / "healing.png")
+        with contextlib.suppress(UserError):  # its validation images are gone
+            draw_healing(r, folder / "healing.png")
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
 
 
@@ -766,14 +758,20 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
     made["This test"] = (
         f"torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}, "
         f"{first.run.setup.device.type}, {first.run.setup.precision}; data {m['data_fingerprint']}")
-    write_page(page, f"{' and '.join(groups)}, {'compared' if several else 'tested'}", sentences,
-               facts, tables, pictures, made)
+    figures = [f'<figure class="scroll" tabindex="0"><figcaption>{escape(text)}</figcaption><img '
+               f'alt="{escape(text)}" src="data:image/png;base64,'
+               f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
+               for picture, text in pictures.items() if picture.exists()]
+    train.write_text(page, PAGE.substitute(
+        title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
+        sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
+        facts=html_list(facts), tables="".join(map(html_table, tables)),
+        pictures="\n".join(figures), made=html_list(made), today=datetime.date.today()))
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
 
 
 def relative(path: str | Path) -> str:
-    """Shorten an absolute path to what lies below the working directory, or to its last name: what
-    is sent on tells nothing of the machine. Other texts stay as they are."""
+    """Shorten an absolute path, so that what is sent on tells nothing of the machine."""
     if not os.path.isabs(path):
         return str(path)
     path, here = Path(path), Path.cwd()
@@ -810,6 +808,11 @@ def text_table(table: Table) -> str:
     lines = ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line))
              for line in zip(*columns, strict=True)]
     return "\n".join([table.title, *map(str.rstrip, lines), *textwrap.wrap(table.note, 99)])
+
+
+def html_list(texts: dict[str, str]) -> str:
+    """Write names and what they stand for as an HTML list."""
+    return "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in texts.items())
 
 
 def html_table(table: Table) -> str:
@@ -952,8 +955,7 @@ def height_of(row: Row) -> float:
 
 
 def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None) -> None:
-    """Draw rows of tiles on matplotlib's subfigure, all in one coordinate system of inches, which
-    is far faster than one for each."""
+    """Draw rows of tiles in one coordinate system of inches: far faster than one for each."""
     top = top or map_top([t.map for row in rows for t in row.tiles if t.map is not None])
     axes, bottom = figure.subplots(), 0.0
     for row in rows:
@@ -985,8 +987,7 @@ def map_top(maps: Sequence[np.ndarray]) -> float:
 
 
 def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
-    """Draw the ROC curves of tests on matplotlib's subfigure, and beside them histograms of the
-    scores on one scale: normal images in grey, abnormal ones in the run's colour."""
+    """Draw the ROC curves of tests, and beside them histograms of the scores on one scale."""
     roc, *histograms = figure.subplots(1, 1 + len(tested))
     for axes in histograms[1:]:
         axes.sharey(histograms[0])
@@ -1046,8 +1047,7 @@ def worst(r: Result) -> tuple[list[int], list[int]]:
 
 
 def draw_cases(r: Result, file: Path, title: str, *groups: dict[int, str]) -> None:
-    """Draw image, reconstruction and map of tested images, one group below the other: position ->
-    text above."""
+    """Draw image, reconstruction and map of tested images; groups: position -> text above."""
     rows: list[Row] = []
     for group in filter(None, groups):
         images, backs, *_, maps = zip(*tiles_of(r, read_again(r, group), group, [
@@ -1058,25 +1058,23 @@ def draw_cases(r: Result, file: Path, title: str, *groups: dict[int, str]) -> No
 
 
 def draw_healing(r: Result, file: Path) -> None:
-    """Draw three validation normals, corrupted as in training, and what the model makes of them;
-    below them a tested image with a finding."""
-    config, rows = r.run.config, list[Row]()
-    for clean in r.run.some_normals(r.source, "val", 3):
-        draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
-        seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
-        rows += [Row("normal", [Tile(image[0] / 255), *tiles])
-                 for image, tiles in zip(clean.numpy(), tiles_of(r, seen), strict=True)]
+    """Draw three validation normals, corrupted as in training, and a tested lesion, healed."""
+    config, clean = r.run.config, r.run.some_normals(r.source, "val", 3)
+    draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
+    seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
+    rows = [Row("normal", [Tile(image[0] / 255), *tiles])
+            for image, tiles in zip(clean.numpy(), tiles_of(r, seen), strict=True)]
     sick = [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]
-    for i in sick[len(sick) // 2 :][:1] if rows else []:
+    for i in sick[len(sick) // 2 :][:1]:
         (tiles,) = tiles_of(r, read_again(r, [i]), [i])
         rows.append(Row(describe_sample(r.samples[i]), [tiles[0], *tiles]))
-    if rows:
-        titles = ["image", "what the model sees", "healed", "healed, without skips"]
-        rows[0] = Row("normal", [tile._replace(above=text) for tile, text in zip(
-            rows[0].tiles, [*titles[: len(rows[0].tiles) - 1], "map"], strict=True)])
-        # The colours end where the least of the maps does: corruptions are stronger than findings.
-        save_picture(file, f"{r.run.name}, objective {config.objective}", rows, r.scorer,
-                     min(map_top([row.tiles[-1].map]) for row in rows))
+    *others, last = rows[0].tiles
+    titles = ["image", "what the model sees", "healed", "healed, without skips"]
+    rows[0] = Row("normal", [*(tile._replace(above=text) for tile, text in zip(
+        others, titles, strict=False)), last._replace(above="map")])
+    # The colours end where the least of the maps does: corruptions are stronger than findings.
+    save_picture(file, f"{r.run.name}, objective {config.objective}", rows, r.scorer,
+                 min(map_top([row.tiles[-1].map]) for row in rows))
 
 
 def draw_comparison(tested: list[Result], file: Path) -> None:
@@ -1128,28 +1126,10 @@ $sentences<dl>$facts</dl></header>
 <h2>Pictures</h2><p>Maps are bright where an image is unlike what the model expects of a normal one.
 Blue outlines are true lesions, where these are known. Of several seeds the first is shown.</p>
 $pictures
-<h2>Training and reproduction</h2><dl>$reproduction</dl></main>
+<h2>Training and reproduction</h2><dl>$made</dl></main>
 <footer><p>Made by ImgAE-Dx on $today. This file holds images of the test data and their names: mind
 to whom you give it. Research use only, not for diagnosis.</p></footer></body></html>
 """)
-
-
-def write_page(file: Path, title: str, sentences: list[str], facts: dict[str, str],
-               tables: list[Table], pictures: dict[Path, str],
-               reproduction: dict[str, str]) -> None:
-    """Write all that was found into one file that fetches nothing. pictures: with captions."""
-    def listed(texts: dict[str, str]) -> str:
-        return "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in texts.items())
-
-    figures = [f'<figure class="scroll" tabindex="0"><figcaption>{escape(text)}</figcaption><img '
-               f'alt="{escape(text)}" src="data:image/png;base64,'
-               f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
-               for picture, text in pictures.items() if picture.exists()]
-    train.write_text(file, PAGE.substitute(
-        title=escape(title), sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
-        facts=listed(facts), tables="".join(map(html_table, tables)),
-        pictures="\n".join(figures), reproduction=listed(reproduction),
-        today=datetime.date.today()))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1247,8 +1227,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
 
 
 def distinct_stems(names: list[str]) -> list[str]:
-    """Name the files of each image's results; with a digest of its name where two would be equal,
-    or too long for a file system."""
+    """Name each image's results; with a digest where two would be equal, or a name too long."""
     stems = [name.rpartition(".")[0].replace("/", "__") for name in names]
     counts = Counter(stem.lower() for stem in stems)
     return [stem if counts[stem.lower()] == 1 and len(os.fsencode(stem)) <= 200 else

@@ -579,7 +579,7 @@ def test_data_that_has_changed_in_its_place_counts_as_it_is_now(
     # A source of Kaggle's does not know what is gone.
     known, read_one = {s.key: s for s in source.samples}, source.read
     with mock.patch.object(source, "read", lambda s: read_one(known[s.key])):
-        assert len(ev.training_reference(run, source)) == len(parts.train) - len(gone)
+        assert len(run.some_normals(source, "train", 400)) == len(parts.train) - len(gone)
 
 
 def test_large_images_are_scored_within_the_memory_that_they_were_trained_in(
