@@ -7,8 +7,8 @@
     python evaluate.py runs/unet --image image.png        score new images, with heatmaps
 
 A test is written into RUN/eval/DATA/ (DATA-val/ with --split val), of a single run with the page
-report.html. A comparison lies beside its runs: comparison.html, .md, .csv and .png, of other data
-than their own comparison-DATA.*, of the validation split comparison-DATA-val.*
+report.html. A comparison lies beside its runs: comparison.html, .csv and .png, of other data than
+their own comparison-DATA.*, of the validation split comparison-DATA-val.*
 """
 
 import os
@@ -21,21 +21,22 @@ from config import Parser, UserError, command, require_packages, run_command
 def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     """Read the command line: keyword arguments for `evaluate` or `predict`."""
     parser = Parser("evaluate.py", __doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or "
-                        "the folder above: every run in it that has its model's name")
-    parser.add_argument("--data", metavar="SPEC", help="other data to test on: synthetic, a "
-                        "folder, a CSV or kaggle:owner/name (default: what the run was trained on)")
-    parser.add_argument("--split", default="test", metavar="{test,val}",
-                        help="val: choose settings there, never on test (default: test)")
-    parser.add_argument("--samples", type=int, metavar="N",
-                        help="at most N images, drawn evenly from both labels (default: all)")
-    parser.add_argument("--scorer", metavar="NAME", help="fused, zscore, peak, texture, haze, "
-                        "trace, mse, ssim, or all for a table of every one (default: fused)")
-    parser.add_argument("--image", metavar="PATH", help="score this image, or every image in "
-                        "this folder, instead of testing")
-    parser.add_argument("--out", metavar="DIR", help="where --image writes (default: predictions "
-                        "in the run folder); a number is added if predictions are there already")
-    parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or the folder above: "
+        "every run in it that has its model's name")
+    add("--data", metavar="SPEC", help="other data to test on: synthetic, a folder, a CSV or "
+        "kaggle:owner/name (default: what the run was trained on)")
+    add("--split", default="test", metavar="{test,val}",
+        help="val: choose settings there, never on test (default: test)")
+    add("--samples", type=int, metavar="N",
+        help="at most N images, drawn evenly from both labels (default: all)")
+    add("--scorer", metavar="NAME", help="fused, zscore, peak, texture, haze, trace, mse, ssim, or "
+        "all for a table of every one (default: fused)")
+    add("--image", metavar="PATH", help="score this image, or every image in this folder, instead "
+        "of testing")
+    add("--out", metavar="DIR", help="where --image writes (default: predictions in the run "
+        "folder); a number is added if predictions are there already")
+    add("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
     arguments = parser.values(argv)
     if not arguments["runs"]:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
@@ -56,16 +57,18 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
+import operator
 import re
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -76,11 +79,9 @@ import matplotlib.style
 import numpy as np
 import sklearn
 import torch
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from scipy.stats import betabinom, binomtest
 from sklearn.decomposition import PCA
@@ -91,17 +92,8 @@ import models
 import train
 from config import FIELDS, MODELS, Config, flag, load_config, log, on_screen
 from data import (
-    ABNORMAL,
-    IMAGE_SUFFIXES,
-    NORMAL,
-    ImageStream,
-    KaggleSource,
-    Sample,
-    Source,
-    is_text,
-    open_source,
-    read_splits,
-)
+    ABNORMAL, IMAGE_SUFFIXES, NORMAL, ImageStream, KaggleSource, Sample, Source, is_text,
+    open_source, read_splits)
 from models import DEFAULT_SCORER, READ_AT_ONCE, SCORERS, AnomalyScorer, Output, Setup, map_name
 
 RESAMPLES = 1000
@@ -111,7 +103,7 @@ PEAK_TOLERANCE = 0.03  # of the image side: how far beside a lesion a map's peak
 # Pixels are counted by their map value, for an AUROC to four digits in 20,000 ranges.
 PIXEL_BOUNDS = np.concatenate([[0], np.geomspace(1e-6, 1e4, 20_000), [np.inf]])
 PHANTOM = "the built-in phantom: drawn chest images, not real X-rays"
-PICTURES = {"roc.png": "ROC curve", "histogram.png": "histogram of scores",
+PICTURES = {"scores.png": "ROC curve and histogram of scores",
             "examples.png": "highest, borderline and lowest scores",
             "worst.png": "the worst abnormal images missed, and normal images flagged",
             "healing.png": "what it makes of corrupted normal images, and of a lesion"}
@@ -135,14 +127,9 @@ class TrainedRun:
     made_with: str  # versions, device and precision of its training
 
     def __call__(self, images: np.ndarray | Tensor, scorer: str = DEFAULT_SCORER,
-                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(reconstructions [n,1,H,W] in [0,1], anomaly maps [n,1,H,W], scores [n]) as arrays.
-
-            run = load_run("runs/unet")
-            reconstruction, anomaly_map, score = run(images)
-
-        images: array or tensor [n,1,H,W], uint8, or float in [0,1]; H = W = config.image_size.
-        UserError if they are not.
+                 ) -> tuple[np.ndarray, ...]:
+        """(reconstructions [n,1,H,W] in [0,1], anomaly maps [n,1,H,W], scores [n]) of images
+        [n,1,H,W], uint8, or float in [0,1]; H = W = config.image_size. UserError if they are not.
         """
         x, side = torch.as_tensor(images).cpu(), self.config.image_size
         if x.is_floating_point() and x.numel() and x.min() >= 0 and x.max() <= 1:
@@ -150,10 +137,9 @@ class TrainedRun:
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        found = [self.score(part, scorer) for part in x.split(8 * READ_AT_ONCE)]
-        return (torch.cat([output.reconstruction for output, _, _ in found]).cpu().numpy(),
-                torch.cat([maps for _, _, maps in found]).cpu().numpy(),
-                torch.cat([scores[scorer] for _, scores, _ in found]).numpy())
+        found = [(output.reconstruction, maps, scores[scorer]) for output, scores, maps in (
+            self.score(part, scorer) for part in x.split(8 * READ_AT_ONCE))]
+        return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
     @torch.no_grad()
     def score(self, images: Tensor, map_by: str = DEFAULT_SCORER,
@@ -169,11 +155,15 @@ class TrainedRun:
         return ImageStream(source, samples, self.config.image_size, batch_size,
                            memory=self.config.memory_bytes, cache=False, stop_on_bad=stop_on_bad)
 
-    def normals(self, source: Source, split: str) -> list[Sample]:
-        """List the normal images of one of its splits, as far as the source has them."""
-        there = {s.key for s in source.samples}
-        splits = read_splits(self.folder / "split.csv")
-        return [s for s in splits.normals(split) if s.key in there]
+    def some_normals(self, source: Source, split: str, most: int) -> Tensor:
+        """Read a few normal images of its train or val split: uint8 [n,1,H,W]. UserError if none
+        can be read."""
+        there, splits = {s.key for s in source.samples}, read_splits(self.folder / "split.csv")
+        normals = [s for s in splits.normals(split) if s.key in there]
+        some = normals[:: max(1, math.ceil(len(normals) / most))]
+        if not (found := [images for images, _ in self.stream(source, some)]):
+            raise UserError(f"none of the {split} images of {self.folder} can be read")
+        return torch.cat(found)
 
 
 def check_scorer(name: str) -> None:
@@ -214,10 +204,9 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
     if not scorer.discriminant.any():
         log.warning(f"note      drawn lesions leave no trace in the reconstructions of {folder}: "
                     "the score trace is 0 for every image, and fused goes by its other parts")
-    made_with = (", ".join(f"{k} {v}" for k, v in state["versions"].items())
-                 + f", {state['device']}, {state['precision']}")
+    made_with = [*map(" ".join, state["versions"].items()), state["device"], state["precision"]]
     return TrainedRun(folder, name, config, setup.place(model).eval(), scorer, setup,
-                      state["data_fingerprint"], made_with)
+                      state["data_fingerprint"], ", ".join(made_with))
 
 
 def runs_in(path: str | Path) -> list[Path]:
@@ -239,8 +228,8 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
     aside = {"seed", *train.CHANGEABLE} - {"epochs", "patience", "min_delta"}
     groups: dict[tuple, list[TrainedRun]] = {}
     for run in runs:
-        settings = (v for k, v in dataclasses.asdict(run.config).items() if k not in aside)
-        key = (run.fingerprint, *settings)
+        settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in aside}
+        key = (run.fingerprint, *settings.values())
         while run.config.seed in [other.config.seed for other in groups.get(key, [])]:
             key += ("again",)  # the same seed twice is another run, on other hardware perhaps
         groups.setdefault(key, []).append(run)
@@ -249,7 +238,7 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
         name = NAMES[group[0].config.model]
         name = group[0].name if len(group) == 1 or name in named else name
         named[name] = group
-        for run in group if len(group) > 1 else []:
+        for run in group[: len(group) if len(group) > 1 else 0]:
             run.name = f"{name}, seed {run.config.seed}"
     return named
 
@@ -258,90 +247,72 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
 # Statistics
 
 
-def weighted_metrics(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted_metrics(scores: np.ndarray, labels: np.ndarray,
+                     weights: np.ndarray | None = None) -> np.ndarray:
     """Compute AUROC and average precision of scores [n] against labels [n] in {0,1}, under each row
-    of weights [R,n]: [2,R]. NaN where a row has no image of one label left.
-
-    AUROC is the probability that an abnormal image scores higher than a normal one, ties counting
-    half. For the precision equal scores enter together.
-    """
+    of weights [R,n] (default: every image once): [2,R]. NaN where a row has no image of one label
+    left. Equal scores count half in the AUROC, and enter the precision together."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf))
-    w, y = weights[:, order], labels[order]
-    positive = np.add.reduceat(w * y, starts, axis=1)
-    negative = np.add.reduceat(w * (1 - y), starts, axis=1)
-    true, false = positive.cumsum(axis=1), negative.cumsum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        below = false[:, -1:] - false
-        auroc = (positive * (below + negative / 2)).sum(1) / (true[:, -1] * false[:, -1])
-        precision = np.where(true > 0, true / (true + false), 0.0)
-        return np.stack([auroc, (positive * precision).sum(1) / true[:, -1]])
-
-
-def auroc_of(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the AUROC with every image counted once."""
-    return float(weighted_metrics(scores, labels, np.ones((1, len(labels))))[0, 0])
+    weights, y = np.ones((1, len(labels))) if weights is None else weights, labels[order]
+    found = []
+    for rows in np.array_split(weights, max(1, weights.size // 500_000)):  # faster, and smaller
+        positive = np.add.reduceat(rows[:, order] * y, starts, axis=1)
+        negative = np.add.reduceat(rows[:, order] * (1 - y), starts, axis=1)
+        true, false = positive.cumsum(axis=1), negative.cumsum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            below = false[:, -1:] - false
+            auroc = (positive * (below + negative / 2)).sum(1) / (true[:, -1] * false[:, -1])
+            precision = np.where(true > 0, true / (true + false), 0.0)
+            found.append(np.stack([auroc, (positive * precision).sum(1) / true[:, -1]]))
+    return np.concatenate(found, axis=1)
 
 
 def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
                     seed: int = 0) -> np.ndarray:
-    """Draw whole patients with replacement; give how often each image [n] is drawn: [R,n]."""
+    """Draw whole patients with replacement: how often each image counts, [1+R,n]; first: once."""
     names, of_image = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.Generator(np.random.PCG64(seed))
-    weights = np.empty((resamples, len(of_image)), dtype=np.float32)
-    for row in weights:
+    weights = np.ones((1 + resamples, len(of_image)), dtype=np.float32)
+    for row in weights[1:]:
         drawn = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
         row[:] = drawn[of_image]
     return weights
 
 
-def bootstrap(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """weighted_metrics [2,R], a few rows of weights at a time, which is faster and takes less
-    memory."""
-    parts = np.array_split(weights, max(1, weights.size // 500_000))
-    return np.concatenate([weighted_metrics(scores, labels, part) for part in parts], axis=1)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
+def interval(values: np.ndarray) -> tuple[float, ...]:
     """Give the central 95 % of bootstrap values, NaNs left out."""
     values = values[np.isfinite(values)]
-    low, high = np.quantile(values, (0.025, 0.975)) if len(values) else (math.nan, math.nan)
-    return float(low), float(high)
+    return tuple(np.quantile(values, (0.025, 0.975)).tolist() if len(values) else [math.nan] * 2)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
-                      weights: np.ndarray) -> tuple[float, float, float]:
-    """(mean AUROC of scores b minus that of scores a, its 95 % interval): both on the same
-    resamples. a, b: [n], or [S,n] of S seeds, averaged within each resample."""
-    weights = np.concatenate([np.ones_like(weights[:1]), weights])  # first: all images once
-    one, two = (np.mean([bootstrap(x, labels, weights)[0] for x in np.atleast_2d(scores)], axis=0)
-                for scores in (a, b))
+                      weights: np.ndarray) -> tuple[float, ...]:
+    """(mean AUROC of scores b minus that of a, its 95 % interval) on the same resamples. a, b: [n],
+    or [S,n] of S seeds, averaged within each resample."""
+    one, two = (np.mean([weighted_metrics(x, labels, weights)[0] for x in np.atleast_2d(scores)],
+                        axis=0) for scores in (a, b))
     return float(two[0] - one[0]), *interval(two[1:] - one[1:])
 
 
 def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
-    """Put the AUROC difference b - a and its 95 % interval into a plain sentence.
-
-    Clear is a difference whose interval, as it is shown, leaves out 0.
-    """
+    """Tell the AUROC difference b - a: clear if its 95 % interval, as it is shown, leaves out 0."""
     better, worse = (name_b, name_a) if difference >= 0 else (name_a, name_b)
     if difference < 0:
         difference, low, high = -difference, -high, -low
     difference, low, high = (round(x, 3) + 0.0 for x in (difference, low, high))  # no -0.000
-    clear = "a clear difference" if low > 0 else "no clear difference"
     return (f"{better} scores {difference:.3f} higher than {worse}, 95 % interval {low:.3f} to "
-            f"{high:.3f}: {clear}.")
+            f"{high:.3f}: {'a' if low > 0 else 'no'} clear difference.")
 
 
 class TrivialScores:
     """Scores that need no training worth the name. A model that does not beat them is no use.
 
-    reference: normal training images, uint8 [n,1,H,W]; without them the scores that compare an
-    image with these are left out.
+    reference: normal training images, uint8 [n,1,H,W]; without them two scores are left out.
     """
 
     def __init__(self, reference: np.ndarray | None) -> None:
-        self.mean = None
+        self.pca = None
         if reference is not None:
             flat = reference.reshape(len(reference), -1) / np.float32(255)
             self.mean = flat.mean(0)
@@ -352,20 +323,13 @@ class TrivialScores:
         x = images[:, 0] / np.float32(255)
         flat = x.reshape(len(x), -1)
         rows, columns = np.abs(np.diff(x, axis=1)), np.abs(np.diff(x, axis=2))
-        scores = {
-            "mean intensity": flat.mean(1),
-            "standard deviation": flat.std(1),
-            "local contrast": rows.mean((1, 2)) + columns.mean((1, 2)),
-        }
-        if self.mean is not None:
+        scores = {"mean intensity": flat.mean(1), "standard deviation": flat.std(1),
+                  "local contrast": rows.mean((1, 2)) + columns.mean((1, 2))}
+        if self.pca:
             back = self.pca.inverse_transform(self.pca.transform(flat))
-            scores["distance to mean normal"] = np.square(flat - self.mean).mean(1)
-            scores["PCA reconstruction error"] = np.square(flat - back).mean(1)
+            scores |= {"distance to mean normal": np.square(flat - self.mean).mean(1),
+                       "PCA reconstruction error": np.square(flat - back).mean(1)}
         return scores
-
-
-# ----------------------------------------------------------------------------------------------
-# Which images are scored
 
 
 def samples_to_score(run: TrainedRun, source: Source, split: str,
@@ -375,47 +339,43 @@ def samples_to_score(run: TrainedRun, source: Source, split: str,
     The run's own split.csv decides on the data it was trained on. Of other data the prescribed
     test split is taken, or everything where there is none.
     """
-    splits = read_splits(run.folder / "split.csv")
-    own = (source.fingerprint() == run.fingerprint
-           or os.path.abspath(source.spec) == os.path.abspath(run.config.data))
-    if own:
-        wanted = getattr(splits, split)
-        there = {s.key: s for s in source.samples}
-        notes = []
+    splits, notes = read_splits(run.folder / "split.csv"), list[str]()
+    if (source.fingerprint() == run.fingerprint
+            or os.path.abspath(source.spec) == os.path.abspath(run.config.data)):
+        wanted, there = getattr(splits, split), {s.key: s for s in source.samples}
         if gone := [s.key for s in wanted if s.key not in there]:
             notes.append(f"{len(gone)} images of split.csv are no longer there, e.g. {gone[0]}")
-        chosen = [there[s.key] for s in wanted if s.key in there]
-        then = {s.key: (s.patient, s.label) for s in wanted}
-        if other := [s.key for s in chosen if then[s.key] != (s.patient, s.label)]:
+        pairs = [(there[s.key], s) for s in wanted if s.key in there]
+        if other := [s.key for s, t in pairs if (s.patient, s.label) != (t.patient, t.label)]:
             notes.append(f"{len(other)} images have another label or patient than at training, "
                          f"e.g. {other[0]}; those of now count")
         if split == "val":
             notes.append("the thresholds come from these very validation normals")
-        return chosen, False, notes
+        return [s for s, _ in pairs], False, notes
     if split == "val":
         raise UserError("--split val: only on the data that the run was trained on")
     chosen = [s for s in source.samples if s.split == "test"] or source.samples
     # The same data under another path, with a few images more or fewer: what was trained on
     # must not be tested on. Names that coincide by chance are far fewer than half.
     learnt = splits.train + splits.val
-    notes, files = [], {file_of(run.config.data, s.key) for s in learnt}
+    files = {file_of(run.config.data, s.key) for s in learnt}
     others = [s for s in chosen if file_of(source.spec, s.key) not in files]
     if same := len(chosen) - len(others):  # a folder in that of the training data, or above it
+        notes.append(f"{same} images left out: the run was trained or validated on them")
         if not others:
             raise UserError(f"--data {source.spec}: {run.folder} was trained or validated on all "
                             f"{same} images that would be tested")
-        notes.append(f"{same} images left out: the run was trained or validated on them")
-        chosen = others
     seen = {(s.key, s.patient, s.label) for s in learnt}
-    fresh = [s for s in chosen if (s.key, s.patient, s.label) not in seen]
-    known = len(chosen) - len(fresh)
+    fresh = [s for s in others if (s.key, s.patient, s.label) not in seen]
+    known = len(others) - len(fresh)
     if known > len(seen) / 2:
-        return fresh, True, [*notes, f"{known} images left out: the run was trained or validated "
-                             "on images of these names"]
+        notes.append(f"{known} images left out: the run was trained or validated on images of "
+                     "these names")
+        return fresh, True, notes
     if known:
         notes.append(f"{known} of these images have the names of images that the run was trained "
                      "or validated on: make sure that they are others")
-    return chosen, True, notes
+    return others, True, notes
 
 
 def file_of(spec: str, key: str) -> str:
@@ -437,7 +397,7 @@ def draw_evenly(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 
 # ----------------------------------------------------------------------------------------------
-# Scoring and measuring
+# Scoring
 
 
 @dataclass
@@ -452,12 +412,12 @@ class Result:
     external: bool = False  # whether the data is not what the run was trained on
     # What score_samples finds.
     scored: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> scores [n]
-    trivial: dict[str, np.ndarray] = field(default_factory=dict)
+    trivial: dict[str, np.ndarray] = field(default_factory=dict)  # in their better direction
     bad: dict[str, str] = field(default_factory=dict)  # images that could not be read, and why
-    pixel_auroc: float | None = None  # for data with masks
     # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
     # sum, and its share of the image's area, which is what a map that knows nothing would give.
     located: list[tuple[bool, float, float]] = field(default_factory=list)
+    pixels: Any = 0  # [2,n]: how many outside, and inside of masks lie between PIXEL_BOUNDS
     metrics: dict[str, Any] = field(default_factory=dict)
     folder: Path = Path()  # where it is written
 
@@ -475,17 +435,16 @@ class Result:
     def about(self) -> str:
         """The data, without the place where it lies: whether it is real, and whether external."""
         place = Path(self.source.spec).resolve()
-        return (PHANTOM if self.source.spec == "synthetic" else
-                self.source.title.replace(str(place), place.name)) + self.external * (
-                    "; an external test, nothing is fitted to these images")
+        title = self.source.title.replace(str(place), place.name)
+        return (PHANTOM if self.source.spec == "synthetic" else title) + self.external * (
+            "; an external test, nothing is fitted to these images")
 
     def mask(self, sample: Sample) -> np.ndarray | None:
         """Where its lesions are, bool [H,W]: nowhere in a normal image of a source with masks."""
         size = self.run.config.image_size
         mask = self.source.mask(sample, size)
-        if mask is None and sample.label == NORMAL and getattr(self.source, "masks", None):
-            return np.zeros((size, size), dtype=bool)
-        return mask
+        empty = mask is None and sample.label == NORMAL and getattr(self.source, "masks", None)
+        return np.zeros((size, size), dtype=bool) if empty else mask
 
 
 def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int | None,
@@ -502,32 +461,20 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
             raise error if data else UserError(
                 f"{error}. {run.folder} was trained on it: if it lies elsewhere now, name that "
                 "place with --data") from None
-        samples, external, notes = samples_to_score(run, source, split)
-        samples = draw_evenly(samples, limit)
-        if not samples:
+        chosen, external, notes = samples_to_score(run, source, split)
+        plan = Result(run, source, draw_evenly(chosen, limit), scorer, split, external)
+        if not plan.samples:
             raise UserError(f"--data {source.spec}: no images to score in its {split} split")
-        if not plans:
+        plans.append(plan)
+        if len({tuple((s.key, s.patient, s.label) for s in p.samples) for p in plans}) > 1:
+            raise UserError(f"{run.folder} and {runs[0].folder} cannot be compared: their test "
+                            "images differ; name common data with --data, or the runs to compare")
+        if len(plans) == 1:
             log.info(f"testing   {source.title}")
             notes += [f"left out: {n:,} {reason}" for reason, n in source.left_out.most_common()]
             for note in ["external test: nothing is fitted to these images"] * external + notes:
                 log.info(f"          note: {note}")
-        elif [(s.key, s.patient, s.label) for s in samples] != [
-                (s.key, s.patient, s.label) for s in plans[0].samples]:
-            raise UserError(f"{run.folder} and {runs[0].folder} cannot be compared: their test "
-                            "images differ; name common data with --data, or the runs to compare")
-        plans.append(Result(run, source, samples, scorer, split, external))
     return plans
-
-
-def training_reference(run: TrainedRun, source: Source) -> np.ndarray:
-    """Read up to 400 of the run's training normals, uint8 [n,1,H,W], for the trivial scores.
-    UserError if none can be read."""
-    normals = run.normals(source, "train")
-    stream = run.stream(source, normals[:: max(1, math.ceil(len(normals) / 400))])
-    found = [images.numpy() for images, _ in stream]
-    if not found:
-        raise UserError(f"none of the training images of {run.folder} can be read")
-    return np.concatenate(found)
 
 
 def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
@@ -535,56 +482,53 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     # Several batches of READ_AT_ONCE, so that what is read twice fills some; fewer of large images.
     several = max(1, min(8, 8 * 128**2 // r.run.config.image_size**2))
     stream = r.run.stream(r.source, r.samples, several * READ_AT_ONCE, stop_on_bad=True)
-    found: list[dict[str, Tensor]] = []
-    baselines: list[dict[str, np.ndarray]] = []
+    found: list[dict[str, np.ndarray]] = []
     order: list[int] = []
-    pixels = np.zeros((2, len(PIXEL_BOUNDS) - 1))  # how many outside, and inside of lesions
     # Inside, the weights that autocast has cast are kept, instead of being cast for each batch
     # anew: of the full-sized Reversed AE these are 270 million numbers.
     with (train.progress(len(r.samples), f"scoring with {r.run.name}") as bar,
           r.run.setup.autocast(), models.no_autocast(r.run.setup.device)):
         for images, positions in stream:
             _, scores, maps = r.run.score(images, r.scorer)
-            found.append(scores)
-            baselines.append(trivial(images.numpy()) if trivial else {})
-            for map_, i in zip(maps[:, 0].cpu().numpy(), positions.tolist(), strict=True):
-                mask = r.mask(r.samples[i])
-                if mask is not None and mask.any():
-                    energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
-                    r.located.append((peak_in_lesion(map_, mask), energy, float(mask.mean())))
-                if mask is not None and not r.source.boxes:  # a box holds much besides its lesion
-                    for row, values in zip(pixels, (map_[~mask], map_[mask]), strict=True):
-                        row += np.histogram(values.clip(0), PIXEL_BOUNDS)[0]
+            found.append({k: scores[k].numpy() for k in SCORERS}
+                         | (trivial(images.numpy()) if trivial else {}))
             order += positions.tolist()
+            for map_, i in zip(maps[:, 0].cpu().numpy(), positions.tolist(), strict=True):
+                if (mask := r.mask(r.samples[i])) is not None:
+                    locate(r, map_, mask)
             bar.update(len(images))
     if not order:
         raise UserError(f"--data {r.source.spec}: none of the {len(r.samples)} images could be "
                         "read")
-    r.samples, r.bad, r.pixel_auroc = [r.samples[i] for i in order], stream.bad, pixel_auroc(pixels)
-    r.scored = {k: torch.cat([scores[k] for scores in found]).numpy() for k in SCORERS}
+    r.samples, r.bad = [r.samples[i] for i in order], stream.bad
+    every = {k: np.concatenate([scores[k] for scores in found]) for k in found[0]}
+    r.scored = {k: every.pop(k) for k in SCORERS}
     if not all(np.isfinite(v).all() for v in r.scored.values()):
         raise UserError(f"{r.run.folder}: its scores are not finite numbers; train it again")
     if trivial:
-        r.trivial = {k: np.concatenate([b[k] for b in baselines]) for k in baselines[0]}
-        r.trivial["haze"] = r.scored["haze"]  # no model has a part in it
+        every["haze"] = r.scored["haze"]  # no model has a part in it
         is_ap = np.array([s.view.startswith("AP") for s in r.samples], dtype=float)
         if 0 < is_ap.sum() < len(is_ap):
-            r.trivial["is it an AP view"] = is_ap
+            every["is it an AP view"] = is_ap
+        # Each in the direction that tells more: its AUROC is then the most it can claim.
+        r.trivial = {k: -v if weighted_metrics(v, r.labels)[0, 0] < 0.5 else v
+                     for k, v in every.items()}
 
 
-def pixel_auroc(counts: np.ndarray) -> float | None:
-    """Compute the AUROC of the map as a test of each pixel, from how many pixels outside and inside
-    of lesions lie between PIXEL_BOUNDS, [2,n]; None where there are none of one kind."""
-    if not counts.any(axis=1).all():
-        return None
-    truth, level = np.indices(counts.shape).reshape(2, -1)
-    return float(roc_auc_score(truth, level, sample_weight=counts.ravel()))
+def locate(r: Result, map_: np.ndarray, mask: np.ndarray) -> None:
+    """Hold an anomaly map [H,W] against the mask [H,W] of its lesions."""
+    if mask.any():
+        energy = float(map_[mask].sum() / max(map_.sum(), 1e-12))
+        away = distance_transform_edt(~mask).flat[map_.argmax()]  # of the peak from the lesions
+        r.located.append((bool(away <= PEAK_TOLERANCE * len(mask)), energy, float(mask.mean())))
+    if not r.source.boxes:  # a box holds much besides its lesion
+        r.pixels = r.pixels + np.stack([
+            np.histogram(values.clip(0), PIXEL_BOUNDS)[0] for values in (map_[~mask], map_[mask])])
 
 
-def peak_in_lesion(map_: np.ndarray, mask: np.ndarray) -> bool:
-    """Tell whether the map's highest pixel lies in the mask or within 3 % of the side beside it."""
-    away = distance_transform_edt(~mask)  # of each pixel from the mask
-    return bool(away.flat[map_.argmax()] <= PEAK_TOLERANCE * len(mask))
+def mean_of(values: np.ndarray) -> float | None:
+    """Compute the mean; None of no values."""
+    return float(values.mean()) if len(values) else None
 
 
 def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
@@ -594,99 +538,87 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
     threshold90, threshold95 = (r.run.scorer.threshold(scorer, s) for s in (0.90, 0.95))
     result: dict[str, Any] = {
         "auroc": None, "auroc_ci": None, "average_precision": None, "average_precision_ci": None,
-        "sensitivity_at_90_specificity": float((sick > threshold90).mean()) if len(sick) else None,
-        "sensitivity_at_95_specificity": float((sick > threshold95).mean()) if len(sick) else None,
-        "threshold": threshold95,
-        "specificity_at_threshold": None, "specificity_ci": None, "specificity_chance": None,
+        "sensitivity_at_90_specificity": mean_of(sick > threshold90),
+        "sensitivity_at_95_specificity": mean_of(sick > threshold95),
+        "threshold": threshold95, "specificity_at_threshold": mean_of(well <= threshold95),
+        "specificity_ci": None, "specificity_chance": None,
         "n_normal": len(well), "n_abnormal": len(sick),
         "n_patients": len({s.patient for s in r.samples}), "n_validation_normals": len(normal),
-        "score_mean_normal": float(well.mean()) if len(well) else None,
-        "score_mean_abnormal": float(sick.mean()) if len(sick) else None,
-    }
+        "score_mean_normal": mean_of(well), "score_mean_abnormal": mean_of(sick)}
     if len(well):
         under, rank = int((well <= threshold95).sum()), int((normal <= threshold95).sum())
         low, high = binomtest(under, len(well)).proportion_ci(method="wilson")
         # The chance that so few test normals, or fewer, lie under the value of that rank among the
         # validation normals, if both are alike: a threshold from few images is a matter of chance.
         chance = betabinom.cdf(under, len(well), rank, len(normal) + 1 - rank)
-        result |= {"specificity_at_threshold": under / len(well),
-                   "specificity_ci": (float(low), float(high)), "specificity_chance": float(chance)}
+        result |= {"specificity_ci": (float(low), float(high)), "specificity_chance": float(chance)}
     if len(sick) and len(well):
-        once = weighted_metrics(scores, labels, np.ones((1, len(labels))))[:, 0]
-        drawn = bootstrap(scores, labels, weights)
-        for name, value, values in zip(("auroc", "average_precision"), once, drawn, strict=True):
-            result |= {name: float(value), f"{name}_ci": interval(values)}
+        drawn = weighted_metrics(scores, labels, weights)
+        for name, values in zip(("auroc", "average_precision"), drawn, strict=True):
+            result |= {name: float(values[0]), f"{name}_ci": interval(values[1:])}
         result |= {f"auroc_by_{kind}": by_group(r, scores, kind) for kind in ("finding", "view")}
     return result
 
 
 def by_group(r: Result, scores: np.ndarray, kind: str) -> dict[str, dict[str, float]]:
-    """Compute the AUROC of each finding against all normals, or within the images of each view; {}
-    where findings are not known, or no two views."""
+    """Compute the AUROC of each finding against all normals, or within each of several views."""
     labels, values = r.labels, np.array([getattr(s, kind) for s in r.samples])
     grouped = labels == ABNORMAL if kind == "finding" else np.ones(len(labels), dtype=bool)
     table = {}
     for value, count in Counter(values[grouped].tolist()).most_common(12):
         chosen = (values == value) | ~grouped
         if value and len(set(labels[chosen])) == 2:
-            table[value] = {"auroc": auroc_of(scores[chosen], labels[chosen]), "n": count}
+            auroc, _ = weighted_metrics(scores[chosen], labels[chosen])[:, 0].tolist()
+            table[value] = {"auroc": auroc, "n": count}
     return table if kind == "finding" or len(set(values) - {""}) > 1 else {}
-
-
-def best_direction(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Negate a trivial score if that tells more: its AUROC is then the most it can claim."""
-    return scores if auroc_of(scores, labels) >= 0.5 else -scores
 
 
 def localisation(r: Result) -> dict[str, Any]:
     """Measure how well the maps point at lesions. Those as large as the median count as large."""
     hits, energies, areas = np.array(r.located).T
-    large = areas >= np.median(areas)
-    return {"pixel_auroc": r.pixel_auroc, "n_located": len(hits),
-            "peak_in_lesion": float(hits.mean()), "peak_tolerance": PEAK_TOLERANCE,
-            "peak_in_small_lesion": float(hits[~large].mean()) if not large.all() else None,
-            "peak_in_large_lesion": float(hits[large].mean()),
-            "energy_in_lesion": float(energies.mean()), "lesion_area": float(areas.mean())}
+    large, pixel_auroc = areas >= np.median(areas), None
+    if np.any(r.pixels, axis=-1).all():  # of the map as a test of each pixel
+        truth, level = np.indices(r.pixels.shape).reshape(2, -1)
+        pixel_auroc = float(roc_auc_score(truth, level, sample_weight=r.pixels.ravel()))
+    return {"pixel_auroc": pixel_auroc, "n_located": len(hits),
+            "peak_in_lesion": mean_of(hits), "peak_tolerance": PEAK_TOLERANCE,
+            "peak_in_small_lesion": mean_of(hits[~large]),
+            "peak_in_large_lesion": mean_of(hits[large]),
+            "energy_in_lesion": mean_of(energies), "lesion_area": mean_of(areas)}
 
 
 def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str, Any]:
     """Compute everything that metrics.json tells of a run."""
-    well = r.labels == NORMAL
-    mse, ssim = (float(r.scored[k][well].mean()) if well.any() else None for k in ("mse", "ssim"))
+    mse, ssim = (mean_of(r.scored[k][r.labels == NORMAL]) for k in ("mse", "ssim"))
     metrics = measure(r, r.scorer, weights) | {
-        "reconstruction_mse": mse, "reconstruction_ssim": 1 - ssim if well.any() else None,
-        "scorer": r.scorer,
-        "data": r.source.title, "external": r.external, "split": r.split,
+        "reconstruction_mse": mse, "reconstruction_ssim": None if ssim is None else 1 - ssim,
+        "scorer": r.scorer, "data": r.source.title, "external": r.external, "split": r.split,
         "data_fingerprint": r.source.fingerprint(), "trained_on": r.run.config.data,
         "model": r.run.config.model, "seed": r.run.config.seed, "unreadable": r.bad,
         "left_out": dict(r.source.left_out)}
     if metrics["auroc"] is not None:
-        best = {k: best_direction(v, r.labels) for k, v in r.trivial.items()}
-        metrics |= {"baselines": {k: auroc_of(v, r.labels) for k, v in best.items()},
-                    "baselines_ci": {k: interval(bootstrap(v, r.labels, weights)[0])
-                                     for k, v in best.items()}}
+        drawn = {k: weighted_metrics(v, r.labels, weights)[0] for k, v in r.trivial.items()}
+        metrics |= {"baselines": {k: float(values[0]) for k, values in drawn.items()},
+                    "baselines_ci": {k: interval(values[1:]) for k, values in drawn.items()}}
     if every_scorer:
         metrics["scorers"] = {k: measure(r, k, weights) for k in SCORERS}
     return metrics | (localisation(r) if r.located else {})
 
 
 # ----------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation: figures, tables, the page
 
 
 def evaluate(
     runs: str | Path | Sequence[str | Path], data: str | None = None, split: str = "test",
     samples: int | None = None, scorer: str | None = None, device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Test runs on the test split of their data (or on other `data`); the metrics of each run.
-
-    Shows the tables, and writes <run>/eval/<data name>/ and for several runs the comparison in the
-    folder above them. Instead of runs the folder above may be given: every run in it that has its
-    model's name. Runs that differ by their seed alone are compared as one.
-    """
-    with on_screen(), picture_style():
+    """Test runs, or all in a folder, on the test split of their data (or on other `data`): the
+    metrics of each. Shows the tables, and writes <run>/eval/<data name>/ and for several runs the
+    comparison in the folder above. Runs that differ by their seed alone are compared as one."""
+    with on_screen():
         given = [runs] if isinstance(runs, str | Path) else runs
-        paths = list({path.resolve(): path for g in given for path in runs_in(g)}.values())
+        paths = {path.resolve(): path for g in given for path in runs_in(g)}.values()
         by = DEFAULT_SCORER if scorer in (None, "all") else scorer
         check_scorer(by)
         if split not in ("test", "val"):
@@ -697,7 +629,7 @@ def evaluate(
         first = tested[0]
         try:
             source = open_source(first.run.config) if first.external else first.source
-            trivial = TrivialScores(training_reference(first.run, source))
+            trivial = TrivialScores(first.run.some_normals(source, "train", 400).numpy())
         except UserError as error:
             log.info(f"          note: two trivial scores are left out ({error})")
             trivial = TrivialScores(None)
@@ -710,27 +642,21 @@ def evaluate(
             weights = patient_weights([s.patient for s in r.samples])
             r.metrics = measure_all(r, weights, scorer == "all")
             write_test(r)
-        again = ["python", "evaluate.py", *map(relative, paths)]
-        for name, value in (("data", data), ("split", split), ("samples", samples),
-                            ("scorer", scorer)):
-            if value not in (None, "test"):
-                again += [flag(name), relative(str(value))]
         groups = {name: [r for r in tested if r.run in group] for name, group in named.items()}
-        report(tested, groups, all_verdicts(groups, weights), shlex.join(again))
+        report(tested, groups, all_verdicts(groups, weights))
     return [r.metrics for r in tested]
 
 
 def write_test(r: Result) -> None:
-    """Write what a test found to <run>/eval/<data name>/; with a digest added to that name if other
-    data of that name is there."""
-    name, fingerprint = r.source.name + "-val" * (r.split == "val"), r.metrics["data_fingerprint"]
+    """Write what a test found to <run>/eval/<data name>/, with a digest if other data is there."""
+    m, name = r.metrics, r.source.name + "-val" * (r.split == "val")
     folder = r.folder = r.run.folder / "eval" / name
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         there = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        if there["data_fingerprint"] != fingerprint:
-            folder = r.folder = folder.with_name(f"{name}-{fingerprint[:6]}")
+        if there["data_fingerprint"] != m["data_fingerprint"]:
+            folder = r.folder = folder.with_name(f"{name}-{m['data_fingerprint'][:6]}")
     folder.mkdir(parents=True, exist_ok=True)
-    train.write_text(folder / "metrics.json", json.dumps(r.metrics, indent=2) + "\n")
+    train.write_text(folder / "metrics.json", json.dumps(m, indent=2) + "\n")
     percentiles = {k: r.run.scorer.percentile(k, torch.from_numpy(v)).tolist()
                    for k, v in r.scored.items()}
     write_csv(folder / "scores.csv", [
@@ -738,16 +664,20 @@ def write_test(r: Result) -> None:
         | {k: float(f"{v[i]:.6g}") for k, v in r.scored.items()}
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
         for i, s in enumerate(r.samples)])
-    plots: dict[str, Callable] = {"roc.png": plot_roc, "histogram.png": plot_histogram}
-    for file, plot in plots.items():
-        figure = Figure(figsize=(5.5, 5), layout="constrained")
-        plot(figure.subplots(), [r])
-        figure.suptitle(tested_on(r), fontsize=8)
-        figure.savefig(folder / file, dpi=120)
-    draw_examples(r, folder / "examples.png")
-    draw_worst(r, folder / "worst.png")
+    save_picture(folder / "scores.png", f"tested on {r.about}", tested=[r])
+    chosen: dict[int, str] = {}
+    away, threshold = abs(r.scores - m["threshold"]), f"threshold {m['threshold']:.3g}"
+    for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
+        chosen |= dict.fromkeys([i for i in np.argsort(order).tolist() if i not in chosen][:3], why)
+    draw_cases(r, folder / "examples.png", threshold, chosen)
+    missed, flagged = worst(r)
+    draw_cases(r, folder / "worst.png", f"{len(missed)} of {m['n_abnormal']} abnormal images "
+               f"missed, {len(flagged)} of {m['n_normal']} normal images flagged: the worst of "
+               f"them, {threshold}", *({i: r.samples[i].key.rpartition("/")[2][-18:]
+                                        for i in found[:8]} for found in (missed, flagged)))
     if not r.external:
-        draw_healing(r, folder / "healing.png")
+        with contextlib.suppress(UserError):  # its validation images are gone
+            draw_healing(r, folder / "healing.png")
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
 
 
@@ -767,46 +697,42 @@ def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[s
     if not (baselines := first.metrics.get("baselines")):
         return []
     every = [(name, np.array([r.scores for r in group])) for name, group in groups.items()]
-    best, labels = max(baselines, key=baselines.get), first.labels
-    alone = (f"{best[0].upper()}{best[1:]} alone", best_direction(first.trivial[best], labels))
+    best = max(baselines, key=baselines.get)
+    alone = (f"{best[0].upper()}{best[1:]} alone", first.trivial[best])
     pairs = [*itertools.combinations(every, 2), *((alone, model) for model in every)]
-    return [verdict(a, b, *paired_difference(one, two, labels, weights))
+    return [verdict(a, b, *paired_difference(one, two, first.labels, weights))
             for (a, one), (b, two) in pairs]
 
 
 def cautions(tested: list[Result]) -> list[str]:
     """Warn, in sentences, of thresholds that do not hold what they promise, or cannot."""
     found, normals = [], min(r.metrics["n_validation_normals"] for r in tested)
-    if normals < 100:
-        found.append(f"Careful: with {normals} validation normals the threshold is rough." if
-                     normals >= 20 else f"Careful: {normals} validation normals cannot hold a "
-                     "threshold that 95 % of normals stay under. It takes 20, better 100.")
-    far = [r.metrics for r in tested if r.metrics["n_normal"]
-           and r.metrics["specificity_at_threshold"] < 0.90
-           and r.metrics["specificity_chance"] < 0.025]
-    if far:
-        low = min(far, key=lambda m: m["specificity_at_threshold"])
-        found.append(f"Careful: the threshold set for 95 % specificity reaches {specificity(low)} "
-                     "on these normals. They differ from the validation normals.")
+    if normals < 20:
+        found.append(f"Careful: {normals} validation normals cannot hold a threshold that 95 % of "
+                     "normals stay under. It takes 20, better 100.")
+    elif normals < 100:
+        found.append(f"Careful: with {normals} validation normals the threshold is rough.")
+    if far := [(m["specificity_at_threshold"], m["specificity_ci"])
+               for m in (r.metrics for r in tested) if m["n_normal"]
+               and m["specificity_at_threshold"] < 0.90 and m["specificity_chance"] < 0.025]:
+        found.append(f"Careful: the threshold set for 95 % specificity reaches {percent(*min(far))}"
+                     " on these normals. They differ from the validation normals.")
     return found
 
 
-def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str],
-           again: str) -> None:
-    """Show what was found, and write it to report.html or the comparison.
-
-    again: what to type to evaluate like this once more.
-    """
+def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str]) -> None:
+    """Show what was found, and write it to report.html or the comparison."""
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
     tables, sentences = result_tables(tested, groups), [*verdicts, *cautions(tested)]
+    trained_on = [PHANTOM if r.run.config.data == "synthetic" else relative(r.run.config.data)
+                  for r in tested]
     facts = {
-        "Trained on": "; ".join(dict.fromkeys(trained_on(r.run) for r in tested)),
-        "Tested on": first.about,
+        "Trained on": "; ".join(dict.fromkeys(trained_on)), "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
         f"abnormal, of {m['n_patients']:,} patients"
         + (f"; {len(first.bad)} could not be read" if first.bad else "")}
-    lines = [f"{name}: {fact}" for name, fact in facts.items()]
-    log.info("\n" + "\n\n".join(["\n".join(lines), *map(text_table, tables), *sentences]) + "\n")
+    log.info("\n" + "\n\n".join(["\n".join(map(": ".join, facts.items())),
+                                 *map(text_table, tables), *sentences]) + "\n")
     for image, reason in first.bad.items():
         log.info(f"skipped   {image}: {reason}")
     if isinstance(first.source, KaggleSource):
@@ -816,39 +742,50 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         own = not first.external and first.split == "test"
         page = first.run.folder.resolve().parent / (
             "comparison.html" if own else f"comparison-{first.folder.name}.html")
-        train.write_text(page.with_suffix(".md"), "\n\n".join([
-            "# Comparison", *lines, *sentences,
-            *(f"```\n{text_table(table)}\n```" for table in tables),
-            "Research use only, not for diagnosis."]) + "\n")
-        write_csv(page.with_suffix(".csv"), [row for name, group in groups.items()
-                                             for row in comparison_rows(name, group)])
-        picture = page.with_suffix(".png")
-        draw_comparison([group[0] for group in groups.values()], picture)
-        pictures[picture] = "ROC curves, histograms of scores, and example cases of every kind"
+        write_csv(page.with_suffix(".csv"), [
+            {"run": r.run.folder.name, "group": name}
+            | {k: v for k, v in r.metrics.items() if not isinstance(v, dict | tuple)}
+            | dict(zip(("auroc_low", "auroc_high"), r.metrics["auroc_ci"] or "  ", strict=True))
+            | training_cost(r.run) for name, group in groups.items() for r in group])
+        draw_comparison([group[0] for group in groups.values()], page.with_suffix(".png"))
+        pictures[page.with_suffix(".png")] = "ROC curves, histograms of scores, example cases"
     for name, (r, *_) in groups.items():
-        for file, text in PICTURES.items():
-            if not (several and file in ("roc.png", "histogram.png")):  # in comparison.png
-                pictures[r.folder / file] = f"{name}: {text}"
+        pictures |= {r.folder / file: f"{name}: {text}" for file, text in PICTURES.items()
+                     if not (several and file == "scores.png")}  # in comparison.png
         pictures[r.run.folder / "curves.png"] = f"{name}: loss in training"
-    write_page(page, f"{' and '.join(groups)}, {'compared' if several else 'tested'}", sentences,
-               facts, tables, pictures,
-               [*(command_to_train(r.run.config) for r in tested), again], settings_table(tested))
+    made = {r.run.name: f"{command_to_train(r.run.config)}\n{r.run.made_with}; data "
+                        f"{r.run.fingerprint}" for r in tested}
+    made["This test"] = (
+        f"torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}, "
+        f"{first.run.setup.device.type}, {first.run.setup.precision}; data {m['data_fingerprint']}")
+    figures = [f'<figure class="scroll" tabindex="0"><figcaption>{escape(text)}</figcaption><img '
+               f'alt="{escape(text)}" src="data:image/png;base64,'
+               f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
+               for picture, text in pictures.items() if picture.exists()]
+    train.write_text(page, PAGE.substitute(
+        title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
+        sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
+        facts=html_list(facts), tables="".join(map(html_table, tables)),
+        pictures="\n".join(figures), made=html_list(made), today=datetime.date.today()))
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
 
 
-def comparison_rows(name: str, group: list[Result]) -> list[dict[str, Any]]:
-    """Make rows of comparison.csv for runs of one group: their figures, and those over seeds."""
-    aurocs = np.array([r.metrics["auroc"] for r in group], dtype=float)
-    spread = aurocs.std(ddof=1) if len(group) > 1 else ""
-    return [{"run": r.run.folder.name, "group": name}
-            | {k: v for k, v in r.metrics.items() if not isinstance(v, dict | tuple)}
-            | dict(zip(("auroc_low", "auroc_high"), r.metrics["auroc_ci"] or ("", ""), strict=True))
-            | training_cost(r.run)
-            | {"auroc_mean": aurocs.mean(), "auroc_sd": spread} for r in group]
+def relative(path: str | Path) -> str:
+    """Shorten an absolute path, so that what is sent on tells nothing of the machine."""
+    if not os.path.isabs(path):
+        return str(path)
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
-# ----------------------------------------------------------------------------------------------
-# Tables
+def command_to_train(config: Config) -> str:
+    """Give what to type to train a run again: model, and every setting that is not the default."""
+    words = ["python", "train.py"]
+    for name, value in dataclasses.asdict(config).items():
+        if name == "model" or value != FIELDS[name].default:
+            words += [flag(name if value else f"no_{name}")] if isinstance(value, bool) else [
+                flag(name), relative(str(value))]
+    return shlex.join(words)
 
 
 class Table(NamedTuple):
@@ -856,52 +793,49 @@ class Table(NamedTuple):
 
     title: str
     header: list[str]
-    rows: list[list[Any]]
+    rows: list[list[str]]
     note: str = ""
 
 
 def text_table(table: Table) -> str:
     """Lay the table out as aligned text. Long column titles take several lines."""
-    columns = [[str(cell) for cell in column] for column in zip(*table.rows, strict=True)]
+    columns = list(zip(*table.rows, strict=True))
     titles = [textwrap.wrap(title, max([12, *map(len, column)]), break_long_words=False)
               for title, column in zip(table.header, columns, strict=True)]
     high = max(map(len, titles))
-    columns = [[""] * (high - len(t)) + t + c for t, c in zip(titles, columns, strict=True)]
+    columns = [(*[""] * (high - len(t)), *t, *c) for t, c in zip(titles, columns, strict=True)]
     widths = [max(map(len, column)) for column in columns]
-    lines = [f"{line[0]:<{widths[0]}}" + "".join(
-        f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        for line in zip(*columns, strict=True)]
-    return "\n".join([table.title, *(line.rstrip() for line in lines),
-                      *textwrap.wrap(table.note, 99)])
+    lines = ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line))
+             for line in zip(*columns, strict=True)]
+    return "\n".join([table.title, *map(str.rstrip, lines), *textwrap.wrap(table.note, 99)])
+
+
+def html_list(texts: dict[str, str]) -> str:
+    """Write names and what they stand for as an HTML list."""
+    return "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in texts.items())
 
 
 def html_table(table: Table) -> str:
     """Write the table as HTML, in a region that scrolls."""
     name = escape(table.title)
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
-    rows = "\n".join(f'<tr><th scope="row">{escape(str(first))}</th>' + "".join(
-        f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
-        for first, *cells in table.rows)
+    rows = "\n".join(f'<tr><th scope="row">{escape(first)}</th>' + "".join(
+        f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for first, *cells in table.rows)
     return (f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table>'
             f"<caption>{name}</caption><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody>"
             f"</table></div>\n<p>{escape(table.note)}</p>\n")
 
 
-def share(value: float | None) -> str:
-    """'12.3 %' of 0.123; '-' where there is no figure."""
-    return "-" if value is None else f"{100 * value:.1f} %"
+def percent(value: float | None, ends: Sequence[float] | None = None) -> str:
+    """'12.3 %' of 0.123, or with its interval '12.3 % (10 to 15)'; '-' of no figure."""
+    return "-" if value is None else f"{100 * value:.1f} %" + (
+        f" ({100 * ends[0]:.0f} to {100 * ends[1]:.0f})" if ends else "")
 
 
 def decimal(value: float | None, ends: Sequence[float] | None = None) -> str:
-    """'0.898', or with its interval '0.898 (0.850 to 0.936)'; '-' where there is no figure."""
+    """'0.898', or with its interval '0.898 (0.850 to 0.936)'; '-' of no figure."""
     return "-" if value is None else f"{value:.3f}" + (
         f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
-
-
-def specificity(m: dict[str, Any]) -> str:
-    """'94.0 % (88 to 97)': the share of the tested normals under the threshold, its interval."""
-    low, high = (f"{100 * end:.0f}" for end in m["specificity_ci"] or (0, 0))
-    return share(m["specificity_at_threshold"]) + (f" ({low} to {high})" if m["n_normal"] else "")
 
 
 def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list[Table]:
@@ -910,13 +844,9 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
 
     def by_model(show: Callable[[Any], str], *keys: str) -> list[str]:
         """Show a figure of each model, found in its metrics under these keys."""
-        cells = []
-        for group in groups.values():
-            values: list[Any] = [r.metrics for r in group]
-            for key in keys:
-                values = [value[key] for value in values]
-            cells.append(show(None if None in values else np.mean(values)))
-        return cells
+        found: list[list[Any]] = [[functools.reduce(operator.getitem, keys, r.metrics)
+                                   for r in group] for group in groups.values()]
+        return [show(None if None in values else np.mean(values)) for values in found]
 
     every = [(r.run.name, r.metrics) for r in tested] + [
         (f"{r.run.name}, {name}", m) for r in tested
@@ -926,27 +856,27 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
         "sensitivity at 95 %", "specificity reached"], [
         [name, decimal(m["auroc"], m["auroc_ci"]),
          decimal(m["average_precision"], m["average_precision_ci"]),
-         share(m["sensitivity_at_90_specificity"]), share(m["sensitivity_at_95_specificity"]),
-         specificity(m)] for name, m in every],
+         percent(m["sensitivity_at_90_specificity"]), percent(m["sensitivity_at_95_specificity"]),
+         percent(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every],
         "AUROC needs both normal and abnormal images: not computed. " * (first["auroc"] is None)
         + "Sensitivities are at the thresholds that 90 % and 95 % of the "
         f"{first['n_validation_normals']} validation normals stay under; the last column is the "
         f"share of test normals under the second of them. Intervals: {RESAMPLES} bootstrap "
         "resamples of patients, the same for all; of specificity Wilson's.")]
-    aurocs = {name: [r.metrics["auroc"] for r in group] for name, group in groups.items()}
-    if first["auroc"] is not None and len(groups) < len(tested):
-        tables.append(Table("AUROC over seeds; the tables below hold means over them", [
-            "", "seeds", "mean", "standard deviation", "lowest", "highest"], [
-            [name, len(x), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
-            for name, x in aurocs.items() if len(x) > 1]))
     if first["auroc"] is not None:
+        aurocs = {name: [r.metrics["auroc"] for r in group] for name, group in groups.items()}
+        if len(groups) < len(tested):
+            tables.append(Table("AUROC over seeds; the tables below hold means over them", [
+                "", "seeds", "mean", "standard deviation", "lowest", "highest"], [
+                [name, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
+                for name, x in aurocs.items() if len(x) > 1]))
         tables.append(Table("Trivial scores, which need no model, each in its better direction", [
             "", "AUROC (95 % interval)"], [[name, decimal(x, first["baselines_ci"][name])]
                                            for name, x in first["baselines"].items()]))
     for kind in ("finding", "view"):
         if known := first.get(key := f"auroc_by_{kind}"):
             tables.append(Table(f"AUROC by {kind}", ["", "images", *names], [
-                [name, group["n"], *by_model(decimal, key, name, "auroc")]
+                [name, str(group["n"]), *by_model(decimal, key, name, "auroc")]
                 for name, group in known.items()]))
     if "n_located" in first:
         rows = {"map peak in lesion": "peak_in_lesion",
@@ -955,13 +885,12 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
                 "share of map in lesion": "energy_in_lesion"}
         tables.append(Table(f"Where the maps point: {first['n_located']} lesions", ["", *names], [
             ["pixel AUROC", *by_model(decimal, "pixel_auroc")],
-            *([title, *by_model(share, key)] for title, key in rows.items())],
+            *([title, *by_model(percent, key)] for title, key in rows.items())],
             f"The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside the lesion. "
-            f"Lesions cover {share(first['lesion_area'])} of the image."))
-    costs = {r.run.name: training_cost(r.run) for r in tested}
+            f"Lesions cover {percent(first['lesion_area'])} of the image."))
     return [*tables, Table("Training", ["", "parameters", "epochs", "minutes", "images/s"], [
-        [name, *("-" if x is None else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}"
-                 for x in cost.values())] for name, cost in costs.items()])]
+        [r.run.name, *("-" if x is None else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}"
+                       for x in training_cost(r.run).values())] for r in tested])]
 
 
 def training_cost(run: TrainedRun) -> dict[str, float | None]:
@@ -970,45 +899,18 @@ def training_cost(run: TrainedRun) -> dict[str, float | None]:
                                      "epochs": None, "minutes": None, "images_per_second": None}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, csv.Error):
         with open(run.folder / "log.csv", newline="", encoding="utf-8") as f:
-            rows = [(float(row["seconds"]), float(row["images_per_second"]))
-                    for row in csv.DictReader(f)]
-        seconds, rates = np.array(rows).T
-        cost |= {"epochs": len(rows), "minutes": float(seconds.sum()) / 60,
+            seconds, rates = np.array([(float(row["seconds"]), float(row["images_per_second"]))
+                                       for row in csv.DictReader(f)]).T
+        cost |= {"epochs": len(rates), "minutes": float(seconds.sum()) / 60,
                  "images_per_second": float(rates.mean())}
     return cost
 
 
-def trained_on(run: TrainedRun) -> str:
-    """Name the run's data, without the place where it lies."""
-    return PHANTOM if run.config.data == "synthetic" else relative(run.config.data)
-
-
-def settings_table(tested: list[Result]) -> Table:
-    """List what a run depends on: data, versions and all settings."""
-    here = f"torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}"
-    rows = [{"trained on": trained_on(r.run), "trained with": r.run.made_with,
-             "scored with": f"{here}, {r.run.setup.device.type}, {r.run.setup.precision}",
-             "fingerprint of training data": r.run.fingerprint,
-             "fingerprint of test data": r.metrics["data_fingerprint"]}
-            | {k: relative(v) if isinstance(v, str) else v
-               for k, v in dataclasses.asdict(r.run.config).items()} for r in tested]
-    return Table("Settings and versions", ["", *(r.run.name for r in tested)],
-                 [[name, *(row[name] for row in rows)] for name in rows[0]])
-
-
-def command_to_train(config: Config) -> str:
-    """Give what to type to train a run again: every setting that is not the default."""
-    words = ["python", "train.py", "--model", config.model]
-    for name, value in dataclasses.asdict(config).items():
-        if name in ("model", "resume", "reuse") or value == FIELDS[name].default:
-            continue
-        words += [flag(name if value else f"no_{name}")] if isinstance(value, bool) else [
-            flag(name), relative(str(value))]
-    return shlex.join(words)
-
-
 # ----------------------------------------------------------------------------------------------
-# Pictures
+# Pictures and page
+
+
+SIDE, GAP, LINE = 1.6, 0.08, 0.16  # inches: a tile's side, between tiles, a line of text
 
 
 class Tile(NamedTuple):
@@ -1021,44 +923,44 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a grid with the text beside it; without tiles the text is a heading."""
+    """A row of a grid, with a text beside it."""
 
     beside: str
-    tiles: Sequence[Tile] = ()
-
-    @property
-    def above(self) -> float:
-        """Inches that a heading takes, or the texts above the tiles."""
-        return LINE * max((tile.above.count("\n") + bool(tile.above) for tile in self.tiles),
-                          default=2.5)
+    tiles: Sequence[Tile]
 
 
-SIDE, GAP, LINE = 1.6, 0.08, 0.16  # inches: a tile's side, between tiles, a line of text
+@matplotlib.style.context({"text.parse_math": False}, after_reset=True)  # a $ in a name is a $
+def save_picture(file: Path, title: str, rows: Sequence[Row] = (), scorer: str = "",
+                 top: float | None = None, tested: Sequence[Result] = ()) -> None:
+    """Save a picture, whatever the user's settings of matplotlib: ROC curves and scores of tests,
+    and below them rows of tiles. top: where the maps' colours end; by default almost all do."""
+    columns = max((len(row.tiles) for row in rows), default=3)
+    wide = max(columns * (SIDE + GAP) + 1.9, 4.2 * (1 + len(tested)) * bool(tested))
+    title = "\n".join(textwrap.fill(line, int(12 * wide)) for line in title.split("\n"))
+    heights = [4.4] * bool(tested) + [0.3 + sum(map(height_of, rows))] * bool(rows) or [0.3]
+    figure = Figure(figsize=(wide, sum(heights) + LINE * (2 + title.count("\n"))),
+                    layout="constrained")
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    if tested:
+        draw_scores(parts[0], tested)
+    if rows:
+        draw_grid(parts[-1], rows, scorer, top)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(file, dpi=110)
 
 
-def picture_style() -> contextlib.AbstractContextManager:
-    """Draw pictures alike while inside, whatever the user's own settings of matplotlib; and a name
-    with a $ in it is a name."""
-    return matplotlib.style.context({"text.parse_math": False}, after_reset=True)
+def height_of(row: Row) -> float:
+    """Inches that a row takes, with the texts above its tiles."""
+    return SIDE + GAP + LINE * max(t.above.count("\n") + bool(t.above) for t in row.tiles)
 
 
-def size_of_grid(rows: Sequence[Row]) -> tuple[float, float]:
-    """(width, height) of a grid in inches, its texts and colour bar included."""
-    high = sum(row.above + (SIDE + GAP) * bool(row.tiles) for row in rows)
-    return (max(len(row.tiles) for row in rows) or 4) * (SIDE + GAP) + 1.6, high + 0.7
-
-
-def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None = None) -> None:
-    """Draw rows of tiles on matplotlib's (sub)figure, all in one coordinate system of inches, which
-    is far faster than one for each. top: where the maps' colours end; default: almost all."""
-    maps = [tile.map for row in rows for tile in row.tiles if tile.map is not None]
-    top = top or map_top(maps)
-    axes, y = figure.subplots(), 0.0
+def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None) -> None:
+    """Draw rows of tiles in one coordinate system of inches: far faster than one for each."""
+    top = top or map_top([t.map for row in rows for t in row.tiles if t.map is not None])
+    axes, bottom = figure.subplots(), 0.0
     for row in rows:
-        y += row.above
-        if not row.tiles:
-            axes.text(0, y - LINE / 2, row.beside, fontsize=10)
-            continue
+        bottom += height_of(row)
+        y = bottom - SIDE - GAP
         axes.text(-0.05, y + SIDE / 2, row.beside, fontsize=8, rotation=90, ha="right", va="center")
         for i, tile in enumerate(row.tiles):
             x = i * (SIDE + GAP)
@@ -1071,13 +973,12 @@ def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None =
             if tile.mask is not None and tile.mask.any():
                 at = (np.arange(len(tile.mask)) + 0.5) * SIDE / len(tile.mask)
                 axes.contour(x + at, y + at, tile.mask, [0.5], colors="#56B4E9", linewidths=1)
-        y += SIDE + GAP
-    axes.set(xlim=(0, size_of_grid(rows)[0] - 1.6), ylim=(max(y, LINE), 0), aspect="equal")
+    axes.set(xlim=(0, max(len(row.tiles) for row in rows) * (SIDE + GAP)), ylim=(bottom, 0),
+             aspect="equal")
     axes.axis("off")
-    if maps:
-        unit = "\n(standard deviations\nof training normals)" * (map_name(scorer) in models.Z_MAPS)
-        figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=axes, extend="max",
-                        label=map_name(scorer) + unit, shrink=min(1, 2.5 / y), aspect=15, pad=0.02)
+    unit = "\n(standard deviations\nof training normals)" * (map_name(scorer) in models.Z_MAPS)
+    figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=axes, extend="max", pad=0.02,
+                    label=map_name(scorer) + unit, shrink=min(1, 2.5 / bottom), aspect=15)
 
 
 def map_top(maps: Sequence[np.ndarray]) -> float:
@@ -1085,48 +986,31 @@ def map_top(maps: Sequence[np.ndarray]) -> float:
     return max(float(np.quantile(np.concatenate([m.ravel() for m in maps]), 0.998)), 1e-6)
 
 
-def grid_figure(rows: Sequence[Row], title: str, scorer: str, file: Path,
-                top: float | None = None) -> None:
-    """Save a picture of rows of tiles."""
-    wide, high = size_of_grid(rows)
-    figure = Figure(figsize=(wide, high + LINE * title.count("\n")), layout="constrained")
-    draw_grid(figure, rows, scorer, top)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(file, dpi=110)
-
-
-def plot_roc(axes: Axes, tested: list[Result]) -> None:
-    """Draw the ROC curves on matplotlib's axes."""
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
-    for r, colour in zip(tested, itertools.cycle(COLOURS), strict=False):
-        if r.metrics["auroc"] is None:
-            axes.text(0.5, 0.5, "needs normal and abnormal images", ha="center")
-            continue
-        fpr, tpr, _ = roc_curve(r.labels, r.scores)
-        told = decimal(r.metrics["auroc"], r.metrics["auroc_ci"])
-        axes.plot(fpr, tpr, color=colour, linewidth=2, label=f"{r.run.name}: {told}")
-        axes.legend(loc="lower right", frameon=False, fontsize=9)
-    axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
-             title="ROC, with AUROC and its 95 % interval", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-
-
-def plot_histogram(axes: Axes, tested: list[Result], which: int = 0) -> None:
-    """Draw the scores of one of the runs, on a scale for all: normal images in grey, abnormal ones
-    in the run's colour."""
+def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
+    """Draw the ROC curves of tests, and beside them histograms of the scores on one scale."""
+    roc, *histograms = figure.subplots(1, 1 + len(tested))
+    for axes in histograms[1:]:
+        axes.sharey(histograms[0])
+    roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
     every = np.concatenate([r.scores for r in tested])
     bins = np.linspace(every.min(), max(np.quantile(every, 0.995), every.min() + 1e-9), 31)
-    # The last bar takes what lies beyond.
-    counts = [[np.histogram(r.scores[r.labels == label].clip(max=bins[-1]), bins)[0]
-               for label in (NORMAL, ABNORMAL)] for r in tested]
-    r, colour = tested[which], COLOURS[which % len(COLOURS)]
-    for count, label, shade in zip(counts[which], ("normal", "abnormal"), ("0.55", colour),
-                                   strict=True):
-        axes.stairs(count, bins, fill=True, color=shade, alpha=0.65, label=label)
-    axes.axvline(r.metrics["threshold"], color="0.1", linestyle="--", linewidth=1.2,
-                 label="threshold (95 % of\nvalidation normals)")
-    axes.set(xlabel=f"anomaly score ({r.scorer})", ylabel="images", title=r.run.name,
-             ylim=(0, 1.05 * np.max(counts)))
-    axes.legend(frameon=False, fontsize=9)
+    for r, axes, colour in zip(tested, histograms, itertools.cycle(COLOURS), strict=False):
+        curve, told = ([0], [0]), "needs normal\nand abnormal images"
+        if r.metrics["auroc"] is not None:
+            curve = roc_curve(r.labels, r.scores)[:2]
+            told = decimal(r.metrics["auroc"], r.metrics["auroc_ci"])
+        roc.plot(*curve, color=colour, linewidth=2, label=f"{r.run.name}: {told}")
+        for label, name, shade in ((NORMAL, "normal", "0.55"), (ABNORMAL, "abnormal", colour)):
+            # The last bar takes what lies beyond.
+            axes.hist(r.scores[r.labels == label].clip(max=bins[-1]), bins, color=shade,
+                      alpha=0.65, label=name)
+        axes.axvline(r.metrics["threshold"], color="0.1", linestyle="--", linewidth=1.2,
+                     label="threshold (95 % of\nvalidation normals)")
+        axes.set(xlabel=f"anomaly score ({r.scorer})", ylabel="images", title=r.run.name)
+        axes.legend(frameon=False, fontsize=9)
+    roc.legend(loc="lower right", frameon=False, fontsize=9)
+    roc.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
+            title="ROC, with AUROC and its 95 % interval", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
 
 
 def describe_sample(sample: Sample) -> str:
@@ -1134,47 +1018,25 @@ def describe_sample(sample: Sample) -> str:
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
 
 
-def tested_on(r: Result) -> str:
-    """Say in a picture's title what the data is, in short lines."""
-    return textwrap.fill(f"tested on {r.about}", 75)
-
-
-def read_again(r: Result, positions: Sequence[int]) -> Tensor:
+def read_again(r: Result, positions: Iterable[int]) -> Tensor:
     """Read images that have been scored once more: uint8 [n,1,H,W]."""
     stream = r.run.stream(r.source, [r.samples[i] for i in positions])
     images = [images for images, _ in stream]
-    if stream.bad:
-        key, reason = next(iter(stream.bad.items()))
+    for key, reason in stream.bad.items():
         raise UserError(f"--data {r.source.spec}: {key} was scored, but cannot be read again for "
                         f"its picture ({reason})")
     return torch.cat(images)
 
 
-def tiles_of(r: Result, positions: Sequence[int], above: Sequence[str],
-             over_maps: Sequence[str] = ()) -> list[list[Tile]]:
-    """Make tiles of the inputs, reconstructions and maps of a few images, with texts above."""
-    if not positions:
-        return [[], [], []]
-    output, _, maps = r.run.score(read_again(r, positions), r.scorer)
-    inputs, backs, heat = (x[:, 0].cpu().numpy()
-                           for x in (output.images, output.reconstruction, maps))
+def tiles_of(r: Result, images: Tensor, positions: Iterable[int] = (),
+             above: Sequence[str] = ()) -> list[list[Tile]]:
+    """Make tiles of uint8 images [n,1,H,W]: of each the image, with a text above, the
+    reconstructions, and the map, with the lesions of tested images at these positions."""
+    output, _, maps = r.run.score(images, r.scorer)
+    views = torch.cat([output.images, output.reconstructions, maps], 1).cpu().numpy()
     masks = [r.mask(r.samples[i]) for i in positions]
-    return [list(map(Tile, inputs, above)), list(map(Tile, backs)),
-            list(map(Tile, inputs, over_maps or [""] * len(inputs), heat, masks))]
-
-
-def draw_examples(r: Result, file: Path) -> None:
-    """Draw input, reconstruction and map of the three highest, borderline and lowest scores."""
-    chosen: dict[int, str] = {}
-    away = abs(r.scores - r.metrics["threshold"])
-    for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
-        fresh = [i for i in np.argsort(order).tolist() if i not in chosen][:3]
-        chosen |= dict.fromkeys(fresh, why)
-    above = [f"{why}\n{describe_sample(r.samples[i])}\nscore {r.scores[i]:.3g}"
-             for i, why in chosen.items()]
-    rows = map(Row, ("input", "reconstruction", "anomaly map"), tiles_of(r, list(chosen), above))
-    grid_figure(list(rows), f"{r.run.name}, threshold {r.metrics['threshold']:.3g}\n{tested_on(r)}",
-                r.scorer, file)
+    return [[Tile(image, text or ""), *map(Tile, backs), Tile(image, "", map_, mask)]
+            for (image, *backs, map_), mask, text in itertools.zip_longest(views, masks, above)]
 
 
 def worst(r: Result) -> tuple[list[int], list[int]]:
@@ -1184,151 +1046,90 @@ def worst(r: Result) -> tuple[list[int], list[int]]:
     return order[sick & ~flagged].tolist(), order[~sick & flagged][::-1].tolist()
 
 
-def draw_worst(r: Result, file: Path) -> None:
-    """Draw input and map of the eight worst misses, and below of the worst false alarms."""
-    percentiles = r.run.scorer.percentile(r.scorer, torch.from_numpy(r.scores)).tolist()
+def draw_cases(r: Result, file: Path, title: str, *groups: dict[int, str]) -> None:
+    """Draw image, reconstruction and map of tested images; groups: position -> text above."""
     rows: list[Row] = []
-    for kind, wrong, found in zip(("abnormal", "normal"), ("missed", "flagged"), worst(r),
-                                  strict=True):
-        rows.append(Row(f"{len(found)} of {r.metrics[f'n_{kind}']} {kind} images {wrong}"
-                        + ": the worst, with percentiles among validation normals" * bool(found)))
-        images, _, maps = tiles_of(r, found[:8], [
-            f"{describe_sample(r.samples[i])}\npercentile {percentiles[i]:.0f}\n"
-            f"{r.samples[i].key.rpartition('/')[2][-18:]}" for i in found[:8]])
-        rows += [Row("", images), Row("", maps)] if found else []
-    grid_figure(rows, f"{r.run.name}, {tested_on(r)}", r.scorer, file)
+    for group in filter(None, groups):
+        images, backs, *_, maps = zip(*tiles_of(r, read_again(r, group), group, [
+            f"{text}\n{describe_sample(r.samples[i])}\nscore {r.scores[i]:.3g}"
+            for i, text in group.items()]), strict=True)
+        rows += [Row("image", images), Row("reconstruction", backs), Row("anomaly map", maps)]
+    save_picture(file, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer)
 
 
 def draw_healing(r: Result, file: Path) -> None:
-    """Draw three validation normals, corrupted as in training, and what the model makes of them;
-    below them a tested image with a finding."""
-    run, normals = r.run, r.run.normals(r.source, "val")
-    three = run.stream(r.source, normals[:: max(1, len(normals) // 3)][:3])
-    if not (batches := [images for images, _ in three]):
-        return
-    clean = batches[0]
-    draws = models.Draws(models.seeded(run.config.seed, "picture", 0), len(clean))
-    seen = (255 * models.corrupt(clean / 255, run.config.objective, draws)).round().byte()
-    cases: list[tuple[str, np.ndarray | None]] = [("normal", None)] * len(clean)
-    if sick := [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]:
-        middle = sick[len(sick) // 2]
-        image = read_again(r, [middle])
-        clean, seen = torch.cat([clean, image]), torch.cat([seen, image])
-        cases.append((describe_sample(r.samples[middle]), r.mask(r.samples[middle])))
-    output, _, maps = run.score(seen, r.scorer)
-    shown = torch.cat([clean / 255, output.images.cpu(), output.reconstructions.cpu()], 1).numpy()
-    heat, rows = maps[:, 0].cpu().numpy(), list[Row]()
+    """Draw three validation normals, corrupted as in training, and a tested lesion, healed."""
+    config, clean = r.run.config, r.run.some_normals(r.source, "val", 3)
+    draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
+    seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
+    rows = [Row("normal", [Tile(image[0] / 255), *tiles])
+            for image, tiles in zip(clean.numpy(), tiles_of(r, seen), strict=True)]
+    sick = [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]
+    for i in sick[len(sick) // 2 :][:1]:
+        (tiles,) = tiles_of(r, read_again(r, [i]), [i])
+        rows.append(Row(describe_sample(r.samples[i]), [tiles[0], *tiles]))
+    *others, last = rows[0].tiles
     titles = ["image", "what the model sees", "healed", "healed, without skips"]
-    for (name, mask), views, map_ in zip(cases, shown, heat, strict=True):
-        tiles = map(Tile, views, titles if not rows else [""] * len(views))
-        rows.append(Row(name, [*tiles, Tile(views[1], "" if rows else "map", map_, mask)]))
+    rows[0] = Row("normal", [*(tile._replace(above=text) for tile, text in zip(
+        others, titles, strict=False)), last._replace(above="map")])
     # The colours end where the least of the maps does: corruptions are stronger than findings.
-    grid_figure(rows, f"{run.name}, objective {run.config.objective}", r.scorer, file,
-                min(map_top([m]) for m in heat))
+    save_picture(file, f"{r.run.name}, objective {config.objective}", rows, r.scorer,
+                 min(map_top([row.tiles[-1].map]) for row in rows))
 
 
 def draw_comparison(tested: list[Result], file: Path) -> None:
-    """Draw ROC and histograms of all runs, and below the same example cases through every model.
-
-    The cases have the middle score of the six most common findings, normal among them: the picture
-    shows what is usual, and nothing is picked by hand.
+    """Draw ROC and histograms of all runs, and below the same example cases through every model:
+    those with the middle score of the six most common findings, so that nothing is picked by hand.
     """
     first, kinds = tested[0], [describe_sample(s) for s in tested[0].samples]
     order, cases = np.argsort(first.scores).tolist(), {}
     for kind, count in Counter(kinds).most_common(6):
-        cases[kind] = [i for i in order if kinds[i] == kind][count // 2]
-    columns: list[list[Tile]] = []
+        cases[[i for i in order if kinds[i] == kind][count // 2]] = kind
+    rows: list[list[Tile]] = [[] for _ in cases]
     for r in tested:
-        images, backs, maps = tiles_of(r, list(cases.values()), ["input"] + [""] * len(cases), [
-            f"score {r.scores[i]:.3g}" for i in cases.values()])
-        backs[0] = backs[0]._replace(above=f"{textwrap.fill(r.run.name, 22)}\nreconstruction")
-        columns += [backs, maps] if columns else [images, backs, maps]
-    rows = list(map(Row, cases, zip(*columns, strict=True)))
-    wide, high = size_of_grid(rows)
-    figure = Figure(figsize=(max(wide, 4.2 * (1 + len(tested))), 4.4 + high), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[4.4, high])
-    axes = upper.subplots(1, 1 + len(tested))
-    plot_roc(axes[0], tested)
-    for i, one in enumerate(axes[1:]):
-        plot_histogram(one, tested, i)
-    draw_grid(lower, rows, first.scorer)
-    upper.suptitle(f"{first.metrics['n_normal']} normal and {first.metrics['n_abnormal']} abnormal "
-                   f"images, {tested_on(first)}", fontsize=10)
-    figure.savefig(file, dpi=110)
-
-
-# ----------------------------------------------------------------------------------------------
-# The page: one file that needs nothing but a browser
+        names = [f"{textwrap.fill(r.run.name, 22)}\nreconstruction"] + [""] * (len(cases) - 1)
+        for row, i, name, (image, back, *_, map_) in zip(
+                rows, cases, names, tiles_of(r, read_again(r, cases), cases), strict=True):
+            row += [] if row else [image._replace(above="input" if name else "")]
+            row += [back._replace(above=name), map_._replace(above=f"score {r.scores[i]:.3g}")]
+    save_picture(file, f"{first.metrics['n_normal']} normal and {first.metrics['n_abnormal']} "
+                 f"abnormal images, tested on {first.about}",
+                 list(map(Row, cases.values(), rows)), first.scorer, tested=tested)
 
 
 PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,"><title>$title</title>
+<link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark }
-body { max-width: 72rem; margin: 0 auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+body { max-width: 72rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
   overflow-wrap: anywhere }
 h2 { margin-top: 2.5rem; border-top: 1px solid #8888; padding-top: 1rem }
-p, dl { max-width: 46rem } dt, caption { font-weight: 600 } dd { margin: 0 0 .3rem 1rem }
+p, dl { max-width: 46rem } dt, caption { font-weight: 600 } dd { white-space: pre-wrap }
 .use { border-left: .3rem solid #d55e00; padding-left: .7rem; font-weight: 600 }
-.scroll { overflow-x: auto; margin-top: 1.5rem } figure { margin: 2rem 0 }
+.scroll { overflow-x: auto; margin: 1.5rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td, caption { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0 }
 th, td { border-bottom: 1px solid #8888; min-width: 4.2rem; max-width: 22rem }
 tbody th { font-weight: 400; min-width: 8rem }
-img { display: block; max-width: 100%; height: auto; background: #fff }
-@media screen and (max-width: 48rem) { img.wide { max-width: none; width: 56rem } }
-pre { white-space: pre-wrap }
+img { display: block; max-width: 100%; background: #fff }
+@media screen and (max-width: 48rem) { img { max-width: none; max-height: 80vh } }
 @media print { body { font-size: 10pt; max-width: none } table { font-size: 8pt }
   figure, tr { break-inside: avoid } img { max-height: 22cm } @page { margin: 15mm } }
 </style></head>
 <body><header><p class="use">Research use only. Not for diagnosis.</p><h1>$title</h1>
-$sentences
-<dl>$facts</dl></header>
-<main><h2>Results</h2>
-$tables<h2>Pictures</h2>
-<p>Maps are bright where an image is unlike what the model expects of a normal one. Blue outlines
-are true lesions, where these are known. Of several seeds the first is shown.</p>
+$sentences<dl>$facts</dl></header>
+<main><h2>Results</h2>$tables
+<h2>Pictures</h2><p>Maps are bright where an image is unlike what the model expects of a normal one.
+Blue outlines are true lesions, where these are known. Of several seeds the first is shown.</p>
 $pictures
-<h2>Training and reproduction</h2><pre>$commands</pre>
-$settings</main>
+<h2>Training and reproduction</h2><dl>$made</dl></main>
 <footer><p>Made by ImgAE-Dx on $today. This file holds images of the test data and their names: mind
 to whom you give it. Research use only, not for diagnosis.</p></footer></body></html>
 """)
-
-
-def write_page(file: Path, title: str, sentences: list[str], facts: dict[str, str],
-               tables: list[Table], pictures: dict[Path, str], commands: list[str],
-               settings: Table) -> None:
-    """Write all that was found into one file that fetches nothing. pictures: with captions."""
-    figures = []
-    for picture, text in pictures.items():
-        if picture.exists():
-            with Image.open(picture) as image:
-                wide = "wide" * (image.width > 1.6 * image.height)
-            content = base64.b64encode(picture.read_bytes()).decode()
-            figures.append(f'<figure><figcaption>{escape(text)}</figcaption><div class="scroll" '
-                           f'role="region" tabindex="0" aria-label="picture"><img class="{wide}" '
-                           f'alt="{escape(text)}" src="data:image/png;base64,{content}"></div>'
-                           "</figure>")
-    train.write_text(file, PAGE.substitute(
-        title=escape(title), sentences="\n".join(f"<p>{escape(line)}</p>" for line in sentences),
-        facts="\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()),
-        tables="".join(map(html_table, tables)), pictures="\n".join(figures),
-        commands=escape("\n".join(commands)), settings=html_table(settings),
-        today=datetime.date.today()))
-
-
-def relative(path: str | Path) -> str:
-    """Shorten an absolute path to what lies below the working directory, or to its last name: what
-    is sent on tells nothing of the machine. Other texts stay as they are."""
-    if not os.path.isabs(path):
-        return str(path)
-    path, here = Path(path), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1343,17 +1144,18 @@ class NewImages(Source):
     """An image file, or all in a folder, without labels."""
 
     def __init__(self, path: Path) -> None:
-        self.spec, self.root, files = str(path), path if path.is_dir() else path.parent, [path]
+        self.spec, self.root, files = str(path), path.parent, [path]
         if path.is_dir():  # a heatmap of an earlier prediction has its map beside it
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
-                           and not (p.name.endswith("_heatmap.png") and Path(str(p).removesuffix(
-                               "_heatmap.png") + "_map.npy").exists()))
-        files = [p for p in files if p.is_file()]  # a pipe would be waited for
-        if not files:
+            self.root, files = path, sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
+                and not (p.name.endswith("_heatmap.png")
+                         and Path(f"{str(p).removesuffix('_heatmap.png')}_map.npy").exists()))
+        # A pipe would be waited for.
+        names = [p.relative_to(self.root).as_posix() for p in files if p.is_file()]
+        if not names:
             raise UserError(f"--image {path}: " + (
                 f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
                 if path.is_dir() else f"there is no file at {path.resolve()}"))
-        names = [p.relative_to(self.root).as_posix() for p in files]
         self.samples = [Sample(name, name, NORMAL) for name in names if is_text(name)]
         self.bad = {ascii(name)[1:-1]: "its name is not UTF-8" for name in names
                     if not is_text(name)}  # neither table nor picture could hold it
@@ -1370,15 +1172,13 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     and predictions.csv to `out`, by default <run>/predictions; a number is added to its name if
     predictions lie there already. Unreadable images of a folder are named and left out.
     """
-    with on_screen(), picture_style():
+    with on_screen():
         trained, scorer = load_run(run, device), scorer or DEFAULT_SCORER
         check_scorer(scorer)
-        source, normal = NewImages(Path(image)), trained.scorer.normal_scores[scorer]
-        wanted, number = Path(out) if out else trained.folder / "predictions", 1
-        folder = wanted
+        source, rows, number = NewImages(Path(image)), list[dict[str, Any]](), 1
+        wanted = folder = Path(out) if out else trained.folder / "predictions"
         while (folder / "predictions.csv").exists():
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
+            folder, number = Path(f"{wanted}-{number + 1}"), number + 1
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1390,28 +1190,24 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         usual = 2 * trained.scorer.threshold(like_map, 0.95)
         stems = distinct_stems([s.key for s in source.samples])
         stream = trained.stream(source, source.samples)
-        rows: list[dict[str, Any]] = []
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
                     output, scores, maps = trained.score(images, scorer)
-                    shown = torch.cat([output.images, output.reconstruction, maps], 1).cpu().numpy()
-                    percentiles = trained.scorer.percentile(scorer, scores[scorer]).tolist()
-                    for k, i in enumerate(positions.tolist()):
-                        score = float(scores[scorer][k])
-                        row = {"image": source.samples[i].key, "score": round(score, 6),
-                               "percentile_among_normals": round(percentiles[k], 1),
-                               "threshold": round(threshold, 6),
-                               "verdict": "abnormal" if score > threshold else "normal"}
-                        rows.append(row)
-                        told = TOLD.format(**row)
-                        seen, back, map_ = shown[k]
+                    views = torch.cat([output.images, output.reconstruction, maps], 1).cpu().numpy()
+                    for i, score, percentile, (seen, back, map_) in zip(
+                            positions.tolist(), scores[scorer].tolist(), trained.scorer.percentile(
+                                scorer, scores[scorer]).tolist(), views, strict=True):
+                        rows.append({"image": source.samples[i].key, "score": round(score, 6),
+                                     "percentile_among_normals": round(percentile, 1),
+                                     "threshold": round(threshold, 6),
+                                     "verdict": "abnormal" if score > threshold else "normal"})
                         np.save(folder / f"{stems[i]}_map.npy", map_)
-                        grid_figure([Row("", [
-                            Tile(seen, "input"), Tile(back, "reconstruction"),
-                            Tile(seen, "anomaly map", map_)])], textwrap.fill(
-                            f"{told} ({trained.name})", 80), scorer,
-                            folder / f"{stems[i]}_heatmap.png", max(float(map_.max()), usual))
+                        tiles = [Tile(seen, "input"), Tile(back, "reconstruction"),
+                                 Tile(seen, "anomaly map", map_)]
+                        save_picture(folder / f"{stems[i]}_heatmap.png",
+                                     f"{TOLD.format(**rows[-1])} ({trained.name})",
+                                     [Row("", tiles)], scorer, max(float(map_.max()), usual))
                         bar.update(1)
         finally:  # also when it was interrupted
             if rows:
@@ -1419,22 +1215,19 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         bad = source.bad | stream.bad
         if not rows:
             raise UserError(f"--image {image}: cannot be read as an image ({min(bad.values())})")
-        for name, reason in bad.items():
-            log.info(f"skipped   {name}: {reason}")
-        for row in rows[:40]:
-            log.info(TOLD.format(**row))
-        if len(rows) > 40:
-            log.info(f"... and {len(rows) - 40} more in predictions.csv")
-        log.info(f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
-                 f"{len(normal)} validation normals. Not a diagnosis.")
-        log.info(f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
-                 "predictions.csv")
+        log.info("\n".join([
+            *(f"skipped   {name}: {reason}" for name, reason in bad.items()),
+            *(TOLD.format(**row) for row in rows[:40]),
+            *[f"... and {len(rows) - 40} more in predictions.csv"] * (len(rows) > 40),
+            f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
+            f"{len(trained.scorer.normal_scores[scorer])} validation normals. Not a diagnosis.",
+            f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
+            "predictions.csv"]))
     return rows
 
 
 def distinct_stems(names: list[str]) -> list[str]:
-    """Name the files of each image's results; with a digest of its name where two would be equal,
-    or too long for a file system."""
+    """Name each image's results; with a digest where two would be equal, or a name too long."""
     stems = [name.rpartition(".")[0].replace("/", "__") for name in names]
     counts = Counter(stem.lower() for stem in stems)
     return [stem if counts[stem.lower()] == 1 and len(os.fsencode(stem)) <= 200 else

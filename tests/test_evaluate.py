@@ -13,6 +13,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import matplotlib
@@ -34,12 +35,13 @@ from train import load_checkpoint, save_checkpoint, train
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of numbers and texts: drawing would take most of their time."""
-    def blank(*arguments: object, **named: object) -> None:
-        (file,) = (a for a in arguments if isinstance(a, Path))
-        Image.new("L", (1, 1)).save(file)
+    monkeypatch.setattr(ev, "save_picture",
+                        lambda file, *_, **named: Image.new("L", (1, 1)).save(file))
 
-    for name in ("draw_examples", "draw_worst", "draw_healing", "draw_comparison", "grid_figure"):
-        monkeypatch.setattr(ev, name, blank)
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as f:
+        return list(csv.DictReader(f))
 
 
 def scored(labels: np.ndarray | list, scores: np.ndarray | list = (), run: object = None,
@@ -71,16 +73,19 @@ def test_pixel_auroc_from_counts_agrees_with_scikit_learn() -> None:
     maps[0][:300] = 0
     masks = [rng.rand(1000) < 0.2 * i for i in range(5)]
     maps = [map_ + mask for map_, mask in zip(maps, masks, strict=True)]
+    t = ev.Result(None, SimpleNamespace(boxes={}), [])
+    for map_, mask in zip(maps, masks, strict=True):
+        ev.locate(t, map_, mask)
     map_, mask = np.concatenate(maps), np.concatenate(masks)
-    counts = np.stack([np.histogram(map_[mask == inside], ev.PIXEL_BOUNDS)[0]
-                       for inside in (False, True)])
-    assert ev.pixel_auroc(counts) == pytest.approx(roc_auc_score(mask, map_), abs=1e-4)
-    assert ev.pixel_auroc(counts * [[1], [0]]) is None
+    assert ev.localisation(t)["pixel_auroc"] == pytest.approx(roc_auc_score(mask, map_), abs=1e-4)
+    t.pixels[0] = 0
+    assert ev.localisation(t)["pixel_auroc"] is None
 
 
 def test_the_bootstrap_draws_patients_not_images() -> None:
     patients = ["a"] * 5 + ["b", "c", "d"]
     weights = ev.patient_weights(patients, 500)
+    assert (weights[0] == 1).all() and len(weights) == 501
     assert (weights[:, :5] == weights[:, :1]).all()
     assert (weights[:, [0, 5, 6, 7]].sum(1) == 4).all()
     assert weights[:, 0].mean() == pytest.approx(1, abs=0.15)
@@ -163,18 +168,9 @@ def test_the_verdict_is_right_on_a_constructed_win_tie_and_loss(
     weights = ev.patient_weights([str(i // 2) for i in range(300)])
     difference, low, high = ev.paired_difference(a, b, labels, weights)
     assert low < difference < high
-    expected = roc_auc_score(labels, b) - roc_auc_score(labels, a)
-    assert difference == pytest.approx(expected, abs=1e-9)
     assert re.match(says, ev.verdict("A", "B", difference, low, high))
-
-
-def test_pairing_makes_a_small_but_steady_difference_clear() -> None:
-    rng = np.random.RandomState(1)
-    labels = np.repeat([0, 1], 150)
-    a = labels + rng.randn(300)
-    b = a + 0.15 * labels  # nearly the same scores, a little better on every abnormal image
-    weights = ev.patient_weights([str(i) for i in range(300)])
-    found = ev.paired_difference(a, b, labels, weights)
+    # Pairing makes a small but steady difference clear: a little better on every abnormal image.
+    found = ev.paired_difference(a, a + 0.15 * labels, labels, weights)
     assert "a clear difference" in ev.verdict("A", "B", *found)
 
 
@@ -193,16 +189,19 @@ def test_subgroups_by_view_are_measured_within_the_view() -> None:
 def test_a_peak_counts_in_the_lesion_or_just_beside_it() -> None:
     mask = np.zeros((100, 100), bool)
     mask[20:30, 20:30] = True
-    for (y, x), hit in (((25, 25), True), ((32, 25), True), ((33, 25), False), ((80, 80), False)):
+    t = ev.Result(None, SimpleNamespace(boxes=True), [])
+    for y, x in ((25, 25), (32, 25), (33, 25), (80, 80)):
         map_ = np.zeros((100, 100))
         map_[y, x] = 1
-        assert ev.peak_in_lesion(map_, mask) is hit
+        ev.locate(t, map_, mask)
+    assert t.located == [(True, 1, 0.01), (True, 0, 0.01), (False, 0, 0.01), (False, 0, 0.01)]
+    assert not np.any(t.pixels)  # a box holds much besides its lesion
 
 
 def test_localisation_counts_peaks_by_lesion_size_and_the_share_of_the_map() -> None:
     located = [(True, 0.5, 0.2), (True, 0.4, 0.3), (True, 0.2, 0.02), (False, 0.1, 0.01)]
-    got = ev.localisation(ev.Result(None, None, [], pixel_auroc=0.9, located=located))
-    assert (got["n_located"], got["pixel_auroc"], got["peak_in_lesion"]) == (4, 0.9, 0.75)
+    got = ev.localisation(ev.Result(None, None, [], located=located))
+    assert (got["n_located"], got["pixel_auroc"], got["peak_in_lesion"]) == (4, None, 0.75)
     assert (got["peak_in_small_lesion"], got["peak_in_large_lesion"]) == (0.5, 1.0)
     assert got["energy_in_lesion"] == pytest.approx(0.3)
     assert got["lesion_area"] == pytest.approx(0.1325)
@@ -243,9 +242,8 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     runs: list[Path], capsys: pytest.CaptureFixture
 ) -> None:
     (metrics,) = ev.evaluate(runs[0])
-    text = capsys.readouterr().out
-    folder = runs[0] / "eval" / "synthetic"
-    drawn = {"roc.png", "histogram.png", "examples.png", "worst.png", "healing.png"}
+    text, folder = capsys.readouterr().out, runs[0] / "eval" / "synthetic"
+    drawn = {"scores.png", "examples.png", "worst.png", "healing.png"}
     assert {p.name for p in folder.iterdir()} == {
         "metrics.json", "scores.csv", "report.html", *drawn}
     assert not (runs[0].parent / "comparison.html").exists()
@@ -254,26 +252,22 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "fused")
     assert "not real X-rays" in saved["data"] and not saved["external"]
     # The figures must follow from the scores in the table beside them.
-    with open(folder / "scores.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    labels = np.array([int(r["label"]) for r in rows])
-    scores = np.array([float(r["fused"]) for r in rows])
+    rows = rows_of(folder / "scores.csv")
+    labels, scores, haze, percentiles = (np.array([float(r[k]) for r in rows]) for k in (
+        "label", "fused", "haze", "fused_percentile"))
     assert roc_auc_score(labels, scores) == pytest.approx(saved["auroc"], abs=1e-3)
-    low, high = saved["auroc_ci"]
-    assert low < saved["auroc"] < high
     threshold = ev.load_run(runs[0]).scorer.threshold("fused", 0.95)
     assert saved["threshold"] == threshold
-    for name, value in saved["baselines"].items():
-        low, high = saved["baselines_ci"][name]
+    for value, (low, high) in ((saved["auroc"], saved["auroc_ci"]), *(
+            (value, saved["baselines_ci"][name]) for name, value in saved["baselines"].items())):
         assert low < value < high and value >= 0.5
-    haze = roc_auc_score(labels, [float(r["haze"]) for r in rows])  # which needs no model
-    assert saved["baselines"]["haze"] == pytest.approx(max(haze, 1 - haze), abs=1e-4)
+    best = roc_auc_score(labels, haze)  # which needs no model
+    assert saved["baselines"]["haze"] == pytest.approx(max(best, 1 - best), abs=1e-4)
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
     reached, (low, high) = saved["specificity_at_threshold"], saved["specificity_ci"]
     assert low < reached < high
     assert f"{100 * reached:.1f} % ({100 * low:.0f} to {100 * high:.0f})" in text
-    percentiles = np.array([float(r["fused_percentile"]) for r in rows])
     assert ((percentiles > 95) == (scores > threshold)).all()
     assert 0 <= saved["pixel_auroc"] <= 1 and saved["n_located"] == 100
     assert set(saved["auroc_by_finding"]) == {"opacity", "nodule", "effusion", "missing", "doubled"}
@@ -282,28 +276,53 @@ def test_evaluation_writes_metrics_scores_and_pictures(
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300
     page = Page(folder / "report.html")
-    check_that_it_needs_nothing_else(page)
-    assert len(page.pictures) == 6 and "U-Net, tested" in page.text
+    assert len(page.pictures) == 5 and "U-Net, tested" in page.text
+
+
+def test_a_test_without_a_mistake_has_its_picture(runs: list[Path], tmp_path: Path) -> None:
+    t = scored([0, 1], [0.1, 0.9], ev.load_run(runs[0]))
+    t.source = SimpleNamespace(spec="synthetic", title="")
+    ev.draw_cases(t, tmp_path / "worst.png", "none", {}, {})
+    assert (tmp_path / "worst.png").exists()
 
 
 class Page(HTMLParser):
-    """What a browser would find in a page, minus the layout."""
+    """What a browser would find in a page, minus the layout. It must be one file, without scripts,
+    that fetches nothing, tells nothing of the machine, and that a screen reader can follow."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self.source = file.read_text(encoding="utf-8")
+        self.source, self.text = file.read_text(encoding="utf-8"), ""
         self.tags: list[tuple[str, dict]] = []
         self.rows: list[list[str]] = []
-        self.text = ""
         self.feed(self.source)
         self.pictures = [a["alt"] for t, a in self.tags if t == "img"]
+        assert not re.search(r"https?:|@import|url\(", self.source) and len(self.source) < 3e6
+        assert "default-src 'none'" in self.source and "/tmp/" not in self.text
+        names = {t for t, a in self.tags if a.get("rel") != "icon"}
+        assert not {"script", "link", "iframe", "object"} & names
+        assert {"main", "header", "footer", "caption", "figcaption"} <= names
+        levels = [int(t[1]) for t, _ in self.tags if re.fullmatch("h[1-6]", t)]
+        assert levels[0] == 1 and levels.count(1) == 1
+        assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+        assert ("html", {"lang": "en"}) in self.tags
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.tags.append((tag, dict(attributes)))
+        found = dict(attributes)
+        self.tags.append((tag, found))
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert found.get(name, "data:").startswith("data:")
+        assert not any(name.startswith("on") for name in found)
         if tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
+            assert tag == "td" or found["scope"] in ("col", "row")
+        elif tag == "img":
+            kind, content = found["src"].split(";base64,")
+            with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
+                image.load()
+            assert kind == "data:image/png" and found["alt"].strip()
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -311,57 +330,24 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip("\n")
 
 
-def check_that_it_needs_nothing_else(page: Page) -> None:
-    """One file, without scripts, that fetches nothing, tells nothing of the machine, and that a
-    screen reader can follow."""
-    assert not re.search(r"https?:|@import|url\(", page.source)
-    assert "default-src 'none'" in page.source and "/tmp/" not in page.text
-    assert not {"script", "link", "iframe", "object"} & {t for t, a in page.tags
-                                                        if a.get("rel") != "icon"}
-    for tag, attributes in page.tags:
-        for name in ("src", "href", "srcset", "data", "action"):
-            assert attributes.get(name, "data:").startswith("data:")
-        assert not any(name.startswith("on") for name in attributes)
-        if tag == "img":
-            kind, content = attributes["src"].split(";base64,")
-            with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
-                image.load()
-            assert kind == "data:image/png" and attributes["alt"].strip()
-        if tag == "th":
-            assert attributes["scope"] in ("col", "row")
-    levels = [int(t[1]) for t, _ in page.tags if re.fullmatch("h[1-6]", t)]
-    assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
-    assert {"main", "header", "footer", "caption", "figcaption"} <= {t for t, _ in page.tags}
-    assert ("html", {"lang": "en"}) in page.tags and len(page.source) < 3e6
-
-
-def read_metrics(folder: Path, model: str) -> dict:
-    return json.loads((folder / model / "eval" / "synthetic" / "metrics.json").read_text())
-
-
 def test_two_runs_are_compared_on_the_same_images(
     runs: list[Path], capsys: pytest.CaptureFixture
 ) -> None:
     ev.evaluate(runs, scorer="all")
     text, compared = capsys.readouterr().out, runs[0].parent
-    assert "clear difference" in text
     for run in runs:
         config = Config(**load_checkpoint(run / "best.pt")["config"])
         count = sum(p.numel() for p in create_model(config.model, config).parameters())
         assert re.search(rf"\n(U-Net|Reversed AE) +{count:,} +2 +\d", text)
-    results = [read_metrics(compared, model) for model in ("unet", "reversed_ae")]
-    with open(compared / "comparison.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+    results = [json.loads((run / "eval/synthetic/metrics.json").read_text()) for run in runs]
+    rows = rows_of(compared / "comparison.csv")
     assert [r["run"] for r in rows] == ["unet", "reversed_ae"]
-    assert [float(r["auroc"]) for r in rows] == [r["auroc"] for r in results]
+    assert [[float(r[k]) for k in ("auroc", "auroc_low", "auroc_high")] for r in rows] == [
+        [r["auroc"], *r["auroc_ci"]] for r in results]
     assert set(results[0]["scorers"]) == set(SCORERS)
-    page = (compared / "comparison.md").read_text()
-    assert "not real X-rays" in page and "clear difference" in page and "not for diagnosis" in page
     with Image.open(compared / "comparison.png") as picture:
         assert min(picture.size) > 500
     page = Page(compared / "comparison.html")
-    check_that_it_needs_nothing_else(page)
 
     def told(value: float, ends: tuple[float, float]) -> str:
         return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
@@ -369,10 +355,10 @@ def test_two_runs_are_compared_on_the_same_images(
     for name, saved in zip(("U-Net", "Reversed AE"), results, strict=True):
         for title, m in ((name, saved), (f"{name}, peak", saved["scorers"]["peak"])):
             row = next(row for row in page.rows if row[0] == title)
-            assert row[1:3] == [told(m["auroc"], m["auroc_ci"]),
-                                told(m["average_precision"], m["average_precision_ci"])]
-            assert row[3:5] == [f"{100 * m[key]:.1f} %" for key in (
-                "sensitivity_at_90_specificity", "sensitivity_at_95_specificity")]
+            assert row[1:5] == [
+                told(m["auroc"], m["auroc_ci"]),
+                told(m["average_precision"], m["average_precision_ci"]),
+                *(f"{100 * m[f'sensitivity_at_{at}_specificity']:.1f} %" for at in (90, 95))]
             assert row[5].startswith(f"{100 * m['specificity_at_threshold']:.1f} % (")
             assert re.search(r"  +".join(map(re.escape, row)), text)  # the same on the screen
     for name, value in results[0]["baselines"].items():
@@ -381,10 +367,9 @@ def test_two_runs_are_compared_on_the_same_images(
                               for r in results)] in page.rows
     assert len(page.pictures) == 1 + 2 * 4  # the comparison; examples, worst, healing, curves
     for what in ("Research use only", "not real X-rays", "clear difference",
-                 " alone, 95 % interval", "100 normal and 100 abnormal", "--scorer all",
+                 " alone, 95 % interval", "100 normal and 100 abnormal", "--latent-dim 8",
                  "python train.py --model unet", results[0]["data_fingerprint"], torch.__version__):
         assert what in page.text
-    assert ["latent_dim", "8", "8"] in page.rows
 
 
 def test_names_in_the_page_are_only_names(runs: list[Path], tmp_path: Path) -> None:
@@ -400,12 +385,10 @@ def test_names_in_the_page_are_only_names(runs: list[Path], tmp_path: Path) -> N
         ev.evaluate(folder, data=str(tmp_path / "data"))
         assert matplotlib.rcParams["text.usetex"]
     page = Page(folder / "eval" / "data" / "report.html")
-    check_that_it_needs_nothing_else(page)
     assert not {"u", "i", "b", "script"} & {t for t, _ in page.tags}
     assert finding in page.text and "U-Net (<i>), tested" in page.text
     assert "in data; an external test" in page.text and str(tmp_path) not in page.text
-    with open(folder / "eval" / "data" / "scores.csv", newline="") as f:
-        keys = {r["key"]: float(r["mse"]) for r in csv.DictReader(f)}
+    keys = [r["key"] for r in rows_of(folder / "eval" / "data" / "scores.csv")]
     assert f"good/0 {bad}.png" in keys and len(keys) == 16
     ev.write_csv(tmp_path / "x.csv", [{"name": "=1+1", "score": -0.5}])  # no formula either
     assert (tmp_path / "x.csv").read_text() == "name,score\n'=1+1,-0.5\n"
@@ -427,12 +410,11 @@ def test_the_difference_of_several_seeds_is_that_of_their_mean_aurocs() -> None:
     b = labels * 1.2 + rng.randn(2, 200)
     weights = ev.patient_weights([str(i) for i in range(200)], 200)
     difference, low, high = ev.paired_difference(a, b, labels, weights)
-    one, two = (np.mean([roc_auc_score(labels, s) for s in x]) for x in (a, b))
-    assert difference == pytest.approx(two - one, abs=1e-9) and low < difference < high
     drawn = np.array([np.mean([roc_auc_score(labels, s, sample_weight=w) for s in b])
                       - np.mean([roc_auc_score(labels, s, sample_weight=w) for s in a])
                       for w in weights])
-    assert (low, high) == pytest.approx(ev.interval(drawn), abs=1e-9)
+    assert difference == pytest.approx(drawn[0], abs=1e-9) and low < difference < high
+    assert (low, high) == pytest.approx(ev.interval(drawn[1:]), abs=1e-9)
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -449,7 +431,6 @@ def test_seeds_of_a_model_are_averaged_and_compared_as_one(
     aurocs = [r["auroc"] for r in results]
     one, two = np.mean(aurocs[:2]), np.mean(aurocs[2:])
     page = Page(tmp_path / "comparison.html")
-    check_that_it_needs_nothing_else(page)
     assert [row[0] for row in page.rows[1:5]] == [
         "U-Net, seed 0", "U-Net, seed 1", "Reversed AE, seed 0", "Reversed AE, seed 1"]
     over_seeds = ["U-Net", "2", *(f"{x:.3f}" for x in (
@@ -458,15 +439,12 @@ def test_seeds_of_a_model_are_averaged_and_compared_as_one(
     verdicts = re.findall(r".* scores \d\.\d{3} higher than .*", text)
     assert [" alone" in v for v in verdicts] == [False, True, True]
     assert f"scores {abs(one - two):.3f} higher than" in verdicts[0]
-    assert all(v in page.text and v in (tmp_path / "comparison.md").read_text() for v in verdicts)
+    assert all(v in page.text for v in verdicts)
     assert "U-Net and Reversed AE, compared" in page.text
     assert re.search("python train.py --model unet .*--seed 1 ", page.text)
-    with open(tmp_path / "comparison.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert [(r["run"], r["group"], r["seed"]) for r in rows] == [
+    assert [(r["run"], r["group"], r["seed"]) for r in rows_of(tmp_path / "comparison.csv")] == [
         ("unet", "U-Net", "0"), ("unet-seed1", "U-Net", "1"),
         ("reversed_ae", "Reversed AE", "0"), ("reversed_ae-seed1", "Reversed AE", "1")]
-    assert float(rows[3]["auroc_mean"]) == pytest.approx(two)
     # The same seed twice is not two seeds, and other settings are not either.
     first, other, copy = (ev.load_run(f) for f in (folders[0], folders[2], tmp_path / "unet again"))
     wider = dataclasses.replace(other, config=dataclasses.replace(other.config, width=5))
@@ -486,7 +464,7 @@ def test_validation_may_be_looked_at_without_touching_test(runs: list[Path]) -> 
     assert [metrics] == ev.evaluate(runs[0], split="val")
     assert metrics["split"] == "val" and metrics["specificity_at_threshold"] >= 0.95
     folder = runs[0] / "eval" / "synthetic-val"
-    assert (folder / "metrics.json").exists() and "--split val" in Page(folder / "report.html").text
+    assert (folder / "metrics.json").exists() and "Val images" in Page(folder / "report.html").text
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -499,18 +477,15 @@ def test_an_external_test_says_so_and_overwrites_nothing(
     assert metrics["external"] and (metrics["n_normal"], metrics["n_abnormal"]) == (70, 12)
     assert "external test: nothing is fitted" in capsys.readouterr().out
     page = Page(runs[0] / "eval" / "xrays" / "report.html")  # without masks or findings
-    check_that_it_needs_nothing_else(page)
     assert "U-Net, tested" in page.text and "Reversed AE" not in page.text
-    assert "Trained onthe built-in phantom" in page.text
-    assert "Tested on" in page.text and "in xrays; an external test" in page.text
-    assert "Where the maps point" not in page.text and len(page.pictures) == 5
-    assert page.rows[1][:2] == ["U-Net", "{:.3f} ({:.3f} to {:.3f})".format(
-        metrics["auroc"], *metrics["auroc_ci"])]
+    assert "Where the maps point" not in page.text and len(page.pictures) == 4
+    assert page.rows[1][1] == "{:.3f} ({:.3f} to {:.3f})".format(
+        metrics["auroc"], *metrics["auroc_ci"])
     assert not (runs[0] / "eval" / "xrays" / "healing.png").exists()  # of other normals
     ev.evaluate(runs, data=str(xrays), samples=20)
-    page = (runs[0].parent / "comparison-xrays.md").read_text()
-    assert "an external test" in page and "Trained on: the built-in phantom" in page
-    assert (runs[0] / "eval" / "xrays" / "metrics.json").exists()
+    page = Page(runs[0].parent / "comparison-xrays.html")
+    assert "in xrays; an external test" in page.text
+    assert "Trained onthe built-in phantom" in page.text
     assert (runs[0] / "eval" / "synthetic" / "metrics.json").read_bytes() == before
 
 
@@ -521,10 +496,8 @@ def test_normals_alone_give_no_auroc_but_a_specificity(
         write_image(tmp_path / "normal" / f"{i}.png", i)
     (metrics,) = ev.evaluate(runs[0], data=str(tmp_path))
     assert metrics["auroc"] is None and metrics["n_abnormal"] == 0
-    assert metrics["specificity_at_threshold"] is not None
     assert "not computed" in capsys.readouterr().out
     page = Page(next((runs[0] / "eval" / tmp_path.name).glob("*.html")))
-    check_that_it_needs_nothing_else(page)
     assert "clear difference" not in page.text
     low, high = (100 * end for end in metrics["specificity_ci"])
     assert page.rows[1] == ["U-Net", "-", "-", "-", "-", f"0.0 % ({low:.0f} to {high:.0f})"]
@@ -534,16 +507,13 @@ def test_normals_alone_give_no_auroc_but_a_specificity(
 def test_own_data_is_tested_on_the_test_split_of_split_csv_alone(
     xrays_run: Path, tmp_path: Path, xrays: Path
 ) -> None:
-    folder = xrays_run
-    (metrics,) = ev.evaluate(folder)
-    parts = read_splits(folder / "split.csv")
-    with open(folder / "eval" / "xrays" / "scores.csv", newline="") as f:
-        assert {r["key"] for r in csv.DictReader(f)} == {s.key for s in parts.test}
+    (metrics,) = ev.evaluate(xrays_run)
+    assert {r["key"] for r in rows_of(xrays_run / "eval/xrays/scores.csv")} == {
+        s.key for s in read_splits(xrays_run / "split.csv").test}
     assert metrics["n_abnormal"] == 12
     # The same images under another name are still the same data.
-    copy = tmp_path / "copy"
-    shutil.copytree(xrays, copy)
-    assert ev.evaluate(folder, data=str(copy))[0]["external"] is False
+    shutil.copytree(xrays, tmp_path / "copy")
+    assert ev.evaluate(xrays_run, data=str(tmp_path / "copy"))[0]["external"] is False
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -570,8 +540,7 @@ def test_training_images_are_never_tested_on_under_another_path(
     write_image(grown / "normal" / "new.png", 1000)
     ev.evaluate(folder, data=str(grown))
     parts = read_splits(folder / "split.csv")
-    with open(folder / "eval" / "grown" / "scores.csv", newline="") as f:
-        tested = {r["key"] for r in csv.DictReader(f)}
+    tested = {r["key"] for r in rows_of(folder / "eval" / "grown" / "scores.csv")}
     assert not tested & {s.key for s in parts.train + parts.val} and "normal/new.png" in tested
     assert "images left out: the run was trained or validated" in capsys.readouterr().out
     for s in parts.train[5:] + parts.val:  # of a few it is only said
@@ -610,7 +579,7 @@ def test_data_that_has_changed_in_its_place_counts_as_it_is_now(
     # A source of Kaggle's does not know what is gone.
     known, read_one = {s.key: s for s in source.samples}, source.read
     with mock.patch.object(source, "read", lambda s: read_one(known[s.key])):
-        assert len(ev.training_reference(run, source)) == len(parts.train) - len(gone)
+        assert len(run.some_normals(source, "train", 400)) == len(parts.train) - len(gone)
 
 
 def test_large_images_are_scored_within_the_memory_that_they_were_trained_in(
@@ -649,38 +618,32 @@ def test_runs_of_one_model_and_of_different_sizes_can_be_compared_but_not_of_dif
 def test_prediction_gives_score_percentile_verdict_and_maps(
     runs: list[Path], xrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    images = tmp_path / "new"
+    images, out = tmp_path / "new", tmp_path / "out"
     shutil.copytree(xrays / "abnormal", images)
     (images / "broken.png").write_bytes(b"x")
-    rows = ev.predict(runs[0], images, tmp_path / "out", "texture")
-    assert len(rows) == 12
-    out = capsys.readouterr().out
-    assert "skipped   broken.png" in out and "Not a diagnosis" in out
-    run = ev.load_run(runs[0])
-    threshold = run.scorer.threshold("texture", 0.95)
+    rows, run = ev.predict(runs[0], images, out, "texture"), ev.load_run(runs[0])
+    text = capsys.readouterr().out
+    assert "skipped   broken.png" in text and "Not a diagnosis" in text and len(rows) == 12
     for row in rows:
-        assert row["verdict"] == ("abnormal" if row["score"] > threshold else "normal")
-        map_ = np.load(tmp_path / "out" / row["image"].replace(".png", "_map.npy"))
+        assert row["verdict"] == ("abnormal" if row["score"] > run.scorer.threshold(
+            "texture", 0.95) else "normal")
+        map_ = np.load(out / row["image"].replace(".png", "_map.npy"))
         assert map_.shape == (32, 32) and map_.dtype == np.float32
-        assert (tmp_path / "out" / row["image"].replace(".", "_heatmap.")).exists()
-    with open(tmp_path / "out" / "predictions.csv", newline="") as f:
-        assert [r["image"] for r in csv.DictReader(f)] == [r["image"] for r in rows]
-    alone = ev.predict(runs[0], images / rows[3]["image"], scorer="texture")
-    assert alone == rows[3:4]
+        assert (out / row["image"].replace(".", "_heatmap.")).exists()
+    assert [r["image"] for r in rows_of(out / "predictions.csv")] == [r["image"] for r in rows]
     image = images / rows[3]["image"]
+    assert ev.predict(runs[0], image, scorer="texture") == rows[3:4]
     (row,) = ev.predict(runs[0], image, tmp_path / "peak", "peak")
     pixels = torch.from_numpy(decode_image(image.read_bytes(), 32).copy())[None, None]
-    _, scores, maps = ev.load_run(runs[0]).score(pixels, "zscore")
+    _, scores, maps = run.score(pixels, "zscore")
     assert row["score"] == pytest.approx(float(scores["peak"]), rel=1e-6)  # saved rounded
     assert rows[3]["score"] == pytest.approx(float(scores["texture"]), rel=1e-6)
     saved = np.load(tmp_path / "peak" / image.name.replace(".png", "_map.npy"))
     assert np.array_equal(saved, maps[0, 0].numpy())
-    assert (images / rows[3]["image"]).read_bytes() == (
-        xrays / "abnormal" / rows[3]["image"]).read_bytes()
     # Another prediction does not replace the earlier one.
     ev.predict(runs[0], image, scorer="mse")
     for folder in ("predictions", "predictions-2"):
-        assert (runs[0] / folder / rows[3]["image"].replace(".", "_heatmap.")).exists()
+        assert (runs[0] / folder / image.name.replace(".", "_heatmap.")).exists()
 
 
 def test_arrays_give_reconstructions_maps_and_scores(runs: list[Path]) -> None:
@@ -698,17 +661,15 @@ def test_arrays_give_reconstructions_maps_and_scores(runs: list[Path]) -> None:
 
 
 def test_the_command_scores_an_image_into_the_folder_that_is_named(
-    runs: list[Path], xrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture
+    runs: list[Path], xrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = next(iter(sorted((xrays / "abnormal").iterdir())))
+    image = min((xrays / "abnormal").iterdir())
     flags = ["--image", str(image), "--out", str(tmp_path / "out"), "--scorer", "peak"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(runs[0]), *flags, "--device", "cpu"])
     ev.main()
-    (row,) = csv.DictReader((tmp_path / "out" / "predictions.csv").open())
+    (row,) = rows_of(tmp_path / "out" / "predictions.csv")
     assert (tmp_path / "out" / f"{image.stem}_heatmap.png").exists()
     assert ev.predict(runs[0], image, tmp_path / "again", "peak")[0]["score"] == float(row["score"])
-    assert capsys.readouterr().out.count(f"{image.name}: score ") == 2
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, runs), *flags])
     with pytest.raises(UserError, match="--image: give one run"):
         ev.main()
@@ -728,16 +689,13 @@ def test_a_run_in_which_lesions_leave_no_trace_says_so(
     runs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = load_checkpoint(runs[0] / "best.pt")
-    for number, weight in enumerate((0, 1)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+    for weight in (0, 1):
         scorer = state["scorer"] | {
             "discriminant": torch.full_like(state["scorer"]["discriminant"], weight)}
-        save_checkpoint(state | {"scorer": scorer}, folder / "best.pt")
-        ev.load_run(folder)
-        assert (f"lesions leave no trace in the reconstructions of {folder}"
-                in caplog.text) == (weight == 0)
+        save_checkpoint(state | {"scorer": scorer}, tmp_path / "best.pt")
         caplog.clear()
+        ev.load_run(tmp_path)
+        assert ("lesions leave no trace in the reconstructions" in caplog.text) == (weight == 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
@@ -750,17 +708,17 @@ def test_an_interrupted_prediction_keeps_its_table_and_never_reads_its_own_pictu
     os.mkfifo(tmp_path / "pipe.png")  # whoever reads it waits for ever
     drawn: list[Path] = []
 
-    def draw(rows: object, title: str, scorer: str, file: Path, top: float) -> None:
+    def draw(file: Path, *_: object) -> None:
         drawn.append(file)
         file.touch()
         if len(drawn) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ev, "grid_figure", draw)
+    monkeypatch.setattr(ev, "save_picture", draw)
     with pytest.raises(KeyboardInterrupt):
         ev.predict(runs[0], tmp_path, tmp_path / "out")
-    with open(tmp_path / "out/predictions.csv", newline="") as f:
-        assert [row["image"] for row in csv.DictReader(f)] == ["070.png", "071.png"]
+    assert [row["image"] for row in rows_of(tmp_path / "out/predictions.csv")] == [
+        "070.png", "071.png"]
     rows = ev.predict(runs[0], tmp_path, tmp_path / "out")
     assert [row["image"] for row in rows] == ["070.png", "071.png", "072.png"]
     assert (tmp_path / "out-2/predictions.csv").exists()
@@ -795,8 +753,7 @@ def test_an_image_gets_the_same_score_in_a_test_and_alone(
     runs: list[Path], xrays: Path
 ) -> None:
     ev.evaluate(runs[1], data=str(xrays))
-    with open(runs[1] / "eval" / "xrays" / "scores.csv", newline="") as f:
-        rows = [r for r in csv.DictReader(f) if r["label"] == "1"]
+    rows = [r for r in rows_of(runs[1] / "eval" / "xrays" / "scores.csv") if r["label"] == "1"]
     for row in rows[::5]:
         (alone,) = ev.predict(runs[1], xrays / row["key"])
         assert alone["score"] == pytest.approx(float(row["fused"]), rel=1e-5)
@@ -854,13 +811,6 @@ def test_training_data_may_lie_elsewhere_or_be_gone(
     assert len(list((folder / "eval").glob("images*"))) == 2
 
 
-def test_the_folder_above_the_runs_is_told_from_a_run(tmp_path: Path) -> None:
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first/best.pt").touch()
-    with pytest.raises(UserError, match=f"not a run folder itself; in it are {tmp_path}/first$"):
-        ev.evaluate(tmp_path)
-
-
 @pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("log", [None, b"", b"seconds;epoch\n1;2\n", b"seconds\nx\n", b"\xff\n"])
 def test_what_only_tells_of_training_may_be_damaged(
@@ -878,18 +828,19 @@ def test_what_only_tells_of_training_may_be_damaged(
 
 
 def test_an_unfinished_run_is_not_evaluated(runs: list[Path], tmp_path: Path) -> None:
-    state = load_checkpoint(runs[0] / "best.pt")
-    (tmp_path / "unet").mkdir()
-    save_checkpoint(dict(state) | {"scorer": None}, tmp_path / "unet" / "best.pt")
+    (tmp_path / "first").mkdir()
+    save_checkpoint(load_checkpoint(runs[0] / "best.pt") | {"scorer": None},
+                    tmp_path / "first/best.pt")
     with pytest.raises(UserError, match=r"training has not finished.*--resume"):
-        ev.evaluate(tmp_path / "unet")
+        ev.evaluate(tmp_path / "first")
+    with pytest.raises(UserError, match=f"not a run folder itself; in it are {tmp_path}/first$"):
+        ev.evaluate(tmp_path)
 
 
 def test_calibrated_scores_travel_with_the_weights(runs: list[Path]) -> None:
     run = ev.load_run(runs[1])
-    parts = read_splits(runs[1] / "split.csv")
-    source = ev.open_source(dataclasses.replace(run.config))
-    t = ev.Result(run, source, parts.normals("val"), "mse")
+    normals = read_splits(runs[1] / "split.csv").normals("val")
+    t = ev.Result(run, ev.open_source(run.config), normals)
     ev.score_samples(t)
     for name in SCORERS:
         again = torch.from_numpy(np.sort(t.scored[name]))
