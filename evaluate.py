@@ -306,10 +306,8 @@ def verdict(name_a: str, name_b: str, difference: float, low: float, high: float
 
 
 class TrivialScores:
-    """Scores that need no training worth the name. A model that does not beat them is no use.
-
-    reference: normal training images, uint8 [n,1,H,W]; without them two scores are left out.
-    """
+    """Scores that need no training worth the name: a model that does not beat them is no use.
+    reference: normal training images, uint8 [n,1,H,W]; without them two scores are left out."""
 
     def __init__(self, reference: np.ndarray | None) -> None:
         self.pca = None
@@ -334,11 +332,8 @@ class TrivialScores:
 
 def samples_to_score(run: TrainedRun, source: Source, split: str,
                      ) -> tuple[list[Sample], bool, list[str]]:
-    """(samples, whether this is an external test, notes) for a run on a source.
-
-    The run's own split.csv decides on the data it was trained on. Of other data the prescribed
-    test split is taken, or everything where there is none.
-    """
+    """(samples, whether this is an external test, notes) for a run on a source. On the data it was
+    trained on its split.csv decides; of other data the prescribed test split, or all, is taken."""
     splits, notes = read_splits(run.folder / "split.csv"), list[str]()
     if (source.fingerprint() == run.fingerprint
             or os.path.abspath(source.spec) == os.path.abspath(run.config.data)):
@@ -1166,12 +1161,9 @@ class NewImages(Source):
 
 def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             scorer: str | None = None, device: str = "auto") -> list[dict[str, Any]]:
-    """Score an image file, or every image in a folder; one row of results an image.
-
-    Writes NAME_heatmap.png (input, reconstruction, map), NAME_map.npy (the map, float32 [H,W])
-    and predictions.csv to `out`, by default <run>/predictions; a number is added to its name if
-    predictions lie there already. Unreadable images of a folder are named and left out.
-    """
+    """Score an image file, or every image in a folder that can be read; one row of results an
+    image. Writes NAME_heatmap.png, NAME_map.npy (float32 [H,W]) and predictions.csv to `out`, by
+    default <run>/predictions; a number is added to that name if predictions lie there already."""
     with on_screen():
         trained, scorer = load_run(run, device), scorer or DEFAULT_SCORER
         check_scorer(scorer)
