@@ -100,7 +100,7 @@ class Config:
                                  "of a resumed run included; default: 20, 3 on the phantom", low=1)
     batch_size: int = setting(8, "images in a training step, over all processes", low=2)
     micro_batch: int | None = setting(None, "images that a process takes at a time, gradients "
-                                      "accumulated; default: 8 (U-Net) or 32 on a CPU, else all; "
+                                      "accumulated; default: 8 (U-Net) or 16 on a CPU, else all; "
                                       "halved when memory runs out", low=1)
     learning_rate: float = setting(1e-3, "peak learning rate", low=1e-12)
     schedule: str = setting("cosine", "learning rate after warm-up: falling to 2 %% by the last of "

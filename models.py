@@ -278,7 +278,7 @@ class ReversedAutoencoder(nn.Module):
     width: channels of the first level; the encoder's levels have 1, 2, 4 and 8 times as many.
     """
 
-    cpu_micro_batch = 32  # its activations are few, and every part reads a gigabyte of weights
+    cpu_micro_batch = 16  # its activations are few, and every part reads a gigabyte of weights
 
     def __init__(
         self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.0

@@ -371,8 +371,11 @@ class LeanAdam(torch.optim.Adam):
         below = 1 / ((column_sq / (1 - beta2**t)).sqrt() + group["eps"])
         left = (-group["lr"] / (1 - beta1**t) / scale)[:, None]
         for a, b in tiles:
-            part = g[:, a].T @ x[:, b] if factors else weight.grad[a, b]
-            moment = mean[a, b].float().mul_(beta1).add_(part, alpha=1 - beta1)
+            moment = mean[a, b].float()
+            if factors:
+                moment.addmm_(g[:, a].T, x[:, b], beta=beta1, alpha=1 - beta1)
+            else:
+                moment.mul_(beta1).add_(weight.grad[a, b], alpha=1 - beta1)
             mean[a, b] = moment
             weight[a, b].addcmul_(moment.mul_(below[b]), left[a])
 
