@@ -28,6 +28,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import traceback
 import types
 import typing
@@ -137,8 +138,9 @@ class Config:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), flag(f.name)))
-        # No shell has done so where make or a file gives it.
+        # No shell has done so where make, a file or --resume=~/runs gives it.
         object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
+        object.__setattr__(self, "resume", self.resume and os.path.expanduser(self.resume))
 
     @property
     def memory_bytes(self) -> int:
@@ -302,7 +304,7 @@ def run_folder(config: Config) -> Path:
     """Where a run lies: <output_dir>/<model>, or <output_dir>/<model>-seed<N> unless N is 0; with
     --resume PATH, there."""
     if config.resume not in (None, "auto"):
-        path = Path(config.resume).expanduser()
+        path = Path(config.resume)
         return path.parent if path.suffix == ".pt" else path
     name = config.model + (f"-seed{config.seed}" if config.seed else "")
     return Path(config.output_dir) / name
@@ -378,7 +380,10 @@ def on_screen() -> Iterator[None]:
 
 
 def require_packages() -> None:
-    """UserError that says what to type if a package is missing."""
+    """UserError that says what to type if a package is missing. Ctrl-C while these are imported
+    then ends the program at once, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     needed = ("torch", "numpy", "PIL", "requests", "scipy", "sklearn", "matplotlib", "tqdm")
     if missing := [name for name in needed if not importlib.util.find_spec(name)]:
         folder = Path(sys.argv[0]).parent
@@ -406,6 +411,8 @@ def run_command(main: Callable[[], object], prog: str, when_interrupted: str = "
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = map(_Forgiving, streams)  # type: ignore[assignment]
     rank, status, message = os.environ.get("RANK", "0"), 0, ""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with on_screen():
             main()

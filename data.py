@@ -1214,8 +1214,10 @@ def write_splits(splits: Splits, file: Path) -> None:
     """Write split.csv: one row an image, the split in the last column."""
     rows = [(s.key, s.patient, s.label, s.finding, s.view, name)
             for name in SPLITS for s in getattr(splits, name)]
-    with open(file, "w", newline="", encoding="utf-8") as f:
+    temporary = file.with_suffix(".tmp")  # half a table would be read as a smaller data set
+    with open(temporary, "w", newline="", encoding="utf-8") as f:
         csv.writer(f).writerows([_COLUMNS, *rows])
+    os.replace(temporary, file)
 
 
 def read_splits(file: Path) -> Splits:
@@ -1245,7 +1247,7 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
         if len(part) < 2:
             raise UserError(f"--data {source.spec}: its {normals} normal images leave {len(part)} "
                             f"for {name}, as patients and a prescribed test split are kept whole")
-    if (config.batch_size or 0) > len(splits.train):
+    if config.batch_size > len(splits.train):
         splits.notes.append(f"--batch-size {config.batch_size}: more than there are training "
                             "images, which all make one step")
     if rank == 0 and (pairs := duplicates_across(source, splits)):
@@ -1550,7 +1552,7 @@ class ImageStream(IterableDataset):
         batches.append(rest[(rest < self.cached) & ~self._is_cached[rest]])
         with contextlib.closing(self._load(batches)) as loaded:
             for number, batch in zip(numbers, loaded, strict=False):
-                if self.stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * n):
+                if self.stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * n / self.world):
                     key, reason = list(self.bad.items())[-1]
                     raise UserError(
                         f"--data {self.source.spec}: {len(self.bad)} of {n} images cannot be read, "

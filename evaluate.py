@@ -42,6 +42,11 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
     if arguments["samples"] is not None and arguments["samples"] < 1:
         raise UserError(f"--samples: {arguments['samples']} is less than 1")
+    tests = arguments["data"], arguments["samples"], arguments["split"] != "test"
+    if arguments["image"] and (any(tests) or len(arguments["runs"]) > 1):
+        raise UserError("--image: scores images by one run; leave out --data, --split, --samples")
+    if arguments["out"] and not arguments["image"]:
+        raise UserError("--out: goes with --image; tests are written to RUN/eval/")
     arguments["runs"] = [os.path.expanduser(run) for run in arguments["runs"]]
     return arguments
 
@@ -1234,8 +1239,6 @@ def main() -> None:
     try:
         if image is None:
             evaluate(**arguments)
-        elif len(arguments["runs"]) > 1:
-            raise UserError("--image: give one run")
         else:
             predict(arguments["runs"][0], image, out, arguments["scorer"], arguments["device"])
     except (RuntimeError, MemoryError) as error:

@@ -56,22 +56,15 @@ class Setup:
 
     def sum(self, value: float) -> float:
         """Add up a number over all processes."""
-        return self._reduce(value, dist.ReduceOp.SUM)
-
-    def min(self, value: float) -> float:
-        """The smallest of the numbers of all processes."""
-        return self._reduce(value, dist.ReduceOp.MIN)
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.item()
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.sum(0.0)
-
-    def _reduce(self, value: float, how: Any) -> float:
-        if self.world == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, how)
-        return tensor.item()
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
@@ -179,8 +172,8 @@ def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequen
 class UNet(nn.Module):
     """U-Net with a fully connected bottleneck and two decoders over one encoder.
 
-    The decoder with skip connections gives the reconstruction (`forward`). The second decoder
-    sees the latent alone (`decode`): unable to copy its input, it is a view of its own.
+    The decoder with skip connections gives the first reconstruction. The second decoder sees the
+    latent alone, and so cannot copy its input.
 
     width: channels of the first level; the levels have 1, 2, 4, 8 and 8 times as many.
     """
@@ -220,14 +213,6 @@ class UNet(nn.Module):
             maps.append(block(F.max_pool2d(maps[-1], 2)))
         return maps
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Latent [B,latent_dim]."""
-        return self.to_latent(self.features(x)[-1].flatten(1))
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Skip-free reconstruction [B,1,H,W] from a latent [B,latent_dim]."""
-        return self._decode_bottom(self._bottom_from(latent))
-
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction [B,1,H,W] by the decoder with skip connections."""
         return self.reconstructions(x, skip_free_share=0.0)[0]
@@ -240,9 +225,7 @@ class UNet(nn.Module):
         left out at 0.
         """
         *skips, bottom = self.features(x)
-        latent = self.to_latent(bottom.flatten(1))
-        bottom = self._bottom_from(latent)
-        y = bottom
+        y = bottom = self.from_latent(self.to_latent(bottom.flatten(1))).view(-1, *self.bottom)
         for block, skip in zip(self.up, reversed(skips), strict=True):
             # Autocast on a CPU would enlarge in fp32, and join both maps in it.
             with no_autocast(y.device):
@@ -256,16 +239,11 @@ class UNet(nn.Module):
             y = block(y)
         result = [torch.sigmoid(self.out(y))]
         if skip_free_share > 0:
-            result.append(self._decode_bottom(bottom[: max(1, round(len(y) * skip_free_share))]))
+            z = bottom[: max(1, round(len(y) * skip_free_share))]
+            for block in self.skip_free_up:
+                z = block(z)
+            result.append(torch.sigmoid(self.out(z)))
         return result
-
-    def _bottom_from(self, latent: Tensor) -> Tensor:
-        return self.from_latent(latent).view(-1, *self.bottom)
-
-    def _decode_bottom(self, y: Tensor) -> Tensor:
-        for block in self.skip_free_up:
-            y = block(y)
-        return torch.sigmoid(self.out(y))
 
 
 class ReversedAutoencoder(nn.Module):
@@ -318,31 +296,17 @@ class ReversedAutoencoder(nn.Module):
         )
         self.out = nn.Conv2d(w, 1, 1)
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """The encoder's four maps, finest first: [B,w,H,W] ... [B,8w,H/8,W/8]."""
-        maps = []
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction [B,1,H,W]."""
         for block in self.down:
             x = block(x)
-            maps.append(x)
-        return maps
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Latent [B,latent_dim]."""
-        return self.to_latent(self.features(x)[-1].flatten(1))
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Reconstruction [B,1,H,W] from a latent [B,latent_dim]."""
-        y = self.from_latent(latent).view(-1, *self.bottom)
+        y = self.from_latent(self.to_latent(x.flatten(1))).view(-1, *self.bottom)
         for block in self.up:
             y = block(y)
         return torch.sigmoid(self.out(y))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction [B,1,H,W]."""
-        return self.decode(self.encode(x))
-
     def reconstructions(self, x: Tensor, skip_free_share: float = 1.0) -> list[Tensor]:
-        """[forward(x)]: the one view this model has, in the form that U-Net gives its two."""
+        """[forward(x)]: the one that this model gives, in the form that U-Net gives its two."""
         return [self.forward(x)]
 
 

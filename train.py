@@ -62,7 +62,7 @@ from models import (
 
 FORMAT = 12  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
-LESIONED = 128  # so many of these, or a few more, are scored with lesions drawn on as well
+LESIONED = 128  # of these, at least, are scored with lesions drawn on as well
 # Settings that a resumed run may change. Any other change makes it another run.
 CHANGEABLE = ("epochs", "patience", "min_delta", "checkpoint_minutes", "device",
               "precision", "micro_batch", "compile", "deterministic", "memory_limit_gb", "seeds",
@@ -167,9 +167,11 @@ def written(path: Path) -> Iterator[Any]:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer hides the OSError of a full disk
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # torch hides a full disk's OSError
+            raise
         raise UserError(f"{path}: cannot be written ({reason_of(error)}). Is the disk full, or has "
                         "the folder gone? What was there before is untouched: mend it and go on "
                         "with --resume") from None
@@ -261,9 +263,10 @@ def open_run(folder: Path, go_on: bool) -> Iterator[None]:
         handler.handleError = lambda record: None  # type: ignore[method-assign]
         log.addHandler(handler)
         yield
-    except BaseException as error:  # not on the screen, where it is shown anyway
-        handler.handle(logging.LogRecord("", logging.ERROR, "", 0, "ended by "
-                                         f"{type(error).__name__}: {error}", (), None))
+    except BaseException as error:
+        if handler in log.handlers:  # only to the file: on the screen it is shown anyway
+            handler.handle(logging.LogRecord("", logging.ERROR, "", 0, "ended by "
+                                             f"{type(error).__name__}: {error}", (), None))
         raise
     finally:
         log.removeHandler(handler)
@@ -599,7 +602,7 @@ def after_bad_loss(state: TrainingState, loss: float) -> None:
     state.skipped += 1
     state.bad_steps += 1
     where = f"the loss is {loss} at epoch {state.epoch + 1}, step {state.step + 1}"
-    if state.bad_steps == BAD_STEPS:
+    if state.bad_steps >= BAD_STEPS:
         raise UserError(f"{where}, {BAD_STEPS} steps in a row; start over with a smaller "
                         "--learning-rate")
     log.warning(f"{where}: that step is skipped")
@@ -611,7 +614,8 @@ def after_bad_loss(state: TrainingState, loss: float) -> None:
 
 class Signals:
     """While inside, SIGINT (Ctrl-C), SIGTERM and SIGHUP end training at the next `check`, on every
-    process at the same one, by GracefulExit. A second signal ends at once."""
+    process at the same one, by GracefulExit. A second signal ends at once, but for torchrun, which
+    itself sends one."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.number, self.waiting = setup, 0, False
@@ -665,7 +669,7 @@ def timed(stream: ImageStream, state: TrainingState, signals: Signals) -> Iterat
         yield images
 
 
-@torch.no_grad()  # and not inference mode, whose images could not be kept for calibration
+@torch.no_grad()
 def validate(model: nn.Module, stream: ImageStream, config: Config, setup: Setup,
              micro_batch: int, signals: Signals | None = None) -> float:
     """The mean objective on validation normals, corrupted in the same way every time.
@@ -802,7 +806,7 @@ def checkpoint_to_resume(config: Config, fingerprint: str, world: int) -> dict |
     folder = run_folder(config)
     named = config.resume not in (None, "auto")
     last = Path(config.resume) if named and config.resume.endswith(".pt") else folder / "last.pt"
-    if not named and not last.exists() and not (folder / "best.pt").exists():
+    if not named and not last.exists():
         return None
     state = load_checkpoint(last, config.model)
     if "optimizer" not in state:
@@ -885,10 +889,9 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
                   "versions": {"python": platform.python_version(),
                                "torch": str(torch.__version__)}}
         del saved
-        first_step = state.step
         train_epochs(state, config, loaders, setup, common)
         if setup.rank == 0:
-            finish_run(state, config, loaders, setup, common, state.step > first_step)
+            finish_run(state, config, loaders, setup, common)
     return folder
 
 
@@ -1005,7 +1008,7 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
 
 
 def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Setup,
-               common: dict[str, object], trained: bool) -> None:
+               common: dict[str, object]) -> None:
     """Calibrate the scorers on the best weights, store them with these, and say where all is."""
     folder = run_folder(config)
     if state.bad_epochs >= config.patience:
@@ -1013,7 +1016,7 @@ def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Se
                  "all the same: --resume with a larger --patience")
     best = load_checkpoint(folder / "best.pt", config.model)
     state.model.load_state_dict(best["model"])
-    if trained or not best["scorer"]:
+    if not best["scorer"]:
         scorer = calibrate(state.model, loaders, setup)
         save_checkpoint(dict(best) | {"config": common["config"], "scorer": scorer.state_dict()},
                         folder / "best.pt")
@@ -1140,7 +1143,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    status = run_command(main, "train.py", "; go on from the last checkpoint with --resume")
+    status = run_command(main, "train.py", "; what was saved goes on with --resume")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Not through the libraries' own exits: gloo's at times end a process by an abort, which
         # torchrun takes for a failure of the whole run.

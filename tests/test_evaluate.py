@@ -670,9 +670,12 @@ def test_the_command_scores_an_image_into_the_folder_that_is_named(
     (row,) = rows_of(tmp_path / "out" / "predictions.csv")
     assert (tmp_path / "out" / f"{image.stem}_heatmap.png").exists()
     assert ev.predict(runs[0], image, tmp_path / "again", "peak")[0]["score"] == float(row["score"])
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, runs), *flags])
-    with pytest.raises(UserError, match="--image: give one run"):
-        ev.main()
+    for more, says in (([*map(str, runs), *flags], "--image: scores images by one run"),
+                       ([str(runs[0]), *flags, "--split", "val"], "leave out --data, --split"),
+                       ([str(runs[0]), "--out", "x"], "--out: goes with --image")):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *more])
+        with pytest.raises(UserError, match=says):
+            ev.main()
 
 
 def test_names_of_results_stay_apart_and_short_enough() -> None:

@@ -388,6 +388,25 @@ def test_a_loss_that_stays_not_finite_stops_with_epoch_step_and_value(
     assert "ended by UserError: the loss is nan" in (tmp_path / "unet/run.log").read_text()
 
 
+def test_the_count_of_bad_steps_survives_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda step: step >= 6)
+    for _ in range(2):
+        with pytest.raises(UserError, match="3 steps in a row"):
+            train(tiny(tmp_path, epochs=4, resume="auto"))
+
+
+def test_a_first_save_that_was_cut_short_starts_afresh(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, = train(tiny(tmp_path, epochs=1))
+    (folder / "last.pt").unlink()  # the disk took best.pt, and not last.pt
+    train(tiny(tmp_path, epochs=1, resume="auto"))
+    assert "starting afresh" in capsys.readouterr().out and (folder / "last.pt").exists()
+    assert (tmp_path / "unet.1/best.pt").exists()
+
+
 def test_a_validation_loss_that_is_not_finite_stops_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
