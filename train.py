@@ -1082,9 +1082,8 @@ def check(config: Config) -> None:
     setup = join_processes(config)
     precision, why = choose_precision(config.precision, setup.device)
     setup = dataclasses.replace(setup, precision=precision)
-    log.info(f"device    {setup.device} ({choose_device(config.device)[1]}), {precision} ({why}); "
-             f"torch {torch.__version__}")
-    loaders = create_dataloaders(config, source=open_source(config))
+    log.info(f"device    {setup.device}, {precision} ({why}); torch {torch.__version__}")
+    loaders = create_dataloaders(config)
     log.info(describe(loaders.source, loaders.splits))
 
     began, count = time.monotonic(), 0
