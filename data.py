@@ -1644,11 +1644,11 @@ class ImageStream(IterableDataset):
                     try:
                         found[position_of[sample]] = data if isinstance(data, Exception) else (
                             decode_image(data, self.image_size, hold))
-                    except BadImage as error:
-                        found[position_of[sample]] = error
+                    except BadImage as error:  # without its traceback, which would keep the file
+                        found[position_of[sample]] = BadImage(str(error))
                     del data
         except BadImage as error:  # too large a file
-            found[group[0]] = error
+            found[group[0]] = BadImage(str(error))
         return found
 
 
