@@ -1041,9 +1041,14 @@ def start_wandb(config: Config, state: TrainingState, folder: Path) -> Any:
     try:
         import wandb
 
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
-            # It would ask for one, and wait.
-            raise UserError("no key: set WANDB_API_KEY, run wandb login, or set WANDB_MODE=offline")
+        if os.environ.get("WANDB_MODE", "online") == "online":
+            try:  # without a key it would ask for one, and wait
+                known = wandb.login(prompt=False)
+            except TypeError:  # older versions of wandb
+                known = wandb.api.api_key
+            if not known:
+                raise UserError("no key: set WANDB_API_KEY, run wandb login, or set "
+                                "WANDB_MODE=offline")
         there = wandb.init(project=config.wandb_project, name=folder.name, id=state.wandb_id,
                            resume="allow", dir=str(folder), config=dataclasses.asdict(config))
         state.wandb_id = there.id
