@@ -296,7 +296,11 @@ def parse_config(argv: list[str] | None = None, description: str = "",
         if asked.resume != "auto" and "output_dir" in flags:
             raise UserError(f"--resume {asked.resume}: goes on in that folder; leave out "
                             "--output-dir")
-        layers = resumed_settings(asked) | layers
+        found = resumed_settings(asked)
+        if not found and asked.resume == "auto" and "data" not in layers:
+            raise UserError(f"--resume: there is no run in {run_folder(asked)}; name its "
+                            "--output-dir and --seed, or give --data to start one there")
+        layers = found | layers
     return Config(**layers)
 
 

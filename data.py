@@ -434,7 +434,7 @@ class FolderSource(Source):
             raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
                             "first, and give a single image to evaluate.py with --image")
         self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
-        self.title = f"{layout.title} in {path.resolve()}"
+        self.title = f"{layout.title} in {self.root.resolve()}"
 
     def _list_files(self) -> list[str]:
         """List all files below the folder, sorted, but hidden ones and those of runs."""
@@ -1169,8 +1169,8 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     prescribed = bool(test)
     if not test:
         if val and len(_normals(val)) < MIN_NORMALS:
-            notes.append(f"prescribed validation split of {len(val)} images is too small: they are "
-                         "split anew with all others")
+            notes.append(f"prescribed validation split of {len(val)} images is too small (fewer "
+                         f"than {MIN_NORMALS} normals): they are split anew with all others")
             val, rest = [], [dataclasses.replace(s, split="") for s in rest]
         free = _without(rest, val)
         test = _without(free, _normals(free))
@@ -1186,7 +1186,8 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     normals = _normals(rest)
     if len(_normals(val)) < MIN_NORMALS:
         if val:
-            notes.append(f"prescribed validation split of {len(val)} images is too small: unused; "
+            notes.append(f"prescribed validation split of {len(val)} images is too small: unused, "
+                         f"as it has fewer than {MIN_NORMALS} normals; "
                          "validation is taken from the training patients")
         want = max(round(0.1 * len(normals)), min(20, len(normals) // 4))
         val = _first(normals, want, "patient")
@@ -1685,6 +1686,6 @@ def describe_memory(loaders: Loaders) -> str:
     """Tell in one line the bound on what the streams hold, and how many images they cache."""
     cached = loaders.train.cached + loaders.val.cached
     there = len(loaders.train.samples) + len(loaders.val.samples)
-    return (f"memory    images never take more than {loaders.train.memory.limit / 1e6:,.0f} MB; "
+    return (f"memory    images never take more than {loaders.train.memory.limit / 2**30:,.3g} GB; "
             f"{'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
             "validation images are cached")

@@ -207,8 +207,9 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
         log.warning(f"note      {folder} was calibrated in {state['precision']} and scores in "
                     f"{setup.precision} here: scores differ a little")
     if not scorer.discriminant.any():
-        log.warning(f"note      drawn lesions leave no trace in the reconstructions of {folder}: "
-                    "the score trace is 0 for every image, and fused goes by its other parts")
+        log.warning(f"note      lesions drawn on images hardly change what {folder} reconstructs: "
+                    "its score trace is 0, and fused is made of the other three; after longer "
+                    "training that may change")
     made_with = [*map(" ".join, state["versions"].items()), state["device"], state["precision"]]
     return TrainedRun(folder, name, config, setup.place(model).eval(), scorer, setup,
                       state["data_fingerprint"], ", ".join(made_with))
@@ -218,7 +219,7 @@ def runs_in(path: str | Path) -> list[Path]:
     """Find the run folder that a path is, or those in it that are named after model and seed."""
     folder, found = Path(path), {}
     if not (folder / "best.pt").exists():
-        for file in folder.glob("*/best.pt"):
+        for file in folder.glob("*/config.json"):
             if name := re.fullmatch(rf"({'|'.join(MODELS)})(?:-seed(\d+))?", file.parent.name):
                 found[MODELS.index(name[1]), int(name[2] or 0)] = file.parent
     return [found[key] for key in sorted(found)] or [folder]
@@ -306,6 +307,8 @@ def verdict(name_a: str, name_b: str, difference: float, low: float, high: float
     if difference < 0:
         difference, low, high = -difference, -high, -low
     difference, low, high = (round(x, 3) + 0.0 for x in (difference, low, high))  # no -0.000
+    if low == high == 0:
+        return f"{better} and {worse} score equally."
     return (f"{better} scores {difference:.3f} higher than {worse}, 95 % interval {low:.3f} to "
             f"{high:.3f}: {'a' if low > 0 else 'no'} clear difference.")
 
@@ -623,7 +626,16 @@ def evaluate(
         check_scorer(by)
         if split not in ("test", "val"):
             raise UserError(f"--split: {split!r} is not one of test, val")
-        loaded = [load_run(path, device) for path in paths]
+        loaded = []
+        for path in paths:
+            try:
+                loaded.append(load_run(path, device))
+            except UserError as error:
+                if path in map(Path, given) or len(paths) == 1:
+                    raise
+                log.warning(f"careful   left out: {error}")
+        if not loaded:
+            raise UserError(f"no run in {', '.join(map(str, given))} can be tested")
         named = group_by_seed(loaded)
         tested = plan_tests(loaded, data, split, samples, by)
         first = tested[0]
@@ -861,7 +873,7 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
         "AUROC needs both normal and abnormal images: not computed. " * (first["auroc"] is None)
         + "Sensitivities are at the thresholds that 90 % and 95 % of the "
         f"{first['n_validation_normals']} validation normals stay under; the last column is the "
-        f"share of test normals under the second of them. Intervals: {RESAMPLES} bootstrap "
+        f"share of these normals under the second of them. Intervals: {RESAMPLES} bootstrap "
         "resamples of patients, the same for all; of specificity Wilson's.")]
     if first["auroc"] is not None:
         aurocs = {name: [r.metrics["auroc"] for r in group] for name, group in groups.items()}

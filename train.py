@@ -37,7 +37,6 @@ import platform
 import shlex
 import shutil
 import signal
-import textwrap
 import threading
 import time
 import types
@@ -814,7 +813,8 @@ def checkpoint_to_resume(config: Config, fingerprint: str, world: int) -> dict |
     length = () if config.resume else ("epochs", "patience", "min_delta")
     changed = differences(state, config, fingerprint, length)
     if changed:
-        raise UserError(f"{last}: cannot be resumed: {'; '.join(changed)}")
+        raise UserError(f"{last}: cannot be resumed: {'; '.join(changed)}. Go on as before, or "
+                        "start anew without --resume")
     if state["world"] != world:
         raise UserError(f"{last}: of a run with {state['world']} processes, and not {world}; go "
                         f"on with torchrun --nproc_per_node={state['world']}")
@@ -866,10 +866,9 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
             write_splits(loaders.splits, folder / "split.csv")
             write_text(folder / "config.json", json.dumps(settings_of(config), indent=2) + "\n")
         setup.barrier()
-        settings = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items())
-        log.info(textwrap.fill(settings, 100, initial_indent="settings  ",
-                               subsequent_indent=" " * 10, break_on_hyphens=False,
-                               break_long_words=False))
+        settings = [f"{k} {v}" for k, v in dataclasses.asdict(config).items()
+                    if k == "model" or v != getattr(Config, k)]
+        log.info(f"settings  {', '.join(settings)}; all others have their defaults")
         log.info(f"device    {setup.device} ({choose_device(config.device)[1]}), {precision} "
                  f"({why})" + (f", {setup.world} processes" if setup.world > 1 else ""))
         log.info(describe(loaders.source, loaders.splits))
@@ -880,6 +879,9 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
             done = state.epoch >= config.epochs or state.bad_epochs >= config.patience
             log.info(f"resume    {folder}, after epoch {state.epoch}, step {state.step}" + (
                 ": nothing is left to train" if done else ""))
+            if config.epochs != state.schedule_epochs:
+                log.info(f"          the learning rate falls over {state.schedule_epochs} epochs, "
+                         "as asked for at first, and then stays")
             if config.data != (before := saved["config"]["data"]):
                 log.info(f"          its images were in {before}: the names of these are the same")
         elif config.resume:
@@ -1045,7 +1047,7 @@ def start_wandb(config: Config, state: TrainingState, folder: Path) -> Any:
             try:  # without a key it would ask for one, and wait
                 known = wandb.login(prompt=False)
             except TypeError:  # older versions of wandb
-                known = wandb.api.api_key
+                known = bool(wandb.api.api_key)
             if not known:
                 raise UserError("no key: set WANDB_API_KEY, run wandb login, or set "
                                 "WANDB_MODE=offline")
