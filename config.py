@@ -188,7 +188,8 @@ def known(name: str, where: str, shown: Callable[[str], str] = str) -> str:
     if name in FIELDS:
         return name
     close = difflib.get_close_matches(name, FIELDS, 1)
-    hint = f"; did you mean {shown(close[0])}?" if close else "; --help lists them (is this of another version?)"
+    hint = f"; did you mean {shown(close[0])}?" if close else (
+        "; --help lists them (is this of another version?)")
     raise UserError(f"{where}: there is no setting {shown(name)}{hint}")
 
 
