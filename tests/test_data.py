@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import shutil
 import sys
 import threading
 import warnings
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny, write_image
+from conftest import tiny, write_image, write_images
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -26,7 +27,6 @@ from data import (
     recognise_layout, split_for_training, split_samples, write_splits)
 from evaluate import TrivialScores
 
-# ----------------------------------------------------------------------------------------------
 # The phantom
 
 
@@ -75,7 +75,6 @@ def test_phantom_masks_belong_to_the_images_that_are_read() -> None:
     assert not source.mask(source.samples[0], 64).any()
 
 
-# ----------------------------------------------------------------------------------------------
 # Layouts
 
 
@@ -86,22 +85,17 @@ def layout(names: list[str], texts: dict[str, str] | None = None) -> tuple[data.
 
 
 def test_kermany_is_recognised_with_patients_findings_and_split() -> None:
-    found, left_out = layout([
-        "chest_xray/train/NORMAL/IM-0115-0001.jpeg",
-        "chest_xray/train/NORMAL/NORMAL2-IM-0115-0001.jpeg",
-        "chest_xray/train/PNEUMONIA/person7_bacteria_29.jpeg",
-        "chest_xray/test/PNEUMONIA/person7_virus_3.jpeg",
-        "chest_xray/chest_xray/train/NORMAL/IM-0115-0001.jpeg",
-        "__MACOSX/chest_xray/train/NORMAL/._IM-0115-0001.jpeg",
-        "chest_xray/.DS_Store"])
-    rows = [(s.patient, s.label, s.finding, s.split) for s in found.samples]
-    assert sorted(rows) == [
-        ("IM-0115", 0, "", "train"), ("NORMAL2-IM-0115", 0, "", "train"),
-        ("person7_bacteria", 1, "bacteria", "train"), ("person7_virus", 1, "virus", "test")]
-    assert left_out == {"copies inside the archive": 1}
-    deeper, left_out = layout(["raw/chest_xray/train/NORMAL/IM-0115-0001.jpeg",
-                               "raw/chest_xray/chest_xray/train/NORMAL/IM-0115-0001.jpeg"])
-    assert len(deeper.samples) == 1 and left_out == {"copies inside the archive": 1}
+    names = ["train/NORMAL/IM-0115-0001", "train/NORMAL/NORMAL2-IM-0115-0001",
+             "train/PNEUMONIA/person7_bacteria_29", "test/PNEUMONIA/person7_virus_3",
+             "chest_xray/train/NORMAL/IM-0115-0001"]
+    for root in ("chest_xray", "raw/chest_xray"):
+        found, left_out = layout([*(f"{root}/{name}.jpeg" for name in names), f"{root}/.DS_Store",
+                                  f"__MACOSX/{root}/train/NORMAL/._IM-0115-0001.jpeg"])
+        rows = [(s.patient, s.label, s.finding, s.split) for s in found.samples]
+        assert sorted(rows) == [
+            ("IM-0115", 0, "", "train"), ("NORMAL2-IM-0115", 0, "", "train"),
+            ("person7_bacteria", 1, "bacteria", "train"), ("person7_virus", 1, "virus", "test")]
+        assert left_out == {"copies inside the archive": 1}
 
 
 NIH = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -139,59 +133,54 @@ def test_nih_is_read_by_column_name_with_its_official_lists_and_boxes() -> None:
 
 
 def test_covid_rules_keep_frontal_xrays_with_a_stated_finding() -> None:
-    table = ("Patientid,offset,finding,view,modality,folder,filename\n"
-             "1,0,\"COVID-19, ARDS\",PA,X-ray,images,a.png\n"
-             "2,0,Pneumonia/Viral/COVID-19,AP Supine,X-ray,images,b.jpg\n"
-             "3,0,No Finding,AP,X-ray,images,c.png\n"
-             "4,0,No Finding,L,X-ray,images,d.png\n"
-             "5,0,No Finding,PA,CT,images,e.png\n"
-             "6,0,todo,PA,X-ray,images,f.png\n"
-             "7,0,SARS,PA,X-ray,images,gone.png\n"
-             "3,0,No Finding,AP,X-ray,images,c.png\n")
+    rows = ["a.png,1,\"COVID-19, ARDS\",PA,X-ray", "b.jpg,2,Pneumonia/Viral/COVID-19,AP Supine,X-ray",
+            "c.png,3,No Finding,AP,X-ray", "d.png,4,No Finding,L,X-ray", "e.png,5,No Finding,PA,CT",
+            "f.png,6,todo,PA,X-ray", "gone.png,7,SARS,PA,X-ray", "c.png,3,No Finding,AP,X-ray"]
+    table = "\n".join(["filename,Patientid,finding,view,modality", *rows])
     names = [f"images/{n}" for n in ("a.png", "b.jpg", "c.png", "d.png", "e.png", "f.png")]
     found, left_out = layout(names, {"metadata.csv": table})
     assert [(s.key, s.patient, s.label) for s in found.samples] == [
         ("images/a.png", "1", 1), ("images/b.jpg", "2", 1), ("images/c.png", "3", 0)]
     assert sum(left_out.values()) == 5 and left_out["not an X-ray"] == 1
-
-
-def test_a_users_own_metadata_csv_is_not_taken_for_the_covid_set() -> None:
-    table = ("filename,label,finding,view,patient,split\n"
-             "a.png,0,,PA,7,train\nb.png,1,mass,PA,7,train\nc.png,0,,PA,8,test\n")
-    found, left_out = layout(["a.png", "b.png", "c.png"], {"metadata.csv": table})
+    # A user's own table of that name is not taken for theirs.
+    found, left_out = layout(["a.png", "b.png", "c.png"], {"metadata.csv": (
+        "filename,label,finding,view,patient,split\n"
+        "a.png,0,,PA,7,train\nb.png,1,mass,PA,7,train\nc.png,0,,PA,8,test\n")})
     assert [(s.patient, s.label, s.split) for s in found.samples] == [
         ("7", 0, "train"), ("7", 1, "train"), ("8", 0, "test")]
     assert not left_out
 
 
-def test_two_tables_that_list_images_are_not_chosen_between() -> None:
-    tables = dict.fromkeys(("test.csv", "train.csv"), "path,label\na.png,0\n")
-    with pytest.raises(UserError, match=r"test.csv, train.csv all list .*--data here/test.csv"):
-        layout(["a.png"], tables)
+@pytest.mark.parametrize(("names", "says"), [
+    (["a.png", "train.csv", "test.csv"], r"test.csv, train.csv all list .*--data here/test.csv"),
+    (["pictures/a.png", "pictures/b.png"], r"2 images is known to be normal.*found: pictures$"),
+    (["a.png", "b.png"], r"2 images is known to be normal.*no folders$")])
+def test_images_that_are_not_known_to_be_normal_are_not_guessed(
+    names: list[str], says: str
+) -> None:
+    tables = {name: "path,label\na.png,0\n" for name in names if name.endswith(".csv")}
+    with pytest.raises(UserError, match=says):
+        layout([name for name in names if name not in tables], tables)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
 def test_links_and_names_that_cannot_be_written_down_do_no_harm(tmp_path: Path) -> None:
-    for i in range(3):
-        write_image(tmp_path / "normal" / f"{i}.png", i)
+    write_images(tmp_path / "normal", 3)
     (tmp_path / "again").symlink_to(tmp_path)
     (tmp_path / "normal" / "linked").symlink_to(tmp_path / "normal")
     odd = os.fsencode(tmp_path / "normal") + b"/R\xf6ntgen.png"  # Latin-1
-    with open(odd, "wb") as f:
-        f.write((tmp_path / "normal/0.png").read_bytes())
+    shutil.copy(tmp_path / "normal/000.png", odd)
     source = FolderSource(str(tmp_path))
     assert len(source.samples) == 3 and len(source.fingerprint()) == 16
     assert source.left_out == {"with a name that is not UTF-8": 1}
 
 
-def test_runs_and_the_program_itself_are_no_data(tmp_path: Path) -> None:
+def test_runs_are_no_data(tmp_path: Path) -> None:
     for name in ("normal/0.png", "sick/1.png", "runs/comparison.png", "mine/unet/curves.png"):
         write_image(tmp_path / name)
     for name in ("runs/comparison.html", "mine/unet/last.pt", "mine/unet/split.csv"):
         (tmp_path / name).touch()
     assert [s.key for s in FolderSource(str(tmp_path)).samples] == ["normal/0.png", "sick/1.png"]
-    with pytest.raises(UserError, match="the program's own folder; put the images into one"):
-        FolderSource(str(Path(__file__).parent.parent))
 
 
 @pytest.mark.parametrize(("names", "abnormal", "left_out"), [
@@ -217,67 +206,51 @@ def test_folders_beside_a_normal_one_are_abnormal_but_strays_and_masks_are_not(
     assert counts == left_out
 
 
-@pytest.mark.parametrize(("folder", "says"), [("pictures/", "found: pictures"), ("", "no folders")])
-def test_class_folders_need_a_normal_one(folder: str, says: str) -> None:
-    with pytest.raises(UserError, match=rf"2 images is known to be normal.*{says}$"):
-        layout([f"{folder}a.png", f"{folder}b.png"])
-
-
 def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> None:
-    for i in range(3):
-        write_image(tmp_path / f"p/{i}.png", i)
-    mask = np.zeros((40, 40), np.uint8)
-    mask[:20] = 255
-    Image.fromarray(mask).save(tmp_path / "p/mask.png")
-    (tmp_path / "list.csv").write_text(
-        "\ufeff\"Path\",Label,patient,split,mask\n\"p/0.png\",normal,A,train,\n./p/1.png,0,A,train,\n"
-        "p/2.png,Nodule,B,test,p/mask.png\n", encoding="utf-8")
-    source = FolderSource(str(tmp_path / "list.csv"))
+    write_images(tmp_path / "p", 3)
+    Image.fromarray(np.repeat(np.uint8([[255], [0]]), 20, axis=0)).save(tmp_path / "p/mask.png")
+    file = tmp_path / "list.csv"
+    file.write_text(
+        "\ufeff\"Path\",Label,patient,split,mask\n\"p/000.png\",normal,A,train,\n"
+        "./p/001.png,0,A,train,\np/002.png,Nodule,B,test,p/mask.png\n", encoding="utf-8")
+    source = FolderSource(str(file))
     assert [(s.key, s.patient, s.label, s.finding, s.split) for s in source.samples] == [
-        ("p/0.png", "A", 0, "", "train"), ("p/1.png", "A", 0, "", "train"),
-        ("p/2.png", "B", 1, "Nodule", "test")]
-    table, print_ = (tmp_path / "list.csv").read_text(), source.fingerprint()
-    (tmp_path / "list.csv").write_text(table.replace("test", "train"))
-    assert FolderSource(str(tmp_path / "list.csv")).fingerprint() != print_  # it is other data
+        ("p/000.png", "A", 0, "", "train"), ("p/001.png", "A", 0, "", "train"),
+        ("p/002.png", "B", 1, "Nodule", "test")]
+    file.write_text(file.read_text().replace("test", "train"))
+    assert FolderSource(str(file)).fingerprint() != source.fingerprint()  # it is other data
     found = source.mask(source.samples[2], 32)
     assert found[:16].all() and not found[16:].any() and source.mask(source.samples[0], 32) is None
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("path,finding\na.png,x\n", "list.csv has no column label"),
-    ("name,label\na.png,0\n", "list.csv has no column path"),
-    ("path,label\na.png,0\nb.png,0\n", "1 of the 2 files that list.csv lists are not there"),
-    ("path,label\na.png,\n", "row 2: path or label is empty"),
-    ("path,label\na.png,7\n", "label 7 is neither 0"),
-    ("path,label\na.png,Unknown\n", "row 2: label Unknown says neither normal nor abnormal"),
-    ("path,label\na.png,0\na.png,0\n", "row 3: a.png is listed twice"),
-    ("path,label,split\na.png,0,dev\n", "split 'dev' is not one of"),
-    ("path,label,mask\na.png,1,gone.png\n", "1 of the 2 files that list.csv lists are not there"),
-])
-def test_a_wrong_csv_is_one_line_that_names_it(tmp_path: Path, text: str, says: str) -> None:
-    write_image(tmp_path / "a.png")
-    (tmp_path / "list.csv").write_text(text)
-    with pytest.raises(UserError) as error:
-        FolderSource(str(tmp_path / "list.csv"))
-    assert says in str(error.value) and "\n" not in str(error.value)
-
-
-def test_wrong_places_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("text", "place", "says"), [
+    ("path,finding\na.png,x\n", "list.csv", "list.csv has no column label"),
+    ("name,label\na.png,0\n", "list.csv", "list.csv has no column path"),
+    ("path;label\n", "list.csv", "its columns, parted by commas, are: path;label"),
+    ("path,label\na.png,0\nb.png,0\n", "list.csv", "1 of the 2 files that list.csv lists are not"),
+    ("path,label\na.png,\n", "list.csv", "list.csv row 2: path or label is empty"),
+    ("path,label\na.png,7\n", "list.csv", "label 7 is neither 0"),
+    ("path,label\na.png,Unknown\n", "list.csv", "row 2: label Unknown says neither normal nor abn"),
+    ("path,label\na.png,0\na.png,0\n", "list.csv", "row 3: a.png is listed twice"),
+    ("path,label,split\na.png,0,dev\n", "list.csv", "split 'dev' is not one of"),
+    ("path,label,mask\na.png,1,gone.png\n", "list.csv", "1 of the 2 files that list.csv lists are"),
+    ("", "gone", "nothing at {}/gone; give a folder, a CSV, kaggle:owner/name, or synthetic"),
+    ("", "https://www.kaggle.com/datasets/a/x", "give a folder, a CSV, kaggle:a/x, or synthetic"),
+    ("", "my films/empty", "no images in it"),
+    ("", "a.png", "neither a folder nor a CSV file; un"),
+    ("", "my films/Normal", "Give a place with a folder normal"),
+    ("", str(Path(__file__).parent.parent), "the program's own folder; put the images into one")])
+def test_a_wrong_place_or_table_is_one_line_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, place: str, says: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my films/empty").mkdir(parents=True)
-    write_image(tmp_path / "my films/Normal/a.png")
-    for name in ("notes.txt", "list.csv"):
-        (tmp_path / name).write_text("path;label\n")
-    for name, says in (
-        ("nowhere", "nothing at {}/nowhere; give a folder, a CSV, kaggle:owner/name, or synthetic"),
-        ("https://www.kaggle.com/datasets/paul/xray", "give a folder, a CSV, kaggle:paul/xray, or"),
-        ("my films/empty", "no images in it"), ("notes.txt", "neither a folder nor a CSV file; un"),
-        ("list.csv", "its columns, parted by commas, are: path;label"),
-        ("my films/Normal", "Give a place with a folder normal"),
-    ):
-        with pytest.raises(UserError, match=r"^[^\n]*$") as told:
-            FolderSource(name)
-        assert says.format(tmp_path) in str(told.value)
+    for name in ("a.png", "my films/Normal/a.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UserError, match=r"^[^\n]*$") as told:
+        FolderSource(place)
+    assert says.format(tmp_path) in str(told.value) and place in str(told.value)
 
 
 def test_a_large_batch_is_noted_and_too_little_data_refused(xrays: Path, tmp_path: Path) -> None:
@@ -288,13 +261,11 @@ def test_a_large_batch_is_noted_and_too_little_data_refused(xrays: Path, tmp_pat
         assert sum("all make one step" in note for note in splits.notes) == notes
     for count, says in ((19, r"19 normal images are too few.*evaluate\.py"),
                         (60, "60 normal images leave 0 for training")):
-        for i in range(count):
-            write_image(tmp_path / "test" / "normal" / f"{i}.png", i)
+        write_images(tmp_path / "test" / "normal", count)
         with pytest.raises(UserError, match=says):
             split_for_training(FolderSource(str(tmp_path)), Config(data=str(tmp_path)))
 
 
-# ----------------------------------------------------------------------------------------------
 # Splits
 
 
@@ -383,7 +354,6 @@ def test_identical_files_in_two_splits_are_reported_and_few_read_in_full(tmp_pat
                             "train/normal/11.bmp", "train/normal/12.bmp"]
 
 
-# ----------------------------------------------------------------------------------------------
 # Decoding
 
 
@@ -530,7 +500,6 @@ def test_dicom_without_pydicom_says_what_to_install(monkeypatch: pytest.MonkeyPa
         decode_image(b"\0" * 128 + b"DICM" + b"\0" * 100, 32)
 
 
-# ----------------------------------------------------------------------------------------------
 # The stream
 
 
