@@ -102,11 +102,10 @@ def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]
     """A stand-in that the official client is pointed at; waiting is noted instead of done."""
     pytest.importorskip("kagglesdk", reason="the client of Kaggle needs Python 3.11")
     server = StandIn()
-    for name in [n for n in os.environ if n.startswith("KAGGLE_") or n.lower().endswith("proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    for name, value in server.environment().items():
+    for name in [*os.environ]:
+        if name.startswith(("KAGGLE_", "XDG_CONFIG_HOME")) or name.lower().endswith("proxy"):
+            monkeypatch.delenv(name)
+    for name, value in (server.environment() | {"HOME": str(tmp_path / "home")}).items():
         monkeypatch.setenv(name, value)
     server.pauses = []
     monkeypatch.setattr(data, "pause", lambda seconds, cancelled: server.pauses.append(seconds))

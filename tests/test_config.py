@@ -80,8 +80,7 @@ def test_a_wrong_setting_is_one_line_that_says_where_and_what_is_legal(
 
 
 def test_resume_takes_the_settings_of_the_run_but_flags_still_win(tmp_path: Path) -> None:
-    run = tmp_path / "unet"
-    run.mkdir()
+    (run := tmp_path / "unet").mkdir()
     (run / "config.json").write_text(json.dumps({"width": 8, "epochs": 5, "output_dir": "other"}))
     argv = ["--output-dir", str(tmp_path), "--resume", "--epochs", "9"]
     config = parse_config(argv, environ={})
