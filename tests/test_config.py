@@ -69,8 +69,7 @@ def test_every_field_is_a_flag_an_environment_variable_and_a_file_key(tmp_path: 
     ({"IMGAE_AUGMENT": "maybe"}, "IMGAE_AUGMENT: 'maybe' is not true or false"),
 ])
 def test_a_wrong_setting_is_one_line_that_says_where_and_what_is_legal(
-    tmp_path: Path, given: list | str | dict, says: str
-) -> None:
+        tmp_path: Path, given: list | str | dict, says: str) -> None:
     file = tmp_path / "c.json"
     file.write_text(given if isinstance(given, str) else "{}")
     flags = given if isinstance(given, list) else ["--config", str(file)]
@@ -124,8 +123,7 @@ def test_what_the_screen_cannot_show_ends_nothing() -> None:
        + re.escape(shlex.join(typed)) + "; or .* -m pip install -r")
       for typed in (["train.py"], ["evaluate.py", "runs/a b"])]])
 def test_a_python_that_cannot_run_this_is_one_line(
-    tmp_path: Path, arguments: list[str], says: str
-) -> None:
+        tmp_path: Path, arguments: list[str], says: str) -> None:
     for name in ("train.py", "evaluate.py", "config.py"):
         shutil.copy(ROOT / name, tmp_path)
     done = run(sys.executable, *arguments, folder=tmp_path)
@@ -134,8 +132,7 @@ def test_a_python_that_cannot_run_this_is_one_line(
 
 
 def test_what_to_type_next_names_the_python_of_this_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     own = tmp_path / ".venv/bin/python"
@@ -171,8 +168,7 @@ def test_output_that_cannot_be_written_stops_nothing(tmp_path: Path, shell: str)
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 @pytest.mark.parametrize(("data", "quick"), [("synthetic", True), ("my synthetic", False)])
 def test_make_compare_trains_and_compares_what_is_named(
-    tmp_path: Path, data: str, quick: bool
-) -> None:
+        tmp_path: Path, data: str, quick: bool) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
     (tmp_path / ".installed").touch()

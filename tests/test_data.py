@@ -55,13 +55,11 @@ def test_an_anomaly_differs_from_its_twin_in_the_mask_and_hardly_elsewhere() -> 
 
 def test_trivial_scores_do_not_solve_the_phantom() -> None:
     source = PhantomSource(250, 64)
-
-    def images(samples: list[Sample]) -> np.ndarray:
-        return np.concatenate([x.numpy() for x, _ in ImageStream(source, samples, 64, 50)])
-
     parts = split_samples(source.samples)
+    train, test = (np.concatenate([x.numpy() for x, _ in ImageStream(source, samples, 64, 50)])
+                   for samples in (parts.train, parts.test))
     labels = [s.label for s in parts.test]
-    for name, scores in TrivialScores(images(parts.train))(images(parts.test)).items():
+    for name, scores in TrivialScores(train)(test).items():
         auroc = roc_auc_score(labels, scores)
         assert max(auroc, 1 - auroc) < 0.75, name
 
@@ -155,8 +153,7 @@ def test_covid_rules_keep_frontal_xrays_with_a_stated_finding() -> None:
     (["pictures/a.png", "pictures/b.png"], r"2 images is known to be normal.*found: pictures$"),
     (["a.png", "b.png"], r"2 images is known to be normal.*no folders$")])
 def test_images_that_are_not_known_to_be_normal_are_not_guessed(
-    names: list[str], says: str
-) -> None:
+        names: list[str], says: str) -> None:
     tables = {name: "path,label\na.png,0\n" for name in names if name.endswith(".csv")}
     with pytest.raises(UserError, match=says):
         layout([name for name in names if name not in tables], tables)
@@ -194,8 +191,7 @@ def test_runs_are_no_data(tmp_path: Path) -> None:
      ["sick/b.png", "sick/c_mask.png"], {"masks beside their images": 3}),
 ])
 def test_folders_beside_a_normal_one_are_abnormal_but_strays_and_masks_are_not(
-    names: list[str], abnormal: list[str], left_out: dict
-) -> None:
+        names: list[str], abnormal: list[str], left_out: dict) -> None:
     found, counts = layout(names)
     assert [s.key for s in found.samples if s.label == ABNORMAL] == abnormal
     for s in found.samples:
@@ -240,8 +236,7 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     ("", "my films/Normal", "Give a place with a folder normal"),
     ("", str(Path(__file__).parent.parent), "the program's own folder; put the images into one")])
 def test_a_wrong_place_or_table_is_one_line_that_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, place: str, says: str
-) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, place: str, says: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my films/empty").mkdir(parents=True)
     for name in ("a.png", "my films/Normal/a.png"):
@@ -253,9 +248,9 @@ def test_a_wrong_place_or_table_is_one_line_that_names_it(
 
 
 def test_a_large_batch_is_noted_and_too_little_data_refused(xrays: Path, tmp_path: Path) -> None:
+    source = FolderSource(str(xrays))
     for size, notes in ((42, 0), (43, 1)):
-        config = Config(data=str(xrays), batch_size=size)
-        splits = split_for_training(FolderSource(str(xrays)), config)
+        splits = split_for_training(source, Config(data=str(xrays), batch_size=size))
         assert len(splits.train) == 42
         assert sum("all make one step" in note for note in splits.notes) == notes
     for count, says in ((19, r"19 normal images are too few.*evaluate\.py"),

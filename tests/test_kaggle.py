@@ -113,9 +113,8 @@ JSON = json.dumps({"username": USER, "key": KEY})
     ({"KAGGLE_API_TOKEN": ""}, "colab", {"KAGGLE_API_TOKEN": TOKEN + "\n"}),
     ({}, "colab", NAME)])
 def test_credentials_are_found_wherever_the_client_looks_and_among_the_secrets_of_colab(
-    kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, environ: dict, file: str,
-    content: str | dict
-) -> None:
+        kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, environ: dict, file: str,
+        content: str | dict) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value.format(home=home))
     if file == "colab":
@@ -138,9 +137,8 @@ def test_credentials_are_found_wherever_the_client_looks_and_among_the_secrets_o
     ({"KAGGLE_USERNAME": "me", "KAGGLE_KEY": "\u201cabc\u201d"}, None, "quotes"),
     ({"KAGGLE_API_TOKEN": "\u201cabc\u201d"}, None, "quotes")])
 def test_missing_or_unusable_credentials_are_said_before_anything_else(
-    kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
-    environ: dict, content: str | None, says: str
-) -> None:
+        kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+        environ: dict, content: str | None, says: str) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     if content is not None:
@@ -159,8 +157,7 @@ def test_missing_or_unusable_credentials_are_said_before_anything_else(
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_an_archive_gives_the_same_samples_order_and_pixels_as_the_folder(
-    kaggle: StandIn, chest: Path, method: int
-) -> None:
+        kaggle: StandIn, chest: Path, method: int) -> None:
     here, there = FolderSource(str(chest)), opened(kaggle, Archive.of_folder(chest, method))
     assert there.samples == here.samples and there.fingerprint() == here.fingerprint()
     for seed in (None, 3):
@@ -300,8 +297,7 @@ CHANGED = r"changed on Kaggle.*versions/N"
     *((fault, SPEC) for fault in ("status-503", "truncate", "whole", "expire")),
     ({"etag": '"v2"'}, CHANGED), ({"size": 5000}, CHANGED), ({"size": 1}, CHANGED)])
 def test_a_lasting_fault_or_a_changed_data_set_ends_in_one_line(
-    faulty: Opened, fault: str | dict, says: str
-) -> None:
+        faulty: Opened, fault: str | dict, says: str) -> None:
     server, source = faulty
     if isinstance(fault, dict):
         vars(server.archives["someone/xrays"]).update(fault)
@@ -323,8 +319,7 @@ def test_a_whole_archive_sent_for_a_range_is_not_read(kaggle: StandIn) -> None:
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_large_table_that_is_not_needed_is_left_alone(
-    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, ranges: bool
-) -> None:
+        kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
     monkeypatch.setattr(data, "LARGEST_FILE", 1000)
     kaggle.ranges_allowed = ranges
     source = opened(kaggle, images(40, **{"pixels.csv": b"1,2\n" * 500}))
@@ -411,8 +406,7 @@ def test_what_is_too_large_is_refused_before_it_is_fetched_or_decoded(kaggle: St
     (401, "refuses the credentials"), (403, "terms to be accepted"), (404, "no such data set"),
     (400, "answers 400")])
 def test_what_the_api_refuses_is_said_at_once_and_a_busy_one_is_asked_again(
-    kaggle: StandIn, status: int, words: str
-) -> None:
+        kaggle: StandIn, status: int, words: str) -> None:
     kaggle.retry_after = "12"
     kaggle.api_faults.extend([429, 500, status])
     with pytest.raises(UserError, match=words) as told:
@@ -440,8 +434,7 @@ def test_a_stalled_server_is_given_up_on(faulty: Opened, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_fetching_ends_soon_after_it_is_cancelled(
-    kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, ranges: bool
-) -> None:
+        kaggle: StandIn, monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
     """In a wait that would take minutes, with the network down, and before the next request."""
     kaggle.ranges_allowed, kaggle.retry_after = ranges, "500"
     source, cancelled = opened(kaggle, images(40)), threading.Event()
@@ -524,8 +517,7 @@ def test_single_files_give_the_same_as_the_folder(by_file: Opened, chest: Path) 
 
 
 def test_single_files_are_named_if_broken_or_missing_and_unpacked_if_zipped(
-    by_file: Opened
-) -> None:
+        by_file: Opened) -> None:
     server, source = by_file
     server.api_faults.extend([500] * 8)
     keys, files = [s.key for s in source.samples], server.archives["someone/xrays"].files
@@ -548,8 +540,7 @@ def test_single_files_are_named_if_broken_or_missing_and_unpacked_if_zipped(
 
 
 def test_training_from_kaggle_gives_the_weights_of_the_folder_and_keeps_the_key_secret(
-    kaggle: StandIn, chest: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+        kaggle: StandIn, chest: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     kaggle.archives["someone/xrays"] = Archive.of_folder(chest)
     kaggle.faults.extend(["status-500", "drop"])
     with mock.patch.dict(os.environ, {"KAGGLE_API_TOKEN": TOKEN}):
