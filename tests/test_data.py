@@ -303,9 +303,9 @@ def test_validation_that_is_prescribed_without_test_is_used_and_not_tested_on() 
     assert {s.key for s in parts.val} == {s.key for s in val}
     assert sum(s.label == NORMAL for s in parts.test) == 60 and len(parts.train) == 240
     # A small one is split anew with all else, and nothing is lost.
-    parts = split_samples(train + val[:20])
+    parts = split_samples(train + val[:20] + val[60:80])
     assert "they are split anew" in parts.notes[0]
-    assert sum(len(part) for part in parts[:3]) == len(train) + 20
+    assert sum(len(part) for part in parts[:3]) == len(train) + 40
 
 
 def test_samples_limits_training_and_never_moves_an_image() -> None:
@@ -442,22 +442,18 @@ def test_an_image_or_mask_of_absurd_size_is_refused_before_it_is_decoded(tmp_pat
 
 def dicom(photometric: str, **tags: object) -> bytes:
     pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian
-
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
     meta.MediaStorageSOPInstanceUID = "1.2.3"
-    ds = FileDataset("x", {}, file_meta=meta, preamble=b"\0" * 128)
+    ds = pydicom.dataset.FileDataset("x", {}, file_meta=meta, preamble=b"\0" * 128)
     ds.Rows, ds.Columns, ds.SamplesPerPixel = 64, 64, 1
     ds.PhotometricInterpretation = photometric
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+    ds.PixelData = (RAMP.astype(np.uint16) * 16).tobytes()
     for tag, value in tags.items():
         setattr(ds, tag, value)
-    ds.PixelData = (RAMP.astype(np.uint16) * 16).tobytes()
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, ds)
+    pydicom.dcmwrite(buffer := io.BytesIO(), ds)
     return buffer.getvalue()
 
 

@@ -152,14 +152,15 @@ def test_missing_or_unusable_credentials_are_said_before_anything_else(
     assert capsys.readouterr().out == "" and not kaggle.calls
 
 
-# What is read is what a folder holds
-
-
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_an_archive_gives_the_same_samples_order_and_pixels_as_the_folder(
-        kaggle: StandIn, chest: Path, method: int) -> None:
-    here, there = FolderSource(str(chest)), opened(kaggle, Archive.of_folder(chest, method))
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, None])
+def test_an_archive_or_single_files_give_the_same_samples_order_and_pixels_as_the_folder(
+        kaggle: StandIn, chest: Path, method: int | None) -> None:
+    single = method is None
+    kaggle.ranges_allowed, kaggle.empty_page = not single, True
+    here, there = FolderSource(str(chest)), opened(kaggle, Archive.of_folder(chest, method or 0))
+    assert isinstance(there, KaggleFilesSource) == single
     assert there.samples == here.samples and there.fingerprint() == here.fingerprint()
+    kaggle.api_faults.extend([429, 500] * single)
     for seed in (None, 3):
         streams = [ImageStream(s, s.samples, 32, 9, seed=seed) for s in (here, there)]
         for epoch in range(2):
@@ -167,6 +168,7 @@ def test_an_archive_gives_the_same_samples_order_and_pixels_as_the_folder(
                 stream.set_epoch(epoch)
             (order, pixels), (order2, pixels2) = map(everything, streams)
             assert order == order2 and np.array_equal(pixels, pixels2)
+    assert kaggle.calls["file"] == (2 + 2 * 100 if single else 0)  # each once, and two again
 
 
 def test_tables_give_labels_and_splits_also_in_zip64_archives(kaggle: StandIn) -> None:
@@ -495,32 +497,12 @@ def test_a_set_of_42_gigabytes_starts_with_few_requests(kaggle: StandIn) -> None
     assert len(loaders.source.samples) == 112_120 and len(loaders.splits.train) == 2000
 
 
-# Where ranges are refused
-
-
-@pytest.fixture
-def by_file(kaggle: StandIn, chest: Path) -> Opened:
-    kaggle.ranges_allowed, kaggle.empty_page = False, True
-    return kaggle, opened(kaggle, Archive.of_folder(chest))
-
-
-def test_single_files_give_the_same_as_the_folder(by_file: Opened, chest: Path) -> None:
-    server, source = by_file
-    assert isinstance(source, KaggleFilesSource)
-    here = FolderSource(str(chest))
-    assert source.samples == here.samples
-    server.api_faults.extend([429, 500])
-    streams = [ImageStream(s, s.samples, 32, 8, seed=1) for s in (here, source)]
-    (order, pixels), (order2, pixels2) = map(everything, streams)
-    assert order == order2 and np.array_equal(pixels, pixels2)
-    assert server.calls["file"] == 102  # each once, and two again
-
-
 def test_single_files_are_named_if_broken_or_missing_and_unpacked_if_zipped(
-        by_file: Opened) -> None:
-    server, source = by_file
-    server.api_faults.extend([500] * 8)
-    keys, files = [s.key for s in source.samples], server.archives["someone/xrays"].files
+        kaggle: StandIn, chest: Path) -> None:
+    kaggle.ranges_allowed = False
+    source = opened(kaggle, archive := Archive.of_folder(chest))
+    kaggle.api_faults.extend([500] * 8)
+    keys, files = [s.key for s in source.samples], archive.files
     content, packed = files[keys[7]], Archive.of({"x.jpeg": files[keys[7]]}).data
     files[keys[2]] = packed.replace(b"PK\1\2", b"PK\1\1")
     files[keys[3]] += bytes(1 << 20)
@@ -534,9 +516,6 @@ def test_single_files_are_named_if_broken_or_missing_and_unpacked_if_zipped(
     assert source.read(source.samples[7]) == content
     with pytest.raises(OSError):
         source.read_file("masks/nowhere.png")
-
-
-# Whole runs
 
 
 def test_training_from_kaggle_gives_the_weights_of_the_folder_and_keeps_the_key_secret(
