@@ -82,8 +82,8 @@ class Kernel:
         """Run a notebook's code cells one after the other, and see that each went well."""
         outputs = [self.run(with_settings(cell["source"] + "\n", **settings))
                    for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        assert not any(o.error or o.stderr for o in outputs)
         self.close()
+        assert not any(o.error or o.stderr for o in outputs)
         return outputs
 
     def close(self) -> None:
