@@ -65,7 +65,7 @@ def test_every_field_is_a_flag_an_environment_variable_and_a_file_key(tmp_path: 
     ('{"augment": 1}', "c.json: augment: 1 is not true or false"),
     ("{", "c.json: not valid JSON"),
     ("[]", "c.json: a table of settings is wanted"),
-    ({"IMGAE_EPOCS": "3"}, "IMGAE_EPOCS: there is no setting IMGAE_EPOCS; did you mean IMGAE_EPO"),
+    ({"IMGAE_EPOCS": "3"}, "no setting IMGAE_EPOCS; did you mean IMGAE_EPOCHS?"),
     ({"IMGAE_AUGMENT": "maybe"}, "IMGAE_AUGMENT: 'maybe' is not true or false"),
 ])
 def test_a_wrong_setting_is_one_line_that_says_where_and_what_is_legal(
