@@ -36,14 +36,11 @@ def no_gpu() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Learning curves take a fifth of such a small run's time: they are left out, but in tests of
     them, in runs that tests share, and in programs that are started."""
-    if request.node.get_closest_marker("curves"):
-        yield
-    else:
-        with mock.patch.object(train_module, "draw_curves"):
-            yield
+    if not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr(train_module, "draw_curves", mock.Mock())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,23 +49,16 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> None:
     would take most of the time of a small run."""
     root = tmp_path_factory.mktemp("data") / "films"
     TINY["data"] = str(root)
-    for i in range(84):  # validation is taken from these
-        write_film(root / "train/normal" / f"{i:02d}.png", i)
-    for i in range(32):
-        kind = ("normal", "opacity")[i % 2]
-        write_film(root / "test" / kind / f"{i:02d}.png", 200_000 + i, kind)
+    for i in [*range(84), *range(200_000, 200_032)]:  # validation is taken from the first
+        kind = "opacity" if i > 84 and i % 2 else None
+        file = root / ("test" if i > 84 else "train") / (kind or "normal") / f"{i % 1000:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.draw_phantom(i, TINY["image_size"], kind=kind)[0]).save(file)
 
 
 def tiny(tmp: Path, **settings: object) -> Config:
     """A configuration that trains in a second."""
     return Config(**(TINY | {"output_dir": str(tmp)} | settings))
-
-
-def write_film(path: Path, index: int, kind: str = "normal") -> None:
-    """A film of the phantom."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image, _ = data.draw_phantom(index, TINY["image_size"], kind=None if kind == "normal" else kind)
-    Image.fromarray(image).save(path)
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40)) -> None:
@@ -79,12 +69,18 @@ def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40)) -> 
     small.resize(size, Image.Resampling.BICUBIC).save(path)
 
 
+def write_images(folder: Path, count: int, first: int = 0) -> None:
+    """As many such pictures, all of them different."""
+    for i in range(first, first + count):
+        write_image(folder / f"{i:03d}.png", i)
+
+
 @pytest.fixture(scope="session")
 def xrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 70 normal and 12 abnormal images and no prescribed split."""
-    root = tmp_path_factory.mktemp("data") / "xrays"
-    for i in range(82):
-        write_image(root / ("normal" if i < 70 else "abnormal") / f"{i:03d}.png", i)
+    root = tmp_path_factory.mktemp("xrays") / "xrays"
+    write_images(root / "normal", 70)
+    write_images(root / "abnormal", 12, 70)
     return root
 
 
@@ -97,9 +93,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def xrays_run(tmp_path_factory: pytest.TempPathFactory, xrays: Path) -> Path:
     """The folder of a run trained a little on `xrays`."""
-    (folder,) = train(tiny(tmp_path_factory.mktemp("xrays_run"), data=str(xrays), samples=None,
-                           epochs=1))
-    return folder
+    folder = tmp_path_factory.mktemp("xrays_run")
+    return train(tiny(folder, data=str(xrays), samples=None, epochs=1))[0]
 
 
 @pytest.fixture
@@ -107,11 +102,10 @@ def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]
     """A stand-in that the official client is pointed at; waiting is noted instead of done."""
     pytest.importorskip("kagglesdk", reason="the client of Kaggle needs Python 3.11")
     server = StandIn()
-    for name in [n for n in os.environ if n.startswith("KAGGLE_") or n.lower().endswith("proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    for name, value in server.environment().items():
+    for name in [*os.environ]:
+        if name.startswith(("KAGGLE_", "XDG_CONFIG_HOME")) or name.lower().endswith("proxy"):
+            monkeypatch.delenv(name)
+    for name, value in (server.environment() | {"HOME": str(tmp_path / "home")}).items():
         monkeypatch.setenv(name, value)
     server.pauses = []
     monkeypatch.setattr(data, "pause", lambda seconds, cancelled: server.pauses.append(seconds))
@@ -124,8 +118,7 @@ def kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    (place := tmp_path / "disk").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
     if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a file system cannot be mounted here")

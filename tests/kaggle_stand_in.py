@@ -55,10 +55,9 @@ class VirtualNIH:
         # Bytes after the end of a PNG are ignored: padding, and a number that makes it unique.
         self.body = buffer.getvalue().ljust(member_bytes - 8, b"\0")
         self.crc, self.record = zlib.crc32(self.body), 0
-        self.names = [f"images_{1 + i // 9400:03d}/images/{i // 4:08d}_{i % 4:03d}.png"
-                      for i in range(images)]
+        base = [f"{i // 4:08d}_{i % 4:03d}.png" for i in range(images)]
+        self.names = [f"images_{1 + i // 9400:03d}/images/{name}" for i, name in enumerate(base)]
         self.record = len(self._member(0))
-        base = [name.rpartition("/")[2] for name in self.names]
         films = self.films = images * self.record
 
         class After(io.BytesIO):
@@ -74,13 +73,12 @@ class VirtualNIH:
         with zipfile.ZipFile(after, "w") as packed:
             packed.filelist += map(self._info, range(images))
             packed.writestr("Data_Entry_2017.csv", "".join([
-                "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
-                "View Position\n",
-                *(f"{b},{'No Finding' if i // 4 % 100 < 54 else 'Effusion'},0,{i // 4},50,M,PA\n"
-                  for i, b in enumerate(base))]))
-            for name, test in (("train_val_list.txt", False), ("test_list.txt", True)):
-                packed.writestr(name, "\n".join(
-                    b for i, b in enumerate(base) if (i // 4 % 5 == 0) == test))
+                "Image Index,Finding Labels,Patient ID,View Position\n",
+                *(f"{name},{'No Finding' if i // 4 % 100 < 54 else 'Effusion'},{i // 4},PA\n"
+                  for i, name in enumerate(base))]))
+            for file, test in (("train_val_list.txt", False), ("test_list.txt", True)):
+                packed.writestr(file, "\n".join(
+                    name for i, name in enumerate(base) if (i // 4 % 5 == 0) == test))
         self.after = after.getvalue()
         self.size = films + len(self.after)
 
@@ -150,19 +148,19 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
-    def head(self, status: int, length: int, **headers: str | None) -> None:
+    def answer(self, status: int, content: object = b"", length: int | None = None,
+               **headers: str | None) -> None:
+        """Answer with bytes, or with JSON; where it is busy, also with how long to wait."""
+        server, body = self.server, content
+        if not isinstance(content, bytes):
+            body, headers["Content-Type"] = json.dumps(content).encode(), "application/json"
+        headers["Content-Length"] = str(len(body) if length is None else length)
+        headers["Retry-After"] = server.retry_after if status in (429, 500, 503) else None
         self.send_response(status)
-        for name, value in {"Content-Length": str(length), **headers}.items():
+        for name, value in headers.items():
             if value is not None:
                 self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-
-    def answer(self, status: int, content: object = b"", **headers: str | None) -> None:
-        """Answer with bytes, or with JSON; where it is busy, also with how long to wait."""
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        kind = "application/octet-stream" if body is content else "application/json"
-        self.head(status, len(body), Content_Type=kind, **headers,
-                  Retry_After=self.server.retry_after if status in (429, 500, 503) else None)
         self.wfile.write(body)
 
     def do_POST(self) -> None:
@@ -178,14 +176,12 @@ class Handler(BaseHTTPRequestHandler):
         status = server.api_faults.popleft() if server.api_faults else (
             404 if archive is None or (file and file not in archive.files) else 0)
         if status:
-            self.answer(status, {"code": status, "message": "no"})
-        elif self.path.endswith("/ListDatasetFiles"):
-            self.list_files(archive, body)
-        elif file:
-            self.answer(302, Location=f"{server.url}/file?name={name}&file={file}")
-        else:
-            server.signature += 1
-            self.answer(302, Location=f"{server.url}/all?name={name}&signature={server.signature}")
+            return self.answer(status, {"code": status, "message": "no"})
+        if self.path.endswith("/ListDatasetFiles"):
+            return self.list_files(archive, body)
+        server.signature += not file
+        where = f"file?file={file}" if file else f"all?signature={server.signature}"
+        return self.answer(302, Location=f"{server.url}/{where}&name={name}")
 
     def list_files(self, archive: Archive, body: dict) -> None:
         names, token = sorted(archive.files), body.get("pageToken") or "0"
@@ -212,8 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             fault = server.faults.popleft() if (
                 server.faults and int(query["signature"]) == server.signature) else ""
-        if fault == "expire":
-            server.signature += 1
+        server.signature += fault == "expire"
         start, end = int(m[1]), min(archive.size, int(m[2]) + 1)
         if int(query["signature"]) < server.signature:
             return self.answer(403, b"<Error><Code>ExpiredToken</Code></Error>")
@@ -236,15 +231,14 @@ class Handler(BaseHTTPRequestHandler):
         body = archive.read(start, end) + bytes(1000) * (fault == "long")
         if fault == "corrupt":
             body = body[:-20] + bytes([body[-20] ^ 1]) + body[-19:]
-        self.head(206, len(body), ETag=archive.etag, Content_Range=(
-            None if fault == "no-range" else f"bytes {start}-{end - 1}/{archive.size}"))
+        length = len(body)
         if fault in ("drop", "empty"):
-            body, self.close_connection = body[: len(body) // 2 * (fault == "drop")], True
-        self.wfile.write(body)
-        return None
+            body, self.close_connection = body[: length // 2 * (fault == "drop")], True
+        return self.answer(206, body, length, ETag=archive.etag, Content_Range=(
+            None if fault == "no-range" else f"bytes {start}-{end - 1}/{archive.size}"))
 
     def give_whole(self, archive: Archive) -> None:
-        self.head(200, archive.size, ETag=archive.etag)
+        self.answer(200, b"", archive.size, ETag=archive.etag)
         self.close_connection = True
         for start in range(0, archive.size, 1 << 16):
             chunk = archive.read(start, min(archive.size, start + (1 << 16)))

@@ -57,22 +57,21 @@ class Kernel:
         self.client.wait_for_ready(timeout=60)
         self.run(OFFLINE)
 
-    def run(self, code: str, interrupt_at: str | None = None) -> SimpleNamespace:
+    def run(self, code: str, interrupt_at: str = "\0") -> SimpleNamespace:
         """What a cell shows; `error` are its lines. It is interrupted once it prints that."""
         output = SimpleNamespace(stdout="", stderr="", pictures=[], error=[])
 
         def hook(message: dict) -> None:
-            nonlocal interrupt_at
             kind, content = message["msg_type"], message["content"]
             if kind == "stream":
+                seen = interrupt_at in output.stdout
                 vars(output)[content["name"]] += content["text"]
+                if interrupt_at in output.stdout and not seen:
+                    self.manager.interrupt_kernel()
             elif kind == "display_data":
                 output.pictures.append(base64.b64decode(content["data"]["image/png"]))
             elif kind == "error":
                 output.error += content["traceback"]
-            if interrupt_at and interrupt_at in output.stdout:
-                interrupt_at = None
-                self.manager.interrupt_kernel()
 
         # stop_on_error would have an earlier kernel refuse what is sent soon after an error.
         self.client.execute_interactive(code, timeout=900, allow_stdin=False,
@@ -81,8 +80,9 @@ class Kernel:
 
     def run_all(self, notebook: dict, **settings: object) -> list[SimpleNamespace]:
         """Run a notebook's code cells one after the other, and see that each went well."""
-        cells = [c["source"] + "\n" for c in notebook["cells"] if c["cell_type"] == "code"]
-        outputs = [self.run(with_settings(code, **settings)) for code in cells]
+        outputs = [self.run(with_settings(cell["source"] + "\n", **settings))
+                   for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        self.close()
         assert not any(o.error or o.stderr for o in outputs)
         return outputs
 
@@ -113,8 +113,8 @@ def pasted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
 
 
 @pytest.mark.drill
-def test_an_interrupted_cell_saves_and_goes_on_when_run_again(pasted: tuple) -> None:
-    folder, interrupted, again = pasted[1:]
+def test_a_cell_runs_this_very_code_and_when_interrupted_goes_on(pasted: tuple) -> None:
+    kernel, folder, interrupted, again = pasted
     assert len(interrupted.error) == 1 and "saved; go on with" in interrupted.error[0]
     assert "epoch 5/5" not in interrupted.stdout
     assert again.error == [] and again.stderr == ""
@@ -124,16 +124,11 @@ def test_an_interrupted_cell_saves_and_goes_on_when_run_again(pasted: tuple) -> 
         assert re.search(row, again.stdout), row
     files = ["comparison.png", *(f"{m}/predictions/example/example_heatmap.png" for m in MODELS)]
     assert again.pictures == [(folder / "runs" / name).read_bytes() for name in files]
-
-
-@pytest.mark.drill
-def test_a_cell_runs_this_very_code_and_imports_a_change_to_it(pasted: tuple) -> None:
-    kernel, folder = pasted[:2]
     for file in colab.ROOT.glob("*.py"):
         assert (folder / "imgae_dx" / file.name).read_bytes() == file.read_bytes()
     with open(folder / "imgae_dx/models.py", "a") as file:
         file.write("CHANGED = True\n")
-    kernel.run(step("Start"))
+    kernel.run(step("Start"))  # takes a change to it
     assert kernel.run("import models; print(models.CHANGED)").stdout == "True\n"
 
 
@@ -159,7 +154,6 @@ def test_the_notebook_uses_runs_in_drive_and_an_upload(pasted: tuple, tmp_path: 
     kernel = Kernel(tmp_path)
     kernel.run(COLAB.format(image=str(tmp_path / "image.png")))
     outputs = kernel.run_all(json.loads(text), **SMALL, MOUNT_DRIVE=True, IMAGE="upload")
-    kernel.close()
     shown = "".join(output.stdout for output in outputs)
     assert f"Results are kept in {tmp_path}/drive/MyDrive/imgae_dx\n" in shown
     assert "epoch 1/5" not in shown and re.search(r"U-Net +0\.\d{3} ", shown)
@@ -181,9 +175,7 @@ def test_make_colab_writes_a_valid_notebook_that_shows_little_source(tmp_path: P
 
 @pytest.mark.drill
 def test_the_notebook_runs_with_its_own_settings(tmp_path: Path) -> None:
-    kernel = Kernel(tmp_path)
-    outputs = kernel.run_all(colab.notebook())
-    kernel.close()
+    outputs = Kernel(tmp_path).run_all(colab.notebook())
     for model in MODELS:
         metrics = json.loads((tmp_path / f"runs/{model}/eval/synthetic/metrics.json").read_text())
         assert metrics["auroc"] > max(metrics["baselines"].values()) + 0.1

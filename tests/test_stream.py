@@ -1,6 +1,5 @@
 """The stream: its bound on memory, its order, going on in the middle, ranks."""
 
-import io
 import json
 import os
 import random
@@ -10,7 +9,6 @@ import sys
 import threading
 import weakref
 import zipfile
-from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
-from PIL import Image
+from test_kaggle import opened, png, server_environment
 from torch.utils.data import DataLoader
 
 import data
@@ -28,20 +26,11 @@ from config import Config, UserError
 from data import NORMAL, ImageStream, Memory, PhantomSource, create_dataloaders
 
 
-def archive(count: int) -> Archive:
+def noise(count: int) -> Archive:
     """Stored PNGs of noise, of many sizes."""
-    files = {}
-    for i in range(count):
-        buffer, rng = io.BytesIO(), np.random.RandomState(i)
-        noise = rng.randint(0, 256, rng.randint(8, 90, 2)).astype(np.uint8)
-        Image.fromarray(noise).save(buffer, "PNG")
-        files[f"normal/{i:03d}.png"] = buffer.getvalue()
-    return Archive.of(files, zipfile.ZIP_STORED)
-
-
-def opened(kaggle: StandIn, content: Archive) -> data.KaggleSource:
-    kaggle.archives["someone/xrays"] = content
-    return data.open_source(Config(data="kaggle:someone/xrays"))
+    sizes = np.random.RandomState(0).randint(8, 90, (count, 2))
+    return Archive.of({f"normal/{i:03d}.png": png(i, tuple(size)) for i, size in enumerate(sizes)},
+                      zipfile.ZIP_STORED)
 
 
 def iterate_together(*streams: ImageStream) -> list[tuple]:
@@ -63,7 +52,7 @@ def test_the_bound_holds_and_nothing_locks_up(
         kaggle: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random sizes, limits and orders, down to the smallest limit, with up to three streams."""
     rng, refused = random.Random(5), 0
-    source = opened(kaggle, archive(80))
+    source = opened(kaggle, noise(80))
     largest = 4 * max(source.file_bytes(s) for s in source.samples) + (64 << 10)
     there, most, real = [0], [0], data.decode_image
 
@@ -74,8 +63,8 @@ def test_the_bound_holds_and_nothing_locks_up(
         weakref.finalize(image, lambda: there.__setitem__(0, there[0] - 1))
         return image
 
-    def make(limit: int, parts: int, *settings: object) -> list[ImageStream]:
-        memory, (size, batch, seed, cache) = Memory(limit), settings
+    def make(limit: int) -> list[ImageStream]:
+        memory = Memory(limit)
         return [ImageStream(source, source.samples, size, batch, seed, memory, 1 / (parts - i),
                             cache, stop_on_bad=False) for i in range(parts)]
 
@@ -84,12 +73,10 @@ def test_the_bound_holds_and_nothing_locks_up(
         batch, size, seed = rng.choice([2, 5, 16]), rng.choice([16, 32]), rng.choice([None, 1])
         low, cache, parts = trial % 3 == 0, rng.random() < 0.5, rng.choice([1, 3])
         limit = rng.randint(10_000, 60_000) if low else rng.randint(1 << 18, 1 << 22)
-
-        settings = (parts, size, batch, seed, cache)
         try:
-            streams = make(limit, *settings)
+            streams = make(limit)
         except UserError as error:
-            streams = make(limit := int(least(error) * 2**30), *settings)
+            streams = make(limit := int(least(error) * 2**30))
             refused += 1
         memory, most[0] = streams[0].memory, 0
         for _ in range(2):
@@ -104,20 +91,6 @@ def test_the_bound_holds_and_nothing_locks_up(
         assert images * size**2 <= memory.most["images"] and sum(memory.most.values()) <= limit
         assert limit < 8 * largest or not any(stream.bad for stream in streams)
     assert refused
-
-
-def test_all_that_is_planned_ahead_finds_room_without_the_consumer(
-        kaggle: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, planned = opened(kaggle, archive(300)), []
-    monkeypatch.setattr(data, "Future", lambda: planned.append(Future()) or planned[-1])
-    for limit in (400_000, 1 << 20):
-        stream = ImageStream(source, source.samples, 32, 16, seed=1, memory=limit, cache=False)
-        seen = 0
-        for _, positions in stream:
-            seen += len(positions)
-            assert not wait(planned, timeout=20).not_done
-            planned.clear()
-        assert seen == 288 and stream.memory.peak_bytes <= limit
 
 
 def test_no_part_of_the_memory_is_promised_twice_and_too_little_says_what_is_needed() -> None:
@@ -164,11 +137,11 @@ print(sum(len(p) for _, p in stream), kib("VmHWM") - before, stream.memory.peak_
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_times_as_many_images_take_no_more_memory(kaggle: StandIn) -> None:
     kaggle.archives["someone/xrays"] = VirtualNIH(3000, 375_000, 600)
-    paths = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environ = {"PYTHONPATH": str(Path(__file__).parent.parent), **server_environment(kaggle)}
     peaks = []
     for count in (300, 3000):
         out = subprocess.run([sys.executable, "-c", PEAK, str(count)], check=True, text=True,
-                             capture_output=True, env=os.environ | kaggle.environment() | paths)
+                             capture_output=True, env=os.environ | environ)
         done, peak, counted = map(int, out.stdout.split())
         assert done == count // 8 * 8 and counted < 50 << 10
         peaks.append(peak)
@@ -183,16 +156,15 @@ def test_going_on_in_mid_epoch_keeps_the_order_and_fetches_nothing_skipped(kaggl
     def fresh() -> ImageStream:
         return ImageStream(source, normals, 32, 8, seed=7, cache=False)
 
-    whole, first, second = fresh(), fresh(), fresh()
-    whole.set_epoch(2)
+    (whole := fresh()).set_epoch(2)
     wanted = [(p.tolist(), x) for x, p in whole]
-    first.set_epoch(2)
+    (first := fresh()).set_epoch(2)
     with closing(iter(first)) as batches:
         for _ in range(20):
             next(batches)
         state = json.loads(json.dumps(first.state_dict()))  # plain values
     kaggle.ranges.clear()
-    second.load_state_dict(state)
+    (second := fresh()).load_state_dict(state)
     rest = [(p.tolist(), x) for x, p in second]
     assert [p for p, _ in rest] == [p for p, _ in wanted[20:]]
     assert all(torch.equal(x, y) for (_, x), (_, y) in zip(rest, wanted[20:], strict=True))
