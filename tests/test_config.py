@@ -183,3 +183,10 @@ def test_make_compare_trains_and_compares_what_is_named(
     (tmp_path / "bin/python").unlink()  # as an upgrade may: the stamp does not count
     make()
     assert not (tmp_path / ".installed").exists()
+
+
+def test_resume_at_a_place_without_a_run_does_not_train_the_phantom(tmp_path: Path) -> None:
+    argv = ["--resume", "--output-dir", str(tmp_path)]
+    with pytest.raises(UserError, match="--resume: there is no run in .*; name its --output-dir"):
+        parse_config(argv, environ={})
+    assert parse_config([*argv, "--data", "x"], environ={}).resume == "auto"

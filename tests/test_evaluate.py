@@ -725,7 +725,7 @@ def test_an_unfinished_run_is_not_evaluated_and_one_without_traces_says_so(
         save_checkpoint(state | {"scorer": scorer}, folder / "best.pt")
         caplog.clear()
         ev.load_run(folder)
-        assert ("lesions leave no trace in the reconstructions" in caplog.text) == (weight == 0)
+        assert ("lesions drawn on images hardly change what" in caplog.text) == (weight == 0)
     save_checkpoint(state | {"scorer": None}, folder / "best.pt")
     with pytest.raises(UserError, match=r"training has not finished.*--resume"):
         ev.evaluate(folder)
