@@ -731,3 +731,21 @@ def test_an_unfinished_run_is_not_evaluated_and_one_without_traces_says_so(
         ev.evaluate(folder)
     with pytest.raises(UserError, match=f"not a run folder itself; in it are {folder}$"):
         ev.evaluate(tmp_path)
+
+
+def test_a_run_that_is_still_trained_is_left_out_of_its_folder_and_named(
+        runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(runs[0], tmp_path / "unet")
+    for name, has_best in (("reversed_ae", False), ("unet-seed1", True)):
+        (tmp_path / name).mkdir()
+        shutil.copy(runs[0] / "config.json", tmp_path / name)
+        if has_best:
+            save_checkpoint(load_checkpoint(runs[0] / "best.pt") | {"scorer": None},
+                            tmp_path / name / "best.pt")
+    assert len(ev.evaluate(tmp_path, samples=20)) == 1
+    said = capsys.readouterr().out
+    assert all(f"careful   left out: {tmp_path / name}: " in said
+               for name in ("reversed_ae", "unet-seed1"))
+    shutil.rmtree(tmp_path / "unet")
+    with pytest.raises(UserError, match="no run in .* can be tested"):
+        ev.evaluate(tmp_path)
