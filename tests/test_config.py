@@ -187,6 +187,6 @@ def test_make_compare_trains_and_compares_what_is_named(
 
 def test_resume_at_a_place_without_a_run_does_not_train_the_phantom(tmp_path: Path) -> None:
     argv = ["--resume", "--output-dir", str(tmp_path)]
-    with pytest.raises(UserError, match="--resume: there is no run in .*; name its --output-dir"):
+    with pytest.raises(UserError, match=r"--resume: there is no run .*name its --output-dir"):
         parse_config(argv, environ={})
     assert parse_config([*argv, "--data", "x"], environ={}).resume == "auto"

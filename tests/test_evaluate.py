@@ -747,5 +747,5 @@ def test_a_run_that_is_still_trained_is_left_out_of_its_folder_and_named(
     assert all(f"careful   left out: {tmp_path / name}: " in said
                for name in ("reversed_ae", "unet-seed1"))
     shutil.rmtree(tmp_path / "unet")
-    with pytest.raises(UserError, match="no run in .* can be tested"):
+    with pytest.raises(UserError, match=r"no run in .* can be tested"):
         ev.evaluate(tmp_path)
