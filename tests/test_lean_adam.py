@@ -92,14 +92,16 @@ def test_factors_of_a_gradient_give_the_step_of_the_gradient(micro: int) -> None
 
 
 def test_it_learns_as_well_as_adam() -> None:
+    grids = torch.rand(8, 1, 8, 8, generator=gen(1))
+    images = F.interpolate(grids, size=32).mul(255).byte()
+
     def losses(optimizer: str) -> list[float]:
         config = dataclasses.replace(SMALL, optimizer=optimizer, objective="plain", augment=False)
         state = new_state(config, CPU)
         assert isinstance(state.optimizer, LeanAdam) == (optimizer == "lean_adam")
-        grids = torch.rand(8, 1, 8, 8, generator=gen(1))
-        images, result = F.interpolate(grids, size=32).mul(255).byte(), []
+        objective, result = Objective(state.model), []
         for state.step in range(150):
-            result.append(train_step(state, Objective(state.model), images, config, 8, CPU)[0])
+            result.append(train_step(state, objective, images, config, 8, CPU)[0])
         return result
 
     lean, plain = losses("lean_adam"), losses("adam")

@@ -161,10 +161,11 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
     assert half_written.exists()
     ended(go_on())
     straight, = train(tiny(tmp_path / "straight", **settings))
-    killed = tmp_path / "killed" / model
+    killed, scores = tmp_path / "killed" / model, []
     assert_same_run(killed, straight)
-    evaluate([killed], samples=60), evaluate([straight], samples=60)
-    scores = [next((f / "eval").rglob("scores.csv")).read_bytes() for f in (killed, straight)]
+    for folder in (killed, straight):
+        evaluate([folder], samples=60)
+        scores.append(next((folder / "eval").rglob("scores.csv")).read_bytes())
     assert scores[0] == scores[1]
 
 
@@ -437,8 +438,8 @@ def test_three_processes_stopped_in_validation_end_as_if_they_had_not_been(tmp_p
     script = tmp_path / "stop.py"
     script.write_text(STOP_IN_VALIDATION)
     config = tiny(tmp_path / "part", **settings)
-    errors = ended(start(config, launcher=three, script=str(script)), None)
-    assert "ended as asked, and saved" in errors
+    assert "ended as asked, and saved" in ended(
+        start(config, launcher=three, script=str(script)), None)
     state = load_checkpoint(tmp_path / "part/unet/last.pt")
     assert (state["epoch"], state["batch"], state["step"]) == (1, 4, 8)
     assert "go on with torchrun --nproc_per_node=3" in ended(start(config, "--resume"), 2)
