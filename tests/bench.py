@@ -31,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import reference
@@ -152,10 +152,8 @@ def ask(name: str, request: dict) -> dict:
 
 
 def in_turn(workers: list[Answer], rounds: int, **request: object) -> list[list[dict]]:
-    """Each worker's answers to the request; they are asked in turn.
-
-    What takes long is asked less often: noise is short beside it.
-    """
+    """Each worker's answers to the request, asked in turn. What takes long is asked less often:
+    noise is short beside it."""
     began, answers = time.monotonic(), []
     while len(answers) < rounds and (not answers or time.monotonic() - began < ENOUGH):
         answers.append([ask(**request) for ask in workers])
@@ -182,10 +180,7 @@ def setup_of(config: Config) -> Setup:
 
 
 def our_training(config: Config, large: int = train.LARGE_MATRIX) -> Answer:
-    """Training steps as train.py takes them.
-
-    large: weights of so many numbers are treated as train.py treats its large ones.
-    """
+    """Training steps as train.py takes them. large: numbers of a matrix that counts as large."""
     train.LARGE_MATRIX, setup = large, setup_of(config)
     state = train.new_state(config, setup)
     state.model.train()
@@ -202,10 +197,8 @@ def our_training(config: Config, large: int = train.LARGE_MATRIX) -> Answer:
 
 
 def plain_training(config: Config, weights: int | None = None) -> Answer:
-    """The loop of reference.py, with the same corruptions of the same images.
-
-    weights: a seed for those that it begins with; those of `our_training` have 0.
-    """
+    """The loop of reference.py, with the same corruptions of the same images. weights: a seed for
+    those that it begins with; those of `our_training` have 0."""
     network = reference.plain_model(config)
     if weights is not None:  # otherwise it is not worth making them twice
         torch.manual_seed(weights)
@@ -218,9 +211,8 @@ def plain_training(config: Config, weights: int | None = None) -> Answer:
 def stepping(step: Callable[[Tensor], float], config: Config) -> Answer:
     """Answers with images a second, losses and peak memory so far of so many steps of whole
     batches, or of their first images alone."""
-    images = phantoms(8 * config.batch_size, config.image_size)
+    images, cuda = phantoms(8 * config.batch_size, config.image_size), config.device == "cuda"
     following = itertools.cycle(images.split(config.batch_size))
-    cuda = config.device == "cuda"
 
     def answer(steps: int, batch: int | None = None) -> dict:
         batches = [next(following)[:batch] for _ in range(steps)]
@@ -325,9 +317,7 @@ def scoring_and_forward(config: Config, images: int) -> Answer:
 
 def first_step(config: Config) -> Answer:
     """`python train.py` to the end of its first step; answers with when that was."""
-    real = train.train_step
-
-    def one_step(*arguments: object) -> None:
+    def one_step(*arguments: object, real: Callable = train.train_step) -> None:
         real(*arguments)
         raise KeyboardInterrupt
 
@@ -505,8 +495,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME",
                         help=", ".join(GROUPS))
     parser.add_argument("--quick", action="store_true", help="in miniature, within seconds")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures go (default: "
-                        "bench.json if all are measured, nowhere otherwise)")
+    parser.add_argument("--out", type=Path, help="default: bench.json, if all are measured")
     arguments = parser.parse_args(argv)
     scale, began = QUICK if arguments.quick else Scale(), time.monotonic()
     known, rows = this_machine(), []
