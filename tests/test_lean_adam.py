@@ -1,12 +1,13 @@
 """LeanAdam: Adam for matrices so large that gradient and moments would fill the memory."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
-from test_train import interrupt_at, jumping_clock, same_state, without_timings
+from test_train import assert_same_run, interrupted
 
 import train as train_module
 from config import Config
@@ -15,6 +16,11 @@ from train import (
     LeanAdam, Objective, is_large, load_checkpoint, make_optimizer, new_state, train, train_step)
 
 CPU = Setup(torch.device("cpu"))
+SMALL = Config(model="reversed_ae", width=4, image_size=32, latent_dim=16, epochs=1)
+
+
+def gen(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +34,7 @@ def test_a_step_is_adams_with_a_second_moment_of_rank_one() -> None:
     layer = Linear(40, 24)
     start = layer.weight.detach().double()
     adam = make_optimizer(Config(optimizer="lean_adam"), layer, CPU)
-    gradients = torch.randn(5, 24, 40, generator=torch.Generator().manual_seed(0))
+    gradients = torch.randn(5, 24, 40, generator=gen(0))
     weight, mean = start.clone(), torch.zeros_like(start)
     rows, columns = torch.zeros(24).double(), torch.zeros(40).double()
     for t, gradient in enumerate(gradients, 1):
@@ -52,30 +58,25 @@ def test_adam_is_torchs_for_all_parameters_and_lean_adam_for_those_that_are_not_
     torch.manual_seed(0)
     ours = torch.nn.Sequential(Linear(40, 24), Linear(24, 8))
     theirs = torch.nn.Sequential(torch.nn.Linear(40, 24), torch.nn.Linear(24, 8))
-    theirs.load_state_dict(ours.state_dict())
-    optimizers = (make_optimizer(Config(optimizer=name), ours, CPU),
-                  torch.optim.Adam(theirs.parameters(), lr=1e-3, fused=True))
-    assert (type(optimizers[0]) is torch.optim.Adam) == (name == "adam")
+    mine = make_optimizer(Config(optimizer=name), ours, CPU)
+    torchs = torch.optim.Adam(theirs.parameters(), lr=1e-3, fused=True)
+    assert (type(mine) is torch.optim.Adam) == (name == "adam")
     for seed in range(3):
-        x = torch.randn(4, 40, generator=torch.Generator().manual_seed(seed))
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            b.data.copy_(a.data)  # what a large matrix does is not to change the others
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        theirs.load_state_dict(ours.state_dict())  # a large matrix is not to change the others
+        for model, optimizer in ((ours, mine), (theirs, torchs)):
             optimizer.zero_grad()
-            model(x).square().sum().backward()
+            model(torch.randn(4, 40, generator=gen(seed))).square().sum().backward()
             optimizer.step()
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             lean = name == "lean_adam" and is_large(a)
             assert torch.equal(a, b) != lean
-            assert ("row_sq" in optimizers[0].state[a]) == lean
+            assert ("row_sq" in mine.state[a]) == lean
 
 
 @pytest.mark.parametrize("micro", [8, 3])
 def test_factors_of_a_gradient_give_the_step_of_the_gradient(micro: int) -> None:
-    config = Config(model="reversed_ae", width=4, image_size=32, latent_dim=16, epochs=1,
-                    micro_batch=micro)
-    images = torch.randint(0, 256, (8, 1, 32, 32), generator=torch.Generator().manual_seed(1))
-    weights = []
+    config = dataclasses.replace(SMALL, micro_batch=micro)
+    images, weights = torch.rand(8, 1, 32, 32, generator=gen(1)).mul(255).byte(), []
     for factored in (True, False):
         state = new_state(config, CPU)
         large = [p for p in state.model.parameters() if is_large(p)]
@@ -83,7 +84,7 @@ def test_factors_of_a_gradient_give_the_step_of_the_gradient(micro: int) -> None
         for parameter in large if not factored else []:
             del parameter.factors
         for state.step in range(3):
-            train_step(state, Objective(state.model), images.byte(), config, 8, CPU)
+            train_step(state, Objective(state.model), images, config, 8, CPU)
         assert all((p.grad is None) for p in large)
         weights.append([p.detach().clone() for p in large])
     for a, b in zip(*weights, strict=True):  # bf16 moments may be rounded another way
@@ -91,15 +92,16 @@ def test_factors_of_a_gradient_give_the_step_of_the_gradient(micro: int) -> None
 
 
 def test_it_learns_as_well_as_adam() -> None:
+    grids = torch.rand(8, 1, 8, 8, generator=gen(1))
+    images = F.interpolate(grids, size=32).mul(255).byte()
+
     def losses(optimizer: str) -> list[float]:
-        config = Config(model="reversed_ae", width=4, image_size=32, latent_dim=16, epochs=1,
-                        optimizer=optimizer, objective="plain", augment=False)
+        config = dataclasses.replace(SMALL, optimizer=optimizer, objective="plain", augment=False)
         state = new_state(config, CPU)
         assert isinstance(state.optimizer, LeanAdam) == (optimizer == "lean_adam")
-        grids = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-        images, result = F.interpolate(grids, size=32).mul(255).byte(), []
+        objective, result = Objective(state.model), []
         for state.step in range(150):
-            result.append(train_step(state, Objective(state.model), images, config, 8, CPU)[0])
+            result.append(train_step(state, objective, images, config, 8, CPU)[0])
         return result
 
     lean, plain = losses("lean_adam"), losses("adam")
@@ -111,15 +113,8 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
 ) -> None:
     settings = {"model": "reversed_ae", "epochs": 4, "precision": "bf16"}
     (whole,) = train(tiny(tmp_path / "whole", **settings))
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "validate", interrupt_at(3))
-        patch.setattr(train_module.time, "monotonic", jumping_clock())
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny(tmp_path / "part", **settings))
+    interrupted(monkeypatch, tiny(tmp_path / "part", **settings), 3, saved=True)
     (part,) = train(tiny(tmp_path / "part", **settings, resume="auto"))
-    states = [load_checkpoint(folder / "last.pt") for folder in (whole, part)]
-    assert same_state(*(state["model"] for state in states))
-    assert same_state(*(state["optimizer"] for state in states))
-    moments = states[1]["optimizer"]["state"].values()
+    assert_same_run(whole, part)
+    moments = load_checkpoint(part / "last.pt")["optimizer"]["state"].values()
     assert sum(m["exp_avg"].dtype == torch.bfloat16 for m in moments) == 2
-    assert without_timings(whole) == without_timings(part)

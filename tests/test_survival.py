@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import random
 import re
@@ -10,24 +12,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import tiny, write_image
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
 from test_kaggle import SPEC, png, server_environment
-from test_train import log_of, same_state, without_timings
+from test_train import assert_same_run, at_call, counted, log_of, same_state
 
 import train as train_module
 from config import Config, UserError
 from data import create_dataloaders
 from evaluate import evaluate, load_run
 from models import Setup, choose_precision
-from train import Signals, load_checkpoint, open_run, save_checkpoint, train
+from train import Signals, load_checkpoint, open_run, train
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
+PROGRAM = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -37,14 +40,11 @@ def start(config: Config, *more: str, launcher: tuple[str, ...] = (), limit: int
     default = Config()
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
              if v != getattr(default, k)]
-
-    def restrict() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    restrict = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.Popen(
         [sys.executable, *launcher, script, *flags, *more], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restrict if limit else None,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environ)
+        env=os.environ | PROGRAM | environ)
 
 
 def read_until(program: subprocess.Popen, words: str) -> None:
@@ -55,26 +55,15 @@ def read_until(program: subprocess.Popen, words: str) -> None:
     raise AssertionError(f"the program ended first: {program.communicate()[1]}")
 
 
-def flat(state: dict, above: str = "") -> dict[str, object]:
-    """A nested checkpoint as one dictionary, keys joined by dots."""
-    result = {}
-    for key, value in state.items():
-        result |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {
-            f"{above}{key}": value}
-    return result
+def ended(program: subprocess.Popen, code: int | None = 0) -> str:
+    """What the program writes to stderr up to its end, with this exit code; None: one but 0."""
+    _, errors = program.communicate(timeout=200)
+    assert program.returncode == code or (code is None and program.returncode), errors
+    return errors
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bitwise: weights, optimizer, early stopping, calibration, CSV; all but what is timed."""
-    for name in ("last.pt", "best.pt"):
-        a, b = load_checkpoint(one / name), load_checkpoint(other / name)
-        assert a.keys() == b.keys()
-        a, b = (flat(x) for x in (a, b))
-        assert a.keys() == b.keys()
-        timed = ("config", "log", "seconds", "waited")
-        assert not [k for k in a if not k.startswith(timed) and not same_state(a[k], b[k])]
-    assert without_timings(one) == without_timings(other)
-    assert (one / "split.csv").read_bytes() == (other / "split.csv").read_bytes()
+def bytes_of(folder: Path, *names: str) -> dict[str, bytes]:
+    return {n: (folder / n).read_bytes() for n in names or ("last.pt", "best.pt")}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -97,8 +86,8 @@ def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     program = start(config)
     read_until(program, "epoch 1/8")
     program.send_signal(number)
-    _, errors = program.communicate(timeout=60)
-    assert program.returncode == code and "Traceback" not in errors
+    errors = ended(program, code)
+    assert "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith(
         "train.py: ended as asked, and saved; go on with the same command and --resume")
     state = load_checkpoint(tmp_path / "a b/unet/last.pt")
@@ -123,53 +112,19 @@ def test_a_signal_while_waiting_for_data_does_not_wait_for_it(
     config = tiny(tmp_path, data=SPEC, samples=240, batch_size=4, epochs=2, memory_limit_gb=0.001,
                   checkpoint_minutes=0.0)
     program.append(start(config, **server_environment(kaggle)))
-    _, errors = program[0].communicate(timeout=50)
-    assert program[0].returncode == 143 and "ended as asked, and saved" in errors
+    assert "ended as asked, and saved" in ended(program[0], 143)
     assert load_checkpoint(tmp_path / "unet/last.pt")["step"] > 0
 
 
 def test_a_run_asked_to_end_in_validation_validates_after_its_resume(
     tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module.validate
-
-    def validate(*arguments: object) -> float:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(train_module, "validate", validate)
-    with pytest.raises(KeyboardInterrupt, match="ended as asked"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="ended as asked"):
+        at_call(patch, "validate", 1, signal.SIGTERM)
         train(tiny(tmp_path, epochs=8))
-    monkeypatch.undo()
     state = load_checkpoint(tmp_path / "unet/last.pt")
     assert (state["epoch"], state["batch"], state["step"]) == (0, 4, 4)
     assert_same_run(train(tiny(tmp_path, epochs=8, resume="auto"))[0], straight)
-
-
-def kill_again_and_again(config: Config, rng: random.Random, kills: int, **environ: str) -> None:
-    """Run a training program to its end through so many kills -9 at random moments, and at last
-    one in the middle of a save."""
-    half_written = train_module.run_folder(config) / "last.tmp"
-    for _ in range(kills):
-        program = start(config, "--resume", **environ)
-        read_until(program, "model     ")
-        with pytest.raises(subprocess.TimeoutExpired):  # else it was not killed, but had ended
-            program.communicate(timeout=rng.uniform(0, 1))
-        program.kill()
-        program.communicate()
-    for _ in range(20):  # seen and killed, it may have been renamed in between
-        half_written.unlink(missing_ok=True)
-        program = start(config, "--resume", **environ)
-        while not half_written.exists():
-            assert program.poll() is None, "it ended before it had been killed often enough"
-        program.kill()
-        program.communicate()
-        if half_written.exists():
-            break
-    assert half_written.exists()
-    program = start(config, "--resume", **environ)
-    _, errors = program.communicate()
-    assert program.returncode == 0, errors
 
 
 @pytest.mark.drill
@@ -184,15 +139,33 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
                 "batch_size": 4, "checkpoint_minutes": 0.0}
     if data == SPEC:
         settings["memory_limit_gb"] = 0.001  # so little that it streams all the time
-    rng = random.Random(f"{model} {data}")
-    environ = server_environment(kaggle) if data == SPEC else {}
-    kill_again_and_again(tiny(tmp_path / "killed", **settings), rng, 5, **environ)
+    config, rng = tiny(tmp_path / "killed", **settings), random.Random(f"{model} {data}")
+    go_on = functools.partial(start, config, "--resume", **server_environment(kaggle))
+    for _ in range(5):
+        program = go_on()
+        read_until(program, "model     ")
+        with pytest.raises(subprocess.TimeoutExpired):  # else it was not killed, but had ended
+            program.communicate(timeout=rng.uniform(0, 1))
+        program.kill()
+        program.communicate()
+    half_written = train_module.run_folder(config) / "last.tmp"
+    for _ in range(20):  # in the middle of a save; seen and killed, it may have been renamed
+        half_written.unlink(missing_ok=True)
+        program = go_on()
+        while not half_written.exists():
+            assert program.poll() is None, "it ended before it had been killed often enough"
+        program.kill()
+        program.communicate()
+        if half_written.exists():
+            break
+    assert half_written.exists()
+    ended(go_on())
     straight, = train(tiny(tmp_path / "straight", **settings))
-    killed = tmp_path / "killed" / model
+    killed, scores = tmp_path / "killed" / model, []
     assert_same_run(killed, straight)
-    results = [evaluate([f], samples=60) for f in (killed, straight)]
-    assert results[0][0]["auroc"] == results[1][0]["auroc"]
-    scores = [next((f / "eval").rglob("scores.csv")).read_bytes() for f in (killed, straight)]
+    for folder in (killed, straight):
+        evaluate([folder], samples=60)
+        scores.append(next((folder / "eval").rglob("scores.csv")).read_bytes())
     assert scores[0] == scores[1]
 
 
@@ -205,20 +178,27 @@ DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"",
           b[-len(b) // 2 + 1 :]}
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+@pytest.mark.parametrize(("name", "kind"), [
+    *itertools.product(("last.pt", "best.pt"), DAMAGE), ("best.pt", "gone")])
 def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(
     tmp_path: Path, straight: Path, capsys: pytest.CaptureFixture, name: str, kind: str
 ) -> None:
     folder = tmp_path / "unet"
     shutil.copytree(straight, folder)
-    (folder / name).write_bytes(DAMAGE[kind]((folder / name).read_bytes()))
-    before = {n: (folder / n).read_bytes() for n in ("last.pt", "best.pt", "log.csv")}
-    with pytest.raises(UserError, match=rf"{name}: not a readable checkpoint"):
+    if kind == "gone":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(DAMAGE[kind]((folder / name).read_bytes()))
+    before = bytes_of(folder, *(f.name for f in folder.glob("*.[pc][ts]*")))
+    says = f"{name}: {'there is no' if kind == 'gone' else 'not a readable'} checkpoint"
+    with pytest.raises(UserError, match=says):
         train(tiny(tmp_path, epochs=9, resume="auto"))
+    capsys.readouterr()
     train(tiny(tmp_path, epochs=8, reuse=name == "best.pt"))
-    assert f"moved to {tmp_path / 'unet.1'}" in capsys.readouterr().out
-    assert {n: (tmp_path / "unet.1" / n).read_bytes() for n in before} == before
+    said = capsys.readouterr().out
+    assert f"moved to {tmp_path / 'unet.1'}" in said
+    assert name == "last.pt" or re.search(f"{says}.* not reused", said)
+    assert bytes_of(tmp_path / "unet.1", *before) == before
     assert_same_run(folder, straight)
 
 
@@ -231,63 +211,67 @@ def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a
     settings = {"data": str(films), "samples": 60, "batch_size": 2, "epochs": 2}
     stream = create_dataloaders(tiny(tmp_path, **settings)).train
     stream.set_epoch(0)
-    batch = [p.tolist() for _, p in stream][3]
-    for position in batch:
+    for position in [p.tolist() for _, p in stream][3]:
         (films / stream.samples[position].key).write_bytes(b"not an image")
     whole, = train(tiny(tmp_path / "whole", **settings))
-    stop_after(monkeypatch, 10)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_call(patch, "train_step", 11, signal.SIGTERM)
         train(tiny(tmp_path / "part", **settings))
-    monkeypatch.undo()
     part, = train(tiny(tmp_path / "part", resume="auto", **settings))
     assert_same_run(whole, part)
     assert load_checkpoint(whole / "last.pt")["step"] < 60  # one step less in the first epoch
 
 
-def test_a_file_that_may_not_grow_ends_the_run_and_keeps_the_last_checkpoint(
-    tmp_path: Path
-) -> None:
+def test_a_file_that_may_not_grow_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     folder, = train(tiny(tmp_path, epochs=1))
-    kept = {n: (folder / n).read_bytes() for n in ("last.pt", "best.pt")}
-    program = start(tiny(tmp_path, epochs=3), "--resume", limit=200_000)
-    _, errors = program.communicate(timeout=100)
-    assert program.returncode == 2 and len(errors.strip().splitlines()) == 1
+    kept = bytes_of(folder)
+    errors = ended(start(tiny(tmp_path, epochs=3), "--resume", limit=200_000), 2)
+    assert len(errors.strip().splitlines()) == 1
     assert "cannot be written" in errors and "go on with --resume" in errors
-    assert {n: (folder / n).read_bytes() for n in kept} == kept
-    assert not list(folder.glob("*.tmp"))
+    assert bytes_of(folder) == kept and not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.drill
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
-    small_disk: Path
-) -> None:
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(small_disk: Path) -> None:
     config = tiny(small_disk, epochs=6)
     folder, = train(dataclasses.replace(config, epochs=1))
-    kept = {n: (folder / n).read_bytes() for n in ("last.pt", "best.pt")}
+    kept = bytes_of(folder)
     with open(folder / "run.log", "a") as lines:  # no room left in its last page
         lines.write("x" * (-lines.tell() % 4096))
     with open(small_disk / "other", "wb", buffering=0) as other, \
             pytest.raises(OSError, match="No space"):
         while True:
             other.write(bytes(10_000))
-    program = start(config, "--resume")
-    _, errors = program.communicate(timeout=100)
-    assert program.returncode == 2 and len(errors.strip().splitlines()) == 1
+    errors = ended(start(config, "--resume"), 2)
+    assert len(errors.strip().splitlines()) == 1
     assert "No space left" in errors or "Is the disk full" in errors
-    assert {n: (folder / n).read_bytes() for n in kept} == kept
+    assert bytes_of(folder) == kept
     (small_disk / "other").unlink()
-    program = start(config, "--resume")
-    assert program.communicate(timeout=100) and program.returncode == 0
+    ended(start(config, "--resume"))
     assert len(log_of(folder)) == 6
     # And a folder that may only be read:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    program = start(config, "--resume", "--epochs=7")
-    _, errors = program.communicate(timeout=100)
-    assert program.returncode == 2 and "cannot be written (Read-only file system)" in errors
+    errors = ended(start(config, "--resume", "--epochs=7"), 2)
+    assert "cannot be written (Read-only file system)" in errors
 
 
 # ----------------------------------------------------------------------------------------------
 # Memory
+
+
+def out_of_memory(monkeypatch: pytest.MonkeyPatch, when: object, error: Exception) -> list[int]:
+    """Raise the error whenever when(images at a time, number of the call) holds; the images at a
+    time of each call."""
+    real, calls = train_module.objective_loss, []
+
+    def objective_loss(net: object, inputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        if net.training and when(len(images), len(calls)):
+            raise error
+        return real(net, inputs, images)
+
+    monkeypatch.setattr(train_module, "objective_loss", objective_loss)
+    return calls
 
 
 @pytest.mark.parametrize("model", ["unet", "reversed_ae"])
@@ -297,19 +281,13 @@ def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
     config = tiny(tmp_path / "whole", model=model, data="synthetic", epochs=5, augment=False,
                   dropout=0.0, micro_batch=16)
     whole, = train(config)
-    real, calls = train_module.objective_loss, []
-
-    def objective_loss(net: object, inputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        calls.append(len(images))
-        if len(images) > 8 and net.training and len(calls) > 10:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough "
-                               "memory: you tried to allocate 8589934592 bytes")
-        return real(net, inputs, images)
-
-    monkeypatch.setattr(train_module, "objective_loss", objective_loss)
+    calls = out_of_memory(monkeypatch, lambda images, call: images > 8 and call > 10, RuntimeError(
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to "
+        "allocate 8589934592 bytes"))
     capsys.readouterr()
     split, = train(dataclasses.replace(config, output_dir=str(tmp_path / "split")))
     assert capsys.readouterr().out.count("8 images at a time from now on") == 1
+    assert max(calls[12:]) == 8  # in validation, too
     a, b = log_of(whole), log_of(split)
     assert [r["step"] for r in a] == [r["step"] for r in b]  # the same batches
     # BatchNorm sees 8 images at a time instead of 16: nearly the same, not the same.
@@ -320,13 +298,7 @@ def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
 def test_out_of_memory_with_a_single_image_says_what_would_take_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-
-    def train_loss(net: object, inputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        calls.append(len(images))
-        raise MemoryError
-
-    monkeypatch.setattr(train_module, "objective_loss", train_loss)
+    calls = out_of_memory(monkeypatch, lambda *_: True, MemoryError())
     with pytest.raises(UserError, match=r"a single image; try a smaller --width or --image-size"):
         train(tiny(tmp_path, batch_size=4))
     assert calls == [4, 2, 1]
@@ -340,51 +312,19 @@ def test_a_batch_is_taken_in_parts_of_eight_on_a_cpu_and_whole_elsewhere(tmp_pat
         assert state.micro_batch == parts
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """SIGTERM during the step after so many."""
-    real, calls = train_module.train_step, []
-
-    def train_step(*arguments: object) -> tuple[float, int]:
-        calls.append(1)
-        if len(calls) == steps + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(train_module, "train_step", train_step)
-
-
 def test_parts_that_were_made_smaller_stay_so_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = train_module.objective_loss, []
-
-    def objective_loss(net: object, inputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        calls.append(len(images))
-        if len(images) > 8 and len(calls) == 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(net, inputs, images)
-
-    monkeypatch.setattr(train_module, "objective_loss", objective_loss)
-    stop_after(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        calls = out_of_memory(patch, lambda images, call: images > 8 and call == 2,
+                              torch.cuda.OutOfMemoryError("CUDA out of memory"))
+        at_call(patch, "train_step", 6, signal.SIGTERM)
         train(tiny(tmp_path, epochs=3, micro_batch=16))
-    monkeypatch.undo()
     assert calls[:6] == [16, 16, 8, 8, 8, 8]
     folder, = train(tiny(tmp_path, epochs=3, micro_batch=16, resume="auto"))
     assert load_checkpoint(folder / "last.pt")["micro_batch"] == 8
     folder, = train(tiny(tmp_path, epochs=4, micro_batch=4, resume="auto"))  # asked for anew
     assert load_checkpoint(folder / "last.pt")["micro_batch"] == 4
-
-
-def test_validation_takes_no_more_images_at_a_time_than_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    real = train_module.objective_loss
-    monkeypatch.setattr(train_module, "objective_loss", lambda *a: (
-        seen.append(len(a[2])), real(*a))[1])
-    train(tiny(tmp_path, data="synthetic", epochs=1, micro_batch=4))
-    assert max(seen) == 4 and len(seen) > 40
 
 
 def test_calibration_depends_on_neither_batch_nor_parts(tmp_path: Path) -> None:
@@ -403,7 +343,6 @@ def test_calibration_depends_on_neither_batch_nor_parts(tmp_path: Path) -> None:
 
 GRADIENTS = """
 import os, sys
-sys.path[:0] = [{root!r}]
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 import models, train
@@ -413,7 +352,7 @@ models.SKIP_FREE_SHARE = 1.0  # a quarter of each slice would be other images th
 setup = train.join_processes(Config(device="cpu"))
 images = torch.randint(256, (7, 1, 32, 32), dtype=torch.uint8,
                        generator=torch.Generator().manual_seed(0))
-results = {{}}
+results = {}
 for model, micro in (("unet", 7), ("reversed_ae", 2)):
     config = Config(width=4, image_size=32, latent_dim=8, dropout=0.0, objective="denoise",
                     model=model, optimizer="sgd")
@@ -425,8 +364,8 @@ for model, micro in (("unet", 7), ("reversed_ae", 2)):
         objective = DistributedDataParallel(objective)
     mine = images.tensor_split(setup.world)[setup.rank]
     loss, _ = train.train_step(state, objective, mine, config, 7, setup)
-    results[model] = {{"loss": loss, "grads": [p.grad for p in state.model.parameters()],
-                       "weights": [p.detach() for p in state.model.parameters()]}}
+    results[model] = {"loss": loss, "grads": [p.grad for p in state.model.parameters()],
+                      "weights": [p.detach() for p in state.model.parameters()]}
 if setup.rank == 0:
     torch.save(results, sys.argv[1])
 if setup.world > 1:
@@ -438,11 +377,11 @@ if setup.world > 1:
 @pytest.mark.drill
 def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
     script = tmp_path / "step.py"
-    script.write_text(GRADIENTS.format(root=str(ROOT)))
+    script.write_text(GRADIENTS)
     results = []
     for launcher in ((), TWO):
         subprocess.run([sys.executable, *launcher, script, tmp_path / "out.pt"], check=True,
-                       capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                       capture_output=True, env=os.environ | PROGRAM)
         results.append(torch.load(tmp_path / "out.pt", weights_only=True))
     for model, one in results[0].items():
         two = results[1][model]
@@ -471,29 +410,20 @@ def test_two_processes_train_validate_and_resume_together(tmp_path: Path) -> Non
     program = start(part, launcher=TWO)
     read_until(program, "epoch 1/3")
     program.send_signal(signal.SIGTERM)
-    _, errors = program.communicate(timeout=120)
-    assert program.returncode != 0
-    assert "go on with the same command and --resume" in errors
-    state = load_checkpoint(tmp_path / "part/unet/last.pt")
-    assert 4 <= state["step"] < 12
-    program = start(part, "--resume", launcher=TWO)
-    assert program.communicate(timeout=120) and program.returncode == 0
+    assert "go on with the same command and --resume" in ended(program, None)
+    assert 4 <= load_checkpoint(tmp_path / "part/unet/last.pt")["step"] < 12
+    ended(start(part, "--resume", launcher=TWO))
     assert_same_run(tmp_path / "part/unet", two)
 
 
 STOP_IN_VALIDATION = """
 import os, signal, sys
-sys.path[:0] = [{root!r}]
-import torch, train
+import pytest
+import train
 from config import run_command
-torch.set_num_threads(1)
-real, calls = train.validate, []
-def validate(*arguments):
-    calls.append(1)
-    if len(calls) == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(*arguments)
-train.validate = validate
+from test_train import at_call
+if os.environ["RANK"] == "1":
+    at_call(pytest.MonkeyPatch(), "validate", 2, signal.SIGTERM)
 status = run_command(train.main, "train.py")
 sys.stderr.flush()
 os._exit(status)
@@ -504,21 +434,16 @@ os._exit(status)
 def test_three_processes_stopped_in_validation_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     three = (*TWO[:-1], "--nproc_per_node=3")
     settings = {"epochs": 4, "batch_size": 16}  # slices of 6, 5 and 5 images
-    program = start(tiny(tmp_path / "whole", **settings), launcher=three)
-    assert program.communicate(timeout=200) and program.returncode == 0
+    ended(start(tiny(tmp_path / "whole", **settings), launcher=three))
     script = tmp_path / "stop.py"
-    script.write_text(STOP_IN_VALIDATION.format(root=str(ROOT)))
+    script.write_text(STOP_IN_VALIDATION)
     config = tiny(tmp_path / "part", **settings)
-    program = start(config, launcher=three, script=str(script))
-    _, errors = program.communicate(timeout=200)
-    assert program.returncode != 0 and "ended as asked, and saved" in errors
+    assert "ended as asked, and saved" in ended(
+        start(config, launcher=three, script=str(script)), None)
     state = load_checkpoint(tmp_path / "part/unet/last.pt")
     assert (state["epoch"], state["batch"], state["step"]) == (1, 4, 8)
-    program = start(config, "--resume")
-    _, errors = program.communicate(timeout=200)
-    assert program.returncode == 2 and "go on with torchrun --nproc_per_node=3" in errors
-    program = start(config, "--resume", launcher=three)
-    assert program.communicate(timeout=200) and program.returncode == 0
+    assert "go on with torchrun --nproc_per_node=3" in ended(start(config, "--resume"), 2)
+    ended(start(config, "--resume", launcher=three))
     assert_same_run(tmp_path / "part/unet", tmp_path / "whole/unet")
 
 
@@ -530,28 +455,23 @@ def test_a_process_that_dies_ends_the_run_and_leaves_its_checkpoint(tmp_path: Pa
     read_until(program, "epoch 1/200")
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, errors = program.communicate(timeout=120)
-    assert program.returncode != 0 and "another process of this run has ended" in errors
+    assert "another process of this run has ended" in ended(program, None)
     step = load_checkpoint(tmp_path / "unet/last.pt")["step"]
-    program = start(dataclasses.replace(config, epochs=step // 4 + 2), "--resume", launcher=TWO)
-    assert program.communicate(timeout=120) and program.returncode == 0
+    ended(start(dataclasses.replace(config, epochs=step // 4 + 2), "--resume", launcher=TWO))
 
 
 def test_the_launchers_signal_does_not_silence_a_process_that_another_has_left() -> None:
     """torchrun sends SIGTERM to the others as soon as one has died."""
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-
-    def leave(world: int) -> bool:
-        with pytest.raises(RuntimeError), Signals(Setup(CPU, world=world)):
-            raise RuntimeError("gloo: connection closed by peer")
-        return (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        assert leave(1) and not leave(2)
+        for world in (1, 2):
+            with pytest.raises(RuntimeError), Signals(Setup(CPU, world=world)):
+                raise RuntimeError("gloo: connection closed by peer")
+            assert (signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]) == (world == 1)
         os.kill(os.getpid(), signal.SIGTERM)  # is only noted: this line is passed
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
@@ -603,26 +523,17 @@ def test_bf16_is_not_kept_where_it_would_be_imitated(
     assert "fp32 (it cannot; bf16, as before, would be" in (folder / "run.log").read_text()
 
 
-def test_a_run_without_its_best_weights_is_trained_anew_and_not_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(("batch_size", "says"), [
+    (8, r"WORLD_SIZE is 4.*start it with torchrun, or unset"),
+    (2, "--batch-size 2: fewer images than the 4 processes")])
+def test_processes_that_are_not_there_or_too_many_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int, says: str
 ) -> None:
-    folder, = train(tiny(tmp_path, epochs=1))
-    (folder / "best.pt").unlink()
-    with pytest.raises(UserError, match=r"best.pt: there is no checkpoint there. The weights of"):
-        train(tiny(tmp_path, resume="auto", epochs=2))
-    capsys.readouterr()
-    train(tiny(tmp_path, reuse=True, epochs=1))
-    said = capsys.readouterr().out
-    assert re.search("best.pt: there is no checkpoint there.* not reused", said)
-    assert (folder / "best.pt").exists() and (tmp_path / "unet.1/last.pt").exists()
-
-
-def test_a_world_size_without_a_launcher_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 4.*start it with torchrun, or unset"):
-        train_module.join_processes(Config(device="cpu"))
+    with pytest.raises(UserError, match=says):
+        train(Config(device="cpu", batch_size=batch_size))
 
 
 def test_fp16_on_an_apple_gpu_is_refused_where_its_scaler_would_fail(
@@ -636,14 +547,6 @@ def test_fp16_on_an_apple_gpu_is_refused_where_its_scaler_would_fail(
     assert choose_precision("fp16", torch.device("mps")) == ("fp16", "as asked")
 
 
-def test_fewer_images_than_processes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="--batch-size 2: fewer images than the 3 processes"):
-        train(tiny(tmp_path, batch_size=2))
-
-
 @pytest.mark.drill
 def test_a_compiled_model_trains_and_its_weights_load_without(tmp_path: Path) -> None:
     folder, = train(tiny(tmp_path, compile=True, epochs=2))
@@ -654,63 +557,45 @@ def test_a_compiled_model_trains_and_its_weights_load_without(tmp_path: Path) ->
 # Weights & Biases
 
 
-class FakeWandb(types.ModuleType):
-    """What train.py uses of wandb; `broken` names what raises."""
-
-    def __init__(self, broken: str = "") -> None:
-        super().__init__("wandb")
-        self.broken, self.rows, self.ids, self.finished = broken, [], [], 0
-        self.id = "abc123"
-
-    def _maybe_break(self, what: str) -> None:
-        if self.broken == what:
-            raise ConnectionError("the network is dead")
-
-    def init(self, **how: object) -> "FakeWandb":
-        assert os.environ["WANDB_API_KEY"], "it would ask for a key, and wait"
-        self._maybe_break("init")
-        self.ids.append(how["id"])
-        self.project = how["project"]
-        return self
-
-    def log(self, row: dict, step: int | None = None) -> None:
-        self._maybe_break("log")
-        self.rows.append(row)
-
-    def finish(self) -> None:
-        self._maybe_break("finish")
-        self.finished += 1
-
-    @property
-    def api(self) -> types.SimpleNamespace:
-        return types.SimpleNamespace(api_key=os.environ.get("WANDB_API_KEY"))
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
+    """In wandb's place."""
+    fake = mock.MagicMock()
+    fake.init.return_value.id = "abc123"
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
 
 
 def test_wandb_gets_the_rows_of_the_csv_and_a_resumed_run_goes_on_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, wandb: mock.MagicMock
 ) -> None:
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setenv("WANDB_API_KEY", "key")
     train(tiny(tmp_path, wandb=True, wandb_project="films", epochs=1))
     folder, = train(tiny(tmp_path, wandb=True, epochs=2, resume="auto"))
-    assert [{k: str(v) for k, v in row.items()} for row in fake.rows] == log_of(folder)
-    assert fake.ids == [None, "abc123"] and fake.finished == 2 and fake.project == "imgae-dx"
+    run = wandb.init.return_value
+    rows = [call.args[0] for call in run.log.call_args_list]
+    assert [{k: str(v) for k, v in row.items()} for row in rows] == log_of(folder)
+    begun = [(call.kwargs["id"], call.kwargs["project"]) for call in wandb.init.call_args_list]
+    assert begun == [(None, "films"), ("abc123", "imgae-dx")] and run.finish.call_count == 2
     train(tiny(tmp_path / "off", epochs=1))
-    assert len(fake.ids) == 2  # never unasked
+    assert wandb.init.call_count == 2  # never unasked
 
 
 @pytest.mark.curves
-@pytest.mark.parametrize(("wandb", "says"), [
-    (None, "not installed: pip install wandb"), (FakeWandb(), "no key: set WANDB_API_KEY"),
-    *[(FakeWandb(broken), "the network is dead") for broken in ("init", "log", "finish")]])
+@pytest.mark.parametrize("broken", ["import", "key", "init", "log", "finish"])
 def test_wandb_never_stops_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
-    wandb: FakeWandb | None, says: str
+    wandb: mock.MagicMock, broken: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setenv("WANDB_API_KEY", "" if "no key" in says else "key")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    says = {"import": "not installed: pip install wandb",
+            "key": "no key: set WANDB_API_KEY"}.get(broken, "the network is dead")
+    if broken == "import":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    elif broken == "key":
+        wandb.api.api_key = None
+        wandb.init.side_effect = AssertionError("it would ask for a key, and wait")
+    else:
+        owner = wandb if broken == "init" else wandb.init.return_value
+        getattr(owner, broken).side_effect = ConnectionError("the network is dead")
     folder, = train(tiny(tmp_path, wandb=True, epochs=1))
     assert len([x for x in capsys.readouterr().out.splitlines() if says in x]) == 1
     assert (folder / "curves.png").exists()
@@ -719,28 +604,9 @@ def test_wandb_never_stops_training(
 def test_a_checkpoint_is_written_after_every_epoch_and_as_often_as_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, saved = train_module.save_checkpoint, []
-    monkeypatch.setattr(train_module, "save_checkpoint", lambda state, path: (
-        saved.append(path.name), real(state, path)))
+    saved = counted(monkeypatch, train_module, "save_checkpoint", lambda _, path: path.name)
     train(tiny(tmp_path / "seldom", epochs=3))
     assert saved.count("last.pt") == 3
     saved.clear()
     train(tiny(tmp_path / "often", epochs=3, checkpoint_minutes=0.0))
     assert saved.count("last.pt") == 15  # after each of 12 steps, and after each epoch
-
-
-def test_a_save_that_fails_half_way_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    last = tmp_path / "last.pt"
-    save_checkpoint({"a": 1}, last)
-
-    def half(state: dict, file: object) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be written"):
-        patch.setattr(torch, "save", half)
-        save_checkpoint({"a": 2}, last)
-    assert list(tmp_path.iterdir()) == [last]
-    assert torch.load(last, weights_only=True) == {"a": 1}
