@@ -39,7 +39,7 @@ def start(config: Config, *more: str, launcher: tuple[str, ...] = (), limit: int
     """A real training program. limit: bytes that a file of its may have."""
     default = Config()
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
-             if v != getattr(default, k)]
+             if k == "data" or v != getattr(default, k)]
     restrict = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.Popen(
         [sys.executable, *launcher, script, *flags, *more], cwd=ROOT, text=True,
