@@ -167,23 +167,23 @@ def open_source(config: Config) -> Source:
 # ----------------------------------------------------------------------------------------------
 # The phantom
 
-PHANTOM_SAMPLES = 400  # normal training films unless --samples says otherwise
+PHANTOM_SAMPLES = 400  # normal training images unless --samples says otherwise
 PHANTOM_KINDS = ("opacity", "nodule", "effusion", "missing", "doubled")
 # How much of each range of normal anatomy is used. Together with the noise below this sets the
-# difficulty: learnt from a few hundred films within minutes, yet no trivial score tells lesions.
+# difficulty: learnt from a few hundred images within minutes, yet no trivial score tells lesions.
 VARIETY = 0.35
 MASK_LEVEL = 0.04  # smallest noise-free change, as a share of the grey range, that counts as lesion
 
 
 class PhantomSource(Source):
-    """Drawn chest films with known lesions, of `image_size` x `image_size` pixels.
+    """Drawn chest images with known lesions, of `image_size` x `image_size` pixels.
 
-    Training films are numbered from 0, validation from 100,000, test from 200,000.
+    Training images are numbered from 0, validation from 100,000, test from 200,000.
     """
 
     def __init__(self, train_normals: int, image_size: int) -> None:
         self.spec = self.name = "synthetic"
-        self.title = "built-in phantom (drawn chest films, not real X-rays)"
+        self.title = "built-in phantom (drawn chest images, not real X-rays)"
         self.left_out, self.image_size = Counter(), image_size
         self.masks, self.boxes = {}, {}
         if image_size <= 128:  # threads that draw with small arrays wait for one another
@@ -670,7 +670,7 @@ def read_nih(images: list[str], entry: str, tables: dict[str, str],
     boxes: dict[str, list[Box]] = {}
     if "BBox_List_2017.csv" in tables:
         by_name = {PurePosixPath(n).name: n for n in images}
-        # Image, finding, x, y, width, height, in pixels of the 1024 x 1024 films; the header has
+        # Image, finding, x, y, width, height, in pixels of the 1024 x 1024 images; the header has
         # brackets and commas of its own, so columns are taken by place.
         rows = csv.reader(io.StringIO(read_text(tables["BBox_List_2017.csv"])))
         for name, _, *numbers in (row for row in rows if len(row) >= 6):
