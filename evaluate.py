@@ -1074,15 +1074,15 @@ def draw_healing(r: Result, file: Path) -> None:
     config, clean = r.run.config, r.run.some_normals(r.source, "val", 3)
     draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
     seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
-    rows = [Row("normal", [Tile(image[0] / 255), *tiles])
+    rows = [Row("normal, corrupted", [Tile(image[0] / 255), *tiles])
             for image, tiles in zip(clean.numpy(), tiles_of(r, seen), strict=True)]
     sick = [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]
     for i in sick[len(sick) // 2 :][:1]:
         (tiles,) = tiles_of(r, read_again(r, [i]), [i])
         rows.append(Row(describe_sample(r.samples[i]), [tiles[0], *tiles]))
     *others, last = rows[0].tiles
-    titles = ["image", "what the model sees", "healed", "healed, without skips"]
-    rows[0] = Row("normal", [*(tile._replace(above=text) for tile, text in zip(
+    titles = ["image", "what the model sees", "reconstruction", "the same, without skips"]
+    rows[0] = Row("normal, corrupted", [*(tile._replace(above=text) for tile, text in zip(
         others, titles, strict=False)), last._replace(above="map")])
     # The colours end where the least of the maps does: corruptions are stronger than findings.
     save_picture(file, f"{r.run.name}, objective {config.objective}", rows, r.scorer,
@@ -1103,7 +1103,8 @@ def draw_comparison(tested: list[Result], file: Path) -> None:
         for row, i, name, (image, back, *_, map_) in zip(
                 rows, cases, names, tiles_of(r, read_again(r, cases), cases), strict=True):
             row += [] if row else [image._replace(above="input" if name else "")]
-            row += [back._replace(above=name), map_._replace(above=f"score {r.scores[i]:.3g}")]
+            score = "anomaly map\n" * bool(name) + f"score {r.scores[i]:.3g}"
+            row += [back._replace(above=name), map_._replace(above=score)]
     save_picture(file, f"{first.metrics['n_normal']} normal and {first.metrics['n_abnormal']} "
                  f"abnormal images, tested on {first.about}",
                  list(map(Row, cases.values(), rows)), first.scorer, tested=tested)
