@@ -390,10 +390,12 @@ def test_every_format_of_the_list_is_found_in_a_folder_and_read(tmp_path: Path) 
     folder.mkdir()
     for name, image, kind in (
             ("a.png", RAMP, "PNG"), ("b.jpg", RAMP, "JPEG"), ("c.jpeg", RAMP, "JPEG"),
-            ("d.bmp", RAMP, "BMP"), ("e.pgm", RAMP, "PPM"), ("f.pgm", wide, "PPM"),
+            ("d.bmp", RAMP, "BMP"), ("e.pgm", RAMP, "PPM"),
             ("g.tif", RAMP, "TIFF"), ("h.TIFF", wide, "TIFF"), ("j.png", wide, "PNG"),
             ("i.tif", wide.astype(">u2"), "TIFF")):
         (folder / name).write_bytes(encoded(Image.fromarray(image), kind))
+    (folder / "f.pgm").write_bytes(b"P5 %d %d 65535\n" % RAMP.shape[::-1]
+                                   + wide.astype(">u2").tobytes())
     if importlib.util.find_spec("pydicom"):
         (folder / "k.dcm").write_bytes(dicom("MONOCHROME2"))
     source = FolderSource(str(tmp_path))
