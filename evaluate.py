@@ -688,8 +688,10 @@ def write_test(r: Result) -> None:
                f"them, {threshold}", *({i: r.samples[i].key.rpartition("/")[2][-18:]
                                         for i in found[:8]} for found in (missed, flagged)))
     if not r.external:
-        with contextlib.suppress(UserError):  # its validation images are gone
+        try:
             draw_healing(r, folder / "healing.png")
+        except UserError as error:  # its validation images are gone
+            log.info(f"          note: no healing.png ({error})")
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
 
 
