@@ -1558,7 +1558,7 @@ class ImageStream(IterableDataset):
                     raise UserError(
                         f"--data {self.source.spec}: {len(self.bad)} of {n} images cannot be read, "
                         f"more than {MAX_BAD_SHARE:.0%}; the last is {key}: {reason}. Replace or "
-                        "remove them")
+                        "remove them, or raise --memory-limit-gb if that is the reason")
                 self.next_batch = number + 1
                 if len(batch[0]) or self.world > 1:  # where every batch is counted on
                     yield batch
@@ -1688,4 +1688,4 @@ def describe_memory(loaders: Loaders) -> str:
     there = len(loaders.train.samples) + len(loaders.val.samples)
     return (f"memory    images never take more than {loaders.train.memory.limit / 2**30:,.3g} GB; "
             f"{'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
-            "validation images are cached")
+            "validation images fit into the cache")
