@@ -262,14 +262,16 @@ def our_folder(config: Config, env: dict[str, str] | None = None) -> Answer:
 
 
 def their_folder(config: Config) -> Answer:
-    """The same with torchvision."""
+    """The same with torchvision. Its workers are forked, as in a program of its own on Linux: this
+    process was spawned, and spawned workers would import PyTorch within what is timed."""
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
     road = transforms.Compose([transforms.Grayscale(), transforms.Resize((config.image_size,) * 2),
                                transforms.ToTensor()])
     return watched(lambda: sum(len(x) for x, _ in DataLoader(
-        datasets.ImageFolder(config.data, road), 32, shuffle=True, num_workers=2)))
+        datasets.ImageFolder(config.data, road), 32, shuffle=True, num_workers=2,
+        multiprocessing_context="fork")))
 
 
 def small_images(config: Config, count: int, cache: bool) -> Answer:
