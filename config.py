@@ -172,10 +172,13 @@ def checked(name: str, value: typing.Any, where: str) -> typing.Any:
         value = float(value) if abs(value) < 1e300 else math.inf
     wrong = (type(value) is not kind or (choices and value not in choices)
              or (kind is float and not math.isfinite(value))
+             # Neither torch nor tables and pictures take such a path.
+             or (kind is str and value.encode(errors="ignore").decode() != value)
              or (low is not None and value < low) or (high is not None and value > high))
     if not wrong:
         return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    words = {int: "a whole number", float: "a number", bool: "true or false",
+             str: "a text in UTF-8"}[kind]
     for bound, limit in (("at least", low), ("at most", high)):
         if limit is not None:
             words += f"{' and' if ' of ' in words else ' of'} {bound} {limit:g}"

@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from data import (
     PHANTOM_SAMPLES, ImageStream, KaggleSource, Loaders, create_dataloaders, describe,
-    describe_memory, open_source, write_splits)
+    describe_memory, open_source, same_data, write_splits)
 from models import (
     READ_AT_ONCE, AnomalyScorer, Draws, Setup, augment, choose_device, choose_precision,
     corrupt, create_model, objective_loss, reconstruct_evenly, score_images, seeded, to_float,
@@ -217,7 +217,7 @@ def differences(state: dict, config: Config, fingerprint: str, also: tuple[str, 
     also: settings of CHANGEABLE that must be the same all the same.
     """
     saved, now = dataclasses.asdict(Config(**state["config"])), dataclasses.asdict(config)
-    if state["data_fingerprint"] == fingerprint:
+    if same_data(state["data_fingerprint"], fingerprint):
         now["data"] = saved["data"]
     elif saved["data"] == config.data:
         return [f"the images in {config.data} have changed since"]

@@ -25,7 +25,7 @@ from PIL import Image
 import data
 from config import Config, UserError
 from data import (
-    FolderSource, ImageStream, KaggleFilesSource, create_dataloaders, open_source,
+    FolderSource, ImageStream, KaggleFilesSource, create_dataloaders, open_source, same_data,
     split_for_training)
 from evaluate import evaluate
 from train import main as train_main
@@ -159,7 +159,8 @@ def test_an_archive_or_single_files_give_the_same_samples_order_and_pixels_as_th
     kaggle.ranges_allowed, kaggle.empty_page = not single, True
     here, there = FolderSource(str(chest)), opened(kaggle, Archive.of_folder(chest, method or 0))
     assert isinstance(there, KaggleFilesSource) == single
-    assert there.samples == here.samples and there.fingerprint() == here.fingerprint()
+    assert there.samples == here.samples and same_data(there.fingerprint(), here.fingerprint())
+    assert len(there.fingerprint().split("-")) == (2 if single else 3)  # no checksums are known
     kaggle.api_faults.extend([429, 500] * single)
     for seed in (None, 3):
         streams = [ImageStream(s, s.samples, 32, 9, seed=seed) for s in (here, there)]
