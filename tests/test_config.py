@@ -57,6 +57,7 @@ def test_every_field_is_a_flag_an_environment_variable_and_a_file_key(tmp_path: 
     (["surplus"], "'surplus'; --help lists the flags, and a name with spaces needs quotes"),
     ([""], "unknown argument ''"),
     (["--data"], "--data: expected one argument"),
+    (["--output-dir", "R\udcf6ntgen"], "--output-dir: 'R\\udcf6ntgen' is not a text in UTF-8"),
     (["--samples", "1"], "--samples: 1 is not a whole number of at least 2"),
     (["--memory-limit-gb", "1e300"], "1e+300 is not a number of at least 0 and at most 100000"),
     (["--resume", "runs/unet", "--output-dir", "x"], "goes on in that folder; leave out"),

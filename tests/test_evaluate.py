@@ -111,7 +111,8 @@ def test_a_threshold_that_does_not_hold_is_warned_of_where_that_is_no_chance(
     run.scorer.normal_scores = {"mse": torch.full((validation,), threshold, dtype=torch.float64)}
     scores = np.append(np.where(np.arange(of_normals) % 5, 0.4, 0.8), [0.9, 0.9])
     t = scored([0] * of_normals + [1, 1], scores, run)
-    t.metrics = ev.measure(t, "mse", np.ones((2, len(scores))))
+    t.metrics = ev.measure(t, "mse", np.ones((2, len(scores)))) | {
+        "data_fingerprint": run.fingerprint}
     found = ev.cautions([t])
     assert len(found) == bool(says) and (not says or says in found[0])
     if of_normals == 100 and says:  # Brown, Cai and DasGupta 2001, and any textbook
@@ -572,6 +573,18 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
     ev.predict(runs[0], image, scorer="mse")
     for folder in ("predictions", "predictions-2"):
         assert (runs[0] / folder / image.name.replace(".", "_heatmap.")).exists()
+
+
+def test_what_could_not_be_written_or_held_is_refused_before_scoring(
+        runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "huge.png", "wb") as f:
+        f.truncate(1 << 30)  # takes no room on the disk; an eighth of 4 GB may be read
+    with pytest.raises(UserError, match=r"huge.png: cannot be read .*needs 1,073\.7 MB at once"):
+        ev.predict(runs[0], tmp_path / "huge.png", tmp_path / "out")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(ev, "score_samples", mock.Mock(side_effect=AssertionError))
+    with pytest.raises(UserError, match=rf"^{runs[0]}: what is found cannot be written there$"):
+        ev.evaluate(runs[0])
 
 
 def test_arrays_give_reconstructions_maps_and_scores(runs: list[Path]) -> None:

@@ -5,9 +5,11 @@ import dataclasses
 import functools
 import itertools
 import os
+import pty
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import pytest
 import torch
 from conftest import tiny, write_image
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
+from PIL import Image, ImageOps
 from test_kaggle import SPEC, png, server_environment
 from test_train import assert_same_run, at_call, counted, log_of, same_state
 
@@ -34,15 +37,17 @@ PROGRAM = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'te
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
+def flags_of(config: Config) -> list[str]:
+    return [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
+            if k == "data" or v != getattr(Config, k)]
+
+
 def start(config: Config, *more: str, launcher: tuple[str, ...] = (), limit: int | None = None,
           script: str = "train.py", **environ: str) -> subprocess.Popen:
     """A real training program. limit: bytes that a file of its may have."""
-    default = Config()
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
-             if k == "data" or v != getattr(default, k)]
     restrict = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.Popen(
-        [sys.executable, *launcher, script, *flags, *more], cwd=ROOT, text=True,
+        [sys.executable, *launcher, script, *flags_of(config), *more], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restrict if limit else None,
         env=os.environ | PROGRAM | environ)
 
@@ -78,7 +83,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("number", "code"), [
     pytest.param(signal.SIGTERM, 143, marks=pytest.mark.drill), (signal.SIGINT, 130),
-    (signal.SIGHUP, 129)])
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.drill)])
 def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     tmp_path: Path, straight: Path, number: int, code: int
 ) -> None:
@@ -94,6 +99,47 @@ def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     assert 4 <= state["step"] < 32 and state["step"] == 4 * state["epoch"] + state["batch"]
     resumed, = train(dataclasses.replace(config, resume="auto"))
     assert_same_run(resumed, straight)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed_loses_nothing(
+    tmp_path: Path, straight: Path, nohup: bool
+) -> None:
+    config = tiny(tmp_path, epochs=8)
+    child, terminal = pty.fork()
+    if not child:  # in a session of its own, which the terminal controls
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "train.py", *flags_of(config)],
+                  os.environ | PROGRAM)
+    shown = b""
+    while b"epoch 1/8" not in shown:
+        shown += os.read(terminal, 1000)
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (0 if nohup else 129)
+    if not nohup:
+        state = load_checkpoint(tmp_path / "unet/last.pt")
+        assert 4 <= state["step"] < 32
+        assert "ended by GracefulExit" in (tmp_path / "unet/run.log").read_text()
+        train(dataclasses.replace(config, resume="auto"))
+    assert_same_run(tmp_path / "unet", straight)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("into", ["| head -2", "> /dev/full 2>&1"])
+def test_a_reader_that_has_gone_or_a_full_log_disk_changes_nothing(
+    tmp_path: Path, straight: Path, into: str
+) -> None:
+    words = [sys.executable, "train.py", *flags_of(tiny(tmp_path, epochs=8))]
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{shlex.join(words)} {into}"],
+                          cwd=ROOT, capture_output=True, text=True, env=os.environ | PROGRAM)
+    assert done.returncode == 0 and "Error" not in done.stderr
+    assert len(done.stdout.splitlines()) == (2 if "head" in into else 0)
+    assert "epoch 8/8" in (tmp_path / "unet/run.log").read_text()
+    assert_same_run(tmp_path / "unet", straight)
 
 
 def test_a_signal_while_waiting_for_data_does_not_wait_for_it(
@@ -513,6 +559,31 @@ def test_a_run_goes_on_where_its_data_has_another_place_and_no_other_content(
     write_image(two / "normal" / "0.png")
     with pytest.raises(UserError, match=rf"the images in {two} have changed since\. "):
         train(dataclasses.replace(moved, resume="auto", epochs=3))
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_pixels_that_change_under_their_names_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture, same_size: bool
+) -> None:
+    films = tmp_path / "films"
+    for i in range(80):
+        write_image(films / ("normal" if i < 70 else "sick") / f"{i}.bmp", i)
+    config = tiny(tmp_path / "runs", data=str(films), samples=None, epochs=1)
+    folder, = train(config)
+    evaluate([folder])
+    assert "have changed since training" not in capsys.readouterr().out
+    for file in films.rglob("*.bmp"):
+        with Image.open(file) as image:
+            changed = ImageOps.invert(image).resize((40, 40 if same_size else 41))
+        changed.save(file)
+    with pytest.raises(UserError, match=f"resumed: the images in {films} have changed since. Go"):
+        train(dataclasses.replace(config, resume="auto", epochs=2))
+    evaluate([folder])
+    assert "Careful: the images, their names or labels have ch" in capsys.readouterr().out
+    assert len([*folder.glob("eval/films*")]) == 2  # nothing is overwritten
+    train(dataclasses.replace(config, reuse=True))
+    assert f"{films} have changed since" in capsys.readouterr().out
+    assert (tmp_path / "runs/unet.1/last.pt").exists()
 
 
 def test_bf16_is_not_kept_where_it_would_be_imitated(
