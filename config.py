@@ -342,7 +342,8 @@ class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(record.getMessage())
+        tqdm.write("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1]
+                           for c in record.getMessage()))  # a name may hold a terminal's commands
         sys.stdout.flush()
 
 

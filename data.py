@@ -470,12 +470,9 @@ class FolderSource(Source):
                 continue
             known.add(real)
             folders[:] = sorted(d for d in folders if not d.startswith("."))
-            for f in (f for f in files if not f.startswith(".")):
-                path = os.path.join(folder, f)
-                if os.path.isfile(path) or not os.path.exists(path):  # one gone is found later
-                    names.append((inside / f).as_posix())
-                else:  # whoever reads it may wait for ever
-                    self.left_out["that are pipes or devices"] += 1
+            # No pipes and devices, which never end. A link to nothing is found unreadable later.
+            names += [(inside / f).as_posix() for f in files if not f.startswith(".") and (
+                os.path.isfile(p := os.path.join(folder, f)) or not os.path.exists(p))]
         fit = sorted(filter(is_text, names))
         if len(fit) < len(names):
             self.left_out["with a name that is not UTF-8"] = len(names) - len(fit)
@@ -781,6 +778,8 @@ def kaggle_credentials() -> dict[str, str]:
     if not all(re.fullmatch("[!-~]+", value) for value in found.values()):  # plain characters
         raise UserError("no Kaggle credentials found"
                         + (f", nor usable ones in {file}" if file else "") + KAGGLE_HELP)
+    if file and os.name == "posix" and file.stat().st_mode & 0o077:
+        log.warning(f"careful   others may read {file}; forbid it: chmod 600 {file}")
     return found
 
 

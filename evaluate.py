@@ -636,9 +636,8 @@ def evaluate(
                 log.warning(f"careful   left out: {error}")
         if not loaded:
             raise UserError(f"no run in {', '.join(map(str, given))} can be tested")
-        for run in loaded:
-            if not os.access(run.folder, os.W_OK):  # said before scoring, which takes long
-                raise UserError(f"{run.folder}: what is found cannot be written there")
+        if locked := [run.folder for run in loaded if not os.access(run.folder, os.W_OK)]:
+            raise UserError(f"{locked[0]}: results cannot be written there")
         named = group_by_seed(loaded)
         tested = plan_tests(loaded, data, split, samples, by)
         first = tested[0]

@@ -191,7 +191,7 @@ def load_checkpoint(path: Path, model: str | None = None) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         version, kind = state["format"], state["config"]["model"]
     except Exception as error:  # damage shows as many kinds of errors in the readers
-        why = "it holds code, refused" if "Unsupported" in str(error) else (
+        why = "it holds code, refused" if "GLOBAL" in str(error) else (
             "damaged, cut short, or not of this project")
         raise UserError(f"{path}: not a readable checkpoint, {why} ({type(error).__name__}: "
                         f"{reason_of(error)[:160]})") from None
@@ -1149,7 +1149,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    status = run_command(main, "train.py", "; what was saved goes on with --resume")
+    status = run_command(main, "train.py", "; if last.pt is there, go on with --resume")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Not through the libraries' own exits: gloo's at times end a process by an abort, which
         # torchrun takes for a failure of the whole run.

@@ -112,9 +112,10 @@ def test_help_and_mistakes_are_answered_without_loading_torch(script: str) -> No
 
 
 def test_what_the_screen_cannot_show_ends_nothing() -> None:
-    done = run(sys.executable, "-c", "from config import run_command\n"
-               "print(run_command(lambda: print('Nguy\u1ec5n'), 'x'))", PYTHONIOENCODING="ascii")
-    assert done.stdout.splitlines() == ["Nguy\\u1ec5n", "0"]
+    done = run(sys.executable, "-c", "from config import log, run_command\n"
+               "print(run_command(lambda: (print('Nguy\u1ec5n'), log.info('a\\33[31m.png')), 'x'))",
+               PYTHONIOENCODING="ascii")
+    assert done.stdout.splitlines() == ["Nguy\\u1ec5n", "a\\x1b[31m.png", "0"]
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

@@ -583,7 +583,7 @@ def test_what_could_not_be_written_or_held_is_refused_before_scoring(
         ev.predict(runs[0], tmp_path / "huge.png", tmp_path / "out")
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr(ev, "score_samples", mock.Mock(side_effect=AssertionError))
-    with pytest.raises(UserError, match=rf"^{runs[0]}: what is found cannot be written there$"):
+    with pytest.raises(UserError, match=rf"^{runs[0]}: results cannot be written there$"):
         ev.evaluate(runs[0])
 
 

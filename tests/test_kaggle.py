@@ -114,7 +114,7 @@ JSON = json.dumps({"username": USER, "key": KEY})
     ({}, "colab", NAME)])
 def test_credentials_are_found_wherever_the_client_looks_and_among_the_secrets_of_colab(
         kaggle: StandIn, home: Path, monkeypatch: pytest.MonkeyPatch, environ: dict, file: str,
-        content: str | dict) -> None:
+        content: str | dict, caplog: pytest.LogCaptureFixture) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value.format(home=home))
     if file == "colab":
@@ -126,7 +126,9 @@ def test_credentials_are_found_wherever_the_client_looks_and_among_the_secrets_o
     elif file:
         (home / file).parent.mkdir(parents=True, exist_ok=True)
         (home / file).write_text(content)
+        (home / file).chmod(0o644)
     assert len(opened(kaggle, images(3)).samples) == 3
+    assert ("others may read" in caplog.text) == file.endswith(".json")
 
 
 @pytest.mark.parametrize(("environ", "content", "says"), [

@@ -399,16 +399,17 @@ class Evil:
         return os.system, (f"touch {self.target}",)
 
 
-@pytest.mark.parametrize("write", [
-    lambda o, p: torch.save({"format": 1, "model": o, "config": {}}, p),
-    lambda o, p: p.write_bytes(pickle.dumps({"format": 1, "model": o, "config": {}}))])
+@pytest.mark.parametrize(("write", "says"), [
+    (lambda o, p: torch.save({"format": 1, "model": o, "config": {}}, p), "it holds code, refused"),
+    (lambda o, p: torch.save({"format": 1, "config": Config()}, p), "it holds code, refused"),
+    (lambda o, p: p.write_bytes(pickle.dumps({"format": 1, "model": o})), "not of this project")])
 def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(
-    tmp_path: Path, write: object
+    tmp_path: Path, write: object, says: str
 ) -> None:
     evil = Evil()
     evil.target = tmp_path / "ran"
     write(evil, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match=f"not a readable checkpoint, .*{says}"):
         load_checkpoint(tmp_path / "evil.pt")
     assert not evil.target.exists()
 
