@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import os
 import pty
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -121,9 +123,7 @@ def test_a_terminal_that_is_closed_loses_nothing(
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code == (0 if nohup else 129)
     if not nohup:
-        state = load_checkpoint(tmp_path / "unet/last.pt")
-        assert 4 <= state["step"] < 32
-        assert "ended by GracefulExit" in (tmp_path / "unet/run.log").read_text()
+        assert 4 <= load_checkpoint(tmp_path / "unet/last.pt")["step"] < 32
         train(dataclasses.replace(config, resume="auto"))
     assert_same_run(tmp_path / "unet", straight)
 
@@ -219,9 +219,14 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
 # Damage, full disks
 
 
-DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"",
-          "flipped": lambda b: b[:-len(b) // 2] + bytes([b[-len(b) // 2] ^ 1]) +
-          b[-len(b) // 2 + 1 :]}
+def flipped(content: bytes) -> bytes:
+    """One bit of the largest tensor is another: between tensors there is padding."""
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        place = content.index(file.read(max(file.infolist(), key=lambda i: i.file_size)))
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"", "flipped": flipped}
 
 
 @pytest.mark.parametrize(("name", "kind"), [
