@@ -24,7 +24,7 @@ from test_train import assert_same_run, at_call, counted, log_of, same_state
 
 import train as train_module
 from config import Config, UserError
-from data import create_dataloaders
+from data import Source, create_dataloaders
 from evaluate import evaluate, load_run
 from models import Setup, choose_precision
 from train import Signals, load_checkpoint, open_run, train
@@ -299,7 +299,7 @@ def test_out_of_memory_with_a_single_image_says_what_would_take_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = out_of_memory(monkeypatch, lambda *_: True, MemoryError())
-    with pytest.raises(UserError, match=r"a single image; try a smaller --width or --image-size"):
+    with pytest.raises(UserError, match=r"--micro-batch 1; .*smaller --width or --image-size"):
         train(tiny(tmp_path, batch_size=4))
     assert calls == [4, 2, 1]
 
@@ -445,7 +445,7 @@ def test_three_processes_stopped_in_validation_end_as_if_they_had_not_been(tmp_p
         start(config, launcher=three, script=str(script)), None)
     state = load_checkpoint(tmp_path / "part/unet/last.pt")
     assert (state["epoch"], state["batch"], state["step"]) == (1, 4, 8)
-    assert "go on with torchrun --nproc_per_node=3" in ended(start(config, "--resume"), 2)
+    assert "torchrun --nproc_per_node was 3, is 1" in ended(start(config, "--resume"), 2)
     ended(start(config, "--resume", launcher=three))
     assert_same_run(tmp_path / "part/unet", tmp_path / "whole/unet")
 
@@ -515,15 +515,24 @@ def test_a_run_goes_on_where_its_data_has_another_place_and_no_other_content(
         train(dataclasses.replace(moved, resume="auto", epochs=3))
 
 
-def test_bf16_is_not_kept_where_it_would_be_imitated(
+def test_a_data_set_of_another_version_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, = train(tiny(tmp_path, precision="bf16", epochs=1))
-    for epochs, found in ((2, ("bf16", "it can")), (3, ("fp32", "it cannot"))):
-        monkeypatch.setattr(train_module, "choose_precision", lambda *_, found=found: found)
-        train(tiny(tmp_path, precision="auto", resume="auto", epochs=epochs))
-        assert load_checkpoint(folder / "last.pt")["precision"] == found[0]
-    assert "fp32 (it cannot; bf16, as before, would be" in (folder / "run.log").read_text()
+    for epochs, version in enumerate(("", "1", "1", "2"), 1):  # Kaggle's are known, a folder's not
+        monkeypatch.setattr(Source, "version", version)
+        with pytest.raises(UserError, match="have changed since") if version == "2" else (
+                contextlib.nullcontext()):
+            train(tiny(tmp_path, resume="auto", epochs=epochs))
+    assert load_checkpoint(tmp_path / "unet/last.pt")["epoch"] == 3
+
+
+def test_a_run_goes_on_in_the_precision_that_the_machine_has_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for epochs, found in enumerate(("bf16", "fp32", "fp16"), 1):
+        monkeypatch.setattr(train_module, "choose_precision", lambda *_, found=found: (found, ""))
+        folder, = train(tiny(tmp_path, precision="auto", resume="auto", epochs=epochs))
+        assert load_checkpoint(folder / "last.pt")["precision"] == found
 
 
 @pytest.mark.parametrize(("batch_size", "says"), [
@@ -572,13 +581,13 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
 def test_wandb_gets_the_rows_of_the_csv_and_a_resumed_run_goes_on_there(
     tmp_path: Path, wandb: mock.MagicMock
 ) -> None:
-    train(tiny(tmp_path, wandb=True, wandb_project="films", epochs=1))
+    train(tiny(tmp_path, wandb=True, epochs=1))
     folder, = train(tiny(tmp_path, wandb=True, epochs=2, resume="auto"))
     run = wandb.init.return_value
     rows = [call.args[0] for call in run.log.call_args_list]
     assert [{k: str(v) for k, v in row.items()} for row in rows] == log_of(folder)
-    begun = [(call.kwargs["id"], call.kwargs["project"]) for call in wandb.init.call_args_list]
-    assert begun == [(None, "films"), ("abc123", "imgae-dx")] and run.finish.call_count == 2
+    assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc123"]
+    assert run.finish.call_count == 2 and os.environ["WANDB_PROJECT"] == "imgae-dx"
     train(tiny(tmp_path / "off", epochs=1))
     assert wandb.init.call_count == 2  # never unasked
 
@@ -589,8 +598,8 @@ def test_wandb_never_stops_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     wandb: mock.MagicMock, broken: str
 ) -> None:
-    says = {"import": "not installed: pip install wandb",
-            "key": "no key: set WANDB_API_KEY"}.get(broken, "the network is dead")
+    says = {"import": "cannot be used (import of wandb", "key": "no key: set WANDB_API_KEY"}.get(
+        broken, "the network is dead")
     if broken == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
     elif broken == "key":
@@ -607,7 +616,7 @@ def test_wandb_never_stops_training(
 def test_a_checkpoint_is_written_after_every_epoch_and_as_often_as_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = counted(monkeypatch, train_module, "save_checkpoint", lambda _, path: path.name)
+    saved = counted(monkeypatch, train_module, "write_file", lambda path, _: path.name)
     train(tiny(tmp_path / "seldom", epochs=3))
     assert saved.count("last.pt") == 3
     saved.clear()
