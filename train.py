@@ -39,14 +39,13 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
@@ -391,17 +390,6 @@ def learning_rate_at(step: int, total: int, config: Config) -> float:
 # One step
 
 
-class Objective(nn.Module):
-    """The loss as a module, which is what DistributedDataParallel and torch.compile take."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, images: Tensor) -> Tensor:
-        return objective_loss(self.model, inputs, images)
-
-
 @dataclasses.dataclass
 class TrainingState:
     """All that changes while a model is trained, which is what last.pt must hold."""
@@ -444,11 +432,6 @@ class TrainingState:
         """Set what is counted within an epoch to nothing."""
         self.epoch, self.batch = epoch, 0
         self.loss_sum, self.images, self.skipped, self.seconds, self.waited = 0.0, 0, 0, 0.0, 0.0
-
-
-def parameters_of(model: nn.Module) -> int:
-    """Number of a model's parameters."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def new_state(config: Config, setup: Setup) -> TrainingState:
@@ -496,7 +479,7 @@ def train_step(state: TrainingState, objective: Any, images: Tensor, config: Con
     total = int(setup.sum(len(images)))
     if not total:  # none of the batch's images could be read
         return 0.0, 0
-    weight = setup.world / total  # DistributedDataParallel takes the mean over processes
+    weight = 1 / total
     if not len(images):  # the others wait for gradients all the same
         images, weight = images.new_zeros((1, *images.shape[1:])), 0.0
     inputs, images = corrupted(images, config, state.step, batch_size, setup)
@@ -506,7 +489,7 @@ def train_step(state: TrainingState, objective: Any, images: Tensor, config: Con
         try:
             # .item() waits for the device: little beside a step of these models.
             mine = accumulate_gradients(state, objective, inputs, images, weight, config, setup)
-            loss = setup.sum(mine.item()) / setup.world
+            loss = setup.sum(mine.item())
             break
         except Exception as error:
             if not is_out_of_memory(error):
@@ -533,8 +516,8 @@ def train_step(state: TrainingState, objective: Any, images: Tensor, config: Con
 
 def accumulate_gradients(state: TrainingState, objective: Any, inputs: Tensor, images: Tensor,
                          weight: float, config: Config, setup: Setup) -> Tensor:
-    """Leave the gradients of the summed loss times `weight` in the parameters, from micro_batch
-    images at a time; that weighted loss.
+    """Leave the gradients of the summed loss times `weight` in the parameters, summed over all
+    processes, from micro_batch images at a time; that weighted loss of this process.
 
     inputs: what the model sees, images: clean, both float [B,1,H,W].
     """
@@ -546,13 +529,13 @@ def accumulate_gradients(state: TrainingState, objective: Any, inputs: Tensor, i
     state.optimizer.zero_grad()
     losses: list[Tensor] = []
     for x, y in zip(inputs.tensor_split(parts), images.tensor_split(parts), strict=True):
-        last = len(losses) == parts - 1
-        # Gradients travel between processes once a step.
-        with contextlib.nullcontext() if last or setup.world == 1 else objective.no_sync():
-            with setup.autocast():
-                loss = objective(x, y) * (len(y) * weight)
-            state.scaler.scale(loss).backward()
+        with setup.autocast():
+            loss = objective(state.model, x, y) * (len(y) * weight)
+        state.scaler.scale(loss).backward()
         losses.append(loss.detach())
+    if setup.world > 1:
+        for parameter in state.model.parameters():
+            dist.all_reduce(parameter.grad)
     return torch.stack(losses).sum()
 
 
@@ -705,7 +688,6 @@ def in_groups(stream: Iterable[tuple[Tensor, Any]], size: int) -> Iterator[Tenso
 def train(config: Config) -> list[Path]:
     """Train what the configuration asks for; the run folders, as many as models times seeds."""
     try:
-        config = complete(config)
         # The machine and the models come first: what they refuse costs no reading of data.
         setup, configs = join_processes(config), one_by_one(config)
         for each in configs:
@@ -715,7 +697,7 @@ def train(config: Config) -> list[Path]:
             log.info("This trains on the BUILT-IN PHANTOM: drawn images, not real X-rays. For your "
                      "own images give --data FOLDER.")
         # One set of loaders for all: the split is the same, and images are decoded once.
-        loaders = create_dataloaders(config, setup.rank, setup.world)
+        loaders = create_dataloaders(configs[0], setup.rank, setup.world)
         folders = [train_one(each, loaders, setup) for each in configs]
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
         reason = reason_of(error)
@@ -731,22 +713,17 @@ def train(config: Config) -> list[Path]:
     return folders
 
 
-def complete(config: Config) -> Config:
-    """The configuration, with what it leaves open filled in."""
+def one_by_one(config: Config) -> list[Config]:
+    """A configuration for each run, every model with every seed, what was left open filled in."""
     synthetic = config.data == "synthetic"
-    return dataclasses.replace(
-        config, epochs=config.epochs or (3 if synthetic else 20),
+    models = MODELS if config.model == "both" else (config.model,)
+    return [dataclasses.replace(
+        config, model=model, seed=config.seed + i, seeds=1,
+        epochs=config.epochs or (3 if synthetic else 20),
         samples=config.samples or (PHANTOM_SAMPLES if synthetic else None),
         # Absolute, so that the run can be evaluated from anywhere.
-        data=config.data if synthetic or not os.path.exists(config.data)
-        else os.path.abspath(config.data))
-
-
-def one_by_one(config: Config) -> list[Config]:
-    """A configuration for each run: every model, with every seed."""
-    models = MODELS if config.model == "both" else (config.model,)
-    return [dataclasses.replace(config, model=model, seed=config.seed + i, seeds=1)
-            for i in range(config.seeds) for model in models]
+        data=os.path.abspath(config.data) if os.path.exists(config.data) and not synthetic
+        else config.data) for i in range(config.seeds) for model in models]
 
 
 def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | None:
@@ -814,7 +791,8 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
         log.info(describe_setup(config, setup))
         log.info(describe(source, loaders.splits))
         log.info(describe_memory(loaders))
-        log.info(f"model     {config.model}, {parameters_of(state.model):,} parameters")
+        size = sum(p.numel() for p in state.model.parameters())
+        log.info(f"model     {config.model}, {size:,} parameters")
         if saved:
             done = state.epoch >= config.epochs or state.bad_epochs >= config.patience
             log.info(f"resume    {folder}, after epoch {state.epoch}, step {state.step}" + (
@@ -843,24 +821,16 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
     """
     folder, stream = run_folder(config), loaders.train
     first = setup.rank == 0  # of the processes: the one that writes
-    objective: Any = Objective(state.model)
-    if setup.world > 1:
-        # find_unused_parameters: there are none, but without it gradients are grouped anew after
-        # the first step, of a resumed run too, and so added up in another order.
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True,
-                                            find_unused_parameters=True)
-    if config.compile:
-        objective = torch.compile(objective)
-    wandb = start_wandb(config, state, folder) if config.wandb and first else None
+    objective = torch.compile(objective_loss) if config.compile else objective_loss
+    wandb = try_wandb(start_wandb, config, state, folder) if config.wandb and first else None
     total_steps = max(1, state.schedule_epochs * len(stream))
-    saved, saved_at = (-1, -1), time.monotonic()
+    saved_at = time.monotonic()
 
     def save_last() -> None:
-        nonlocal saved_at, saved
-        if saved != (state.epoch, state.batch):
-            saved, saved_at = (state.epoch, state.batch), time.monotonic()
-            if first:
-                write_file(folder / "last.pt", common | state.state_dict())
+        nonlocal saved_at
+        saved_at = time.monotonic()
+        if first:
+            write_file(folder / "last.pt", common | state.state_dict())
 
     with Signals(setup) as signals:
         try:
@@ -896,8 +866,7 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
                 val_loss = validate(state.model, loaders.val, config, setup, state.micro_batch,
                                     signals)
                 if not state.images:
-                    raise UserError("no training image could be read" if not state.skipped else
-                                    f"no step of epoch {state.epoch + 1} had a finite loss; start "
+                    raise UserError(f"no step of epoch {state.epoch + 1} had a finite loss; start "
                                     "over with a smaller --learning-rate")
                 if not math.isfinite(val_loss):
                     raise UserError(f"the validation loss is {val_loss} after epoch "
@@ -931,7 +900,8 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
                          f"{row['train_loss']:.4f}  validation loss {val_loss:.4f}"
                          f"{' (best)' if better else ''}  {row['images_per_second']:.1f} images/s  "
                          f"{row['seconds']:.0f} s")
-                wandb = send(wandb, row)
+                if wandb:
+                    try_wandb(wandb.log, row, step=state.epoch)
                 signals.check()
         except GracefulExit:
             save_last()
@@ -942,7 +912,8 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
                 if all(p.isfinite().all() for p in state.model.parameters()):
                     save_last()
             raise
-    send(wandb, {})
+    if wandb:
+        try_wandb(wandb.finish)
 
 
 def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Setup,
@@ -973,32 +944,27 @@ def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Se
 
 
 def start_wandb(config: Config, state: TrainingState, folder: Path) -> Any:
-    """A run at Weights & Biases, the one before if this run goes on; None if it cannot be had."""
+    """A run at Weights & Biases: the one before, if this run goes on."""
+    import wandb
+
     for name, value in (("SILENT", "true"), ("INIT_TIMEOUT", "30"), ("FINISH_TIMEOUT", "120"),
-                        ("PROJECT", "imgae-dx")):
+                        ("PROJECT", "imgae-dx"), ("MODE", "online")):
         os.environ.setdefault(f"WANDB_{name}", value)
+    # Without a key it would ask for one, and wait.
+    if os.environ["WANDB_MODE"] == "online" and not wandb.login(timeout=1):
+        raise UserError("no key: set WANDB_API_KEY, run wandb login, or set WANDB_MODE=offline")
+    there = wandb.init(name=folder.name, id=state.wandb_id, resume="allow", dir=str(folder),
+                       config=dataclasses.asdict(config))
+    state.wandb_id = there.id
+    return there
+
+
+def try_wandb(action: Callable, *arguments: Any, **more: Any) -> Any:
+    """Do something at Weights & Biases; None and a warning if it fails: training matters more."""
     try:
-        import wandb
-
-        online = os.environ.get("WANDB_MODE", "online") == "online"
-        if online and not wandb.login(timeout=1):  # else it would ask for a key, and wait
-            raise UserError("no key: set WANDB_API_KEY, run wandb login, or set WANDB_MODE=offline")
-        there = wandb.init(name=folder.name, id=state.wandb_id, resume="allow", dir=str(folder),
-                           config=dataclasses.asdict(config))
-        state.wandb_id = there.id
-        return there
-    except Exception as error:  # whatever it is, training matters more
-        log.warning(f"wandb     cannot be used ({reason_of(error)}): going on without it")
-
-
-def send(wandb_run: Any, row: dict[str, float]) -> Any:
-    """Forward a row of log.csv to Weights & Biases; an empty one ends it. None if that fails."""
-    try:
-        if wandb_run:
-            wandb_run.log(row, step=row["epoch"]) if row else wandb_run.finish()
-        return wandb_run
+        return action(*arguments, **more)
     except Exception as error:
-        log.warning(f"wandb     cannot be reached ({reason_of(error)}): going on without it")
+        log.warning(f"wandb     cannot be used ({reason_of(error)}): going on without it")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1013,10 +979,9 @@ def check(config: Config) -> None:
     """
     if "WORLD_SIZE" in os.environ:
         raise UserError("--check: start it as one process, without torchrun")
-    config = complete(config)
-    setup = join_processes(config)
+    setup, configs = join_processes(config), one_by_one(config)
     log.info(f"{describe_setup(config, setup)}; torch {torch.__version__}")
-    loaders = create_dataloaders(config)
+    loaders = create_dataloaders(configs[0])
     log.info(describe(loaders.source, loaders.splits))
     began = time.monotonic()
     with contextlib.closing(iter(loaders.train)) as stream:
@@ -1025,27 +990,27 @@ def check(config: Config) -> None:
     log.info(f"reading   {1 / reading:,.0f} images a second")
     for name, reason in loaders.train.bad.items():
         log.warning(f"careful   {name} cannot be read: {reason}")
-    for each in one_by_one(config):
+    seconds, need, images = 0.0, 0, batches[0]  # of training; bytes of checkpoints
+    for each in configs:
         if each.resume:
             checkpoint_to_resume(each, loaders.source, setup.world)
-
-    seconds, need, images = 0.0, 0, batches[0]  # of training; bytes of checkpoints
-    for each in one_by_one(dataclasses.replace(config, seeds=1)):  # others take as long
+        if each.seed != config.seed:  # it takes as long as the first seed
+            continue
         state = new_state(each, setup)
         for state.step in range(3):
             if state.step <= 1:  # the first step is slower
                 began = time.monotonic()
-            train_step(state, Objective(state.model), images, each, len(images), setup)
+            train_step(state, objective_loss, images, each, len(images), setup)
         took = (time.monotonic() - began) / (2 * len(images))
         weights = sum(t.nbytes for t in state.model.state_dict().values())
         moments = sum(t.nbytes for m in state.optimizer.state.values() for t in m.values())
         need += config.seeds * (3 * weights + 2 * moments)  # last.pt twice, while it is written
-        seconds += config.seeds * config.epochs * (
+        seconds += config.seeds * each.epochs * (
             len(loaders.train.samples) * (took + reading)
             + len(loaders.val.samples) * (took / 3 + reading))
-        log.info(f"model     {each.model}, {parameters_of(state.model):,} parameters; a step of "
-                 f"{len(images)} images takes {took * len(images):.2f} s ({1 / took:,.1f} "
-                 f"images/s); {process_memory() / 1e9:,.1f} GB of memory so far")
+        log.info(f"model     {each.model}; a step of {len(images)} images takes "
+                 f"{took * len(images):.2f} s ({1 / took:,.1f} images/s); "
+                 f"{process_memory() / 1e9:,.1f} GB of memory so far")
 
     there = next(p for p in Path(config.output_dir, "x").absolute().parents if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

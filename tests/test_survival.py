@@ -347,7 +347,6 @@ def test_calibration_depends_on_neither_batch_nor_parts(tmp_path: Path) -> None:
 GRADIENTS = """
 import os, sys
 import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 import models, train
 from config import Config
 torch.set_num_threads(1)
@@ -362,11 +361,8 @@ for model, micro in (("unet", 7), ("reversed_ae", 2)):
     state = train.new_state(config, setup)
     state.model.eval()  # BatchNorm by its running statistics: the same for every slice
     state.micro_batch = micro
-    objective = train.Objective(state.model)
-    if setup.world > 1:
-        objective = DistributedDataParallel(objective)
     mine = images.tensor_split(setup.world)[setup.rank]
-    loss, _ = train.train_step(state, objective, mine, config, 7, setup)
+    loss, _ = train.train_step(state, models.objective_loss, mine, config, 7, setup)
     results[model] = {"loss": loss, "grads": [p.grad for p in state.model.parameters()],
                       "weights": [p.detach() for p in state.model.parameters()]}
 if setup.rank == 0:

@@ -320,8 +320,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: object) -> None:
     def train_step(state: object, objective: object, *rest: object) -> tuple[float, int]:
         calls.append(1)
         bad = spoilt(len(calls) - 1)
-        return real(state, (lambda x, y: objective(x, y) * float("nan")) if bad else objective,
-                    *rest)
+        return real(state, (lambda *x: objective(*x) * float("nan")) if bad else objective, *rest)
 
     monkeypatch.setattr(train_module, "train_step", train_step)
 
