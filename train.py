@@ -32,11 +32,9 @@ import itertools
 import json
 import logging
 import math
-import platform
 import shlex
 import shutil
 import signal
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -70,10 +68,6 @@ TO_RESUME = "the same command and --resume (in a notebook: resume=\"auto\")"
 ENDED = f"ended as asked, and saved; go on with {TO_RESUME}"
 
 
-# ----------------------------------------------------------------------------------------------
-# Setup: device, precision, processes
-
-
 def join_processes(config: Config) -> Setup:
     """The Setup of this process: device, precision, and its place among those that torchrun
     started. UserError if these do not fit together."""
@@ -83,7 +77,6 @@ def join_processes(config: Config) -> Setup:
     if config.deterministic:  # only algorithms that add in a fixed order; else a warning
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for this
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
     if world == 1:
         return Setup(device, precision)
     if device.type == "mps":
@@ -109,13 +102,6 @@ def join_processes(config: Config) -> Setup:
             raise UserError(f"WORLD_SIZE is {world}, but the other processes cannot be found "
                             f"({error}): start it with torchrun, or unset WORLD_SIZE") from None
     return Setup(device, precision, rank, world)
-
-
-def describe_setup(config: Config, setup: Setup) -> str:
-    """Tell in one line on what is computed, and why on that."""
-    processes = f", {setup.world} processes" if setup.world > 1 else ""
-    return (f"device    {setup.device} ({choose_device(config.device)[1]}), {setup.precision} "
-            f"({choose_precision(config.precision, setup.device)[1]}){processes}")
 
 
 def process_memory() -> int:
@@ -177,9 +163,8 @@ def load_checkpoint(path: Path, model: str | None = None) -> dict:
         raise UserError(f"{path}: not a readable checkpoint: damaged, cut short, or not of this "
                         f"project ({type(error).__name__}: {reason_of(error)})") from None
     if version != FORMAT:
-        when = "a newer" if version > FORMAT else "an earlier"
-        raise UserError(f"{path}: written by {when} version of this project; use that one, or "
-                        "train again without --resume")
+        raise UserError(f"{path}: of another version of this project ({version}, not {FORMAT}); "
+                        "use that one, or train again without --resume")
     if model is not None and kind != model:
         raise UserError(f"{path}: holds a {kind}, not a {model}; give --model {kind}")
     return state
@@ -387,13 +372,16 @@ def learning_rate_at(step: int, total: int, config: Config) -> float:
 
 
 # ----------------------------------------------------------------------------------------------
-# One step
+# Training state and step
 
 
 @dataclasses.dataclass
 class TrainingState:
-    """All that changes while a model is trained, which is what last.pt must hold."""
+    """What is trained, and all that changes meanwhile, which is what last.pt must hold."""
 
+    config: Config
+    setup: Setup
+    objective: Callable[..., Tensor]  # objective_loss, perhaps compiled
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
@@ -415,9 +403,10 @@ class TrainingState:
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def state_dict(self) -> dict[str, object]:
-        """Everything, as tensors and plain values."""
+        """All that changes, as tensors and plain values."""
         return {name: value.state_dict() if hasattr(value, "state_dict") else value
-                for name, value in vars(self).items()}
+                for name, value in vars(self).items()
+                if name not in ("config", "setup", "objective")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take in what `state_dict` gave, except micro_batch, which depends on the machine."""
@@ -425,8 +414,22 @@ class TrainingState:
         load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        for name in vars(self).keys() - {"model", "optimizer", "scaler", "micro_batch"}:
+        for name in self.state_dict().keys() - {"model", "optimizer", "scaler", "micro_batch"}:
             setattr(self, name, state[name])
+
+    def count(self, loss: float, images: int) -> None:
+        """Count a step. UserError at the last of BAD_STEPS in a row whose loss is not finite."""
+        where = f"the loss is {loss} at epoch {self.epoch + 1}, step {self.step + 1}"
+        if math.isfinite(loss):
+            self.loss_sum, self.images = self.loss_sum + loss * images, self.images + images
+            self.bad_steps = 0
+        else:
+            self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
+            if self.bad_steps >= BAD_STEPS:
+                raise UserError(f"{where}, {BAD_STEPS} steps in a row; start over with a smaller "
+                                "--learning-rate")
+            log.warning(f"{where}: that step is skipped")
+        self.step += 1
 
     def begin_epoch(self, epoch: int) -> None:
         """Set what is counted within an epoch to nothing."""
@@ -441,6 +444,7 @@ def new_state(config: Config, setup: Setup) -> TrainingState:
     slice_size = math.ceil(config.batch_size / setup.world)
     rule = model.cpu_micro_batch if setup.device.type == "cpu" else slice_size
     return TrainingState(
+        config, setup, torch.compile(objective_loss) if config.compile else objective_loss,
         model, make_optimizer(config, model, setup),
         torch.amp.GradScaler(setup.device.type, enabled=setup.precision == "fp16"),
         min(slice_size, config.micro_batch or rule), schedule_epochs=config.epochs)
@@ -453,43 +457,41 @@ def is_out_of_memory(error: Exception) -> bool:
         isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
 
-def corrupted(images: Tensor, config: Config, step: int, batch_size: int,
-              setup: Setup) -> tuple[Tensor, Tensor]:
+def corrupted(state: TrainingState, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """(what the model sees, clean images), float [B,1,H,W], of this process's slice uint8 [B,1,H,W]
     of a batch. All randomness depends on (seed, step) and the place in the batch."""
+    config, setup = state.config, state.setup
     # As numpy.array_split deals them: the first few slices have one more.
     start = sum(batch_size // setup.world + (r < batch_size % setup.world)
                 for r in range(setup.rank))
     images = to_float(images, setup.device)
-    draws = Draws(seeded(config.seed, "step", step), len(images), start,
+    draws = Draws(seeded(config.seed, "step", state.step), len(images), start,
                   max(batch_size, start + len(images)))
     if config.augment:
         images = augment(images, draws)
     return corrupt(images, config.objective, draws), images
 
 
-def train_step(state: TrainingState, objective: Any, images: Tensor, config: Config,
-               batch_size: int, setup: Setup) -> tuple[float, int]:
+def train_step(state: TrainingState, images: Tensor, batch_size: int) -> tuple[float, int]:
     """One optimizer step on this process's slice of a batch: mean loss and number of images of the
     whole batch. If the loss is not finite, nothing is changed.
 
     images: uint8 [B,1,H,W]; fewer than the slice if some could not be read, even none.
     batch_size: of the whole batch.
     """
-    total = int(setup.sum(len(images)))
+    setup, total = state.setup, int(state.setup.sum(len(images)))
     if not total:  # none of the batch's images could be read
         return 0.0, 0
     weight = 1 / total
     if not len(images):  # the others wait for gradients all the same
         images, weight = images.new_zeros((1, *images.shape[1:])), 0.0
-    inputs, images = corrupted(images, config, state.step, batch_size, setup)
+    inputs, images = corrupted(state, images, batch_size)
     buffers = list(state.model.buffers())  # BatchNorm's running statistics
     before = [b.clone() for b in buffers]
     while True:
         try:
             # .item() waits for the device: little beside a step of these models.
-            mine = accumulate_gradients(state, objective, inputs, images, weight, config, setup)
-            loss = setup.sum(mine.item())
+            loss = setup.sum(accumulate_gradients(state, inputs, images, weight).item())
             break
         except Exception as error:
             if not is_out_of_memory(error):
@@ -514,14 +516,15 @@ def train_step(state: TrainingState, objective: Any, images: Tensor, config: Con
     return loss, total
 
 
-def accumulate_gradients(state: TrainingState, objective: Any, inputs: Tensor, images: Tensor,
-                         weight: float, config: Config, setup: Setup) -> Tensor:
+def accumulate_gradients(state: TrainingState, inputs: Tensor, images: Tensor,
+                         weight: float) -> Tensor:
     """Leave the gradients of the summed loss times `weight` in the parameters, summed over all
     processes, from micro_batch images at a time; that weighted loss of this process.
 
     inputs: what the model sees, images: clean, both float [B,1,H,W].
     """
-    torch.manual_seed(seeded(config.seed, f"dropout {setup.rank}", state.step).initial_seed())
+    purpose = f"dropout {state.setup.rank}"
+    torch.manual_seed(seeded(state.config.seed, purpose, state.step).initial_seed())
     parts = math.ceil(len(images) / state.micro_batch)
     for norm in state.model.modules():
         if isinstance(norm, nn.BatchNorm2d):  # running statistics move as far, whatever the parts
@@ -529,25 +532,14 @@ def accumulate_gradients(state: TrainingState, objective: Any, inputs: Tensor, i
     state.optimizer.zero_grad()
     losses: list[Tensor] = []
     for x, y in zip(inputs.tensor_split(parts), images.tensor_split(parts), strict=True):
-        with setup.autocast():
-            loss = objective(state.model, x, y) * (len(y) * weight)
+        with state.setup.autocast():
+            loss = state.objective(state.model, x, y) * (len(y) * weight)
         state.scaler.scale(loss).backward()
         losses.append(loss.detach())
-    if setup.world > 1:
+    if state.setup.world > 1:
         for parameter in state.model.parameters():
             dist.all_reduce(parameter.grad)
     return torch.stack(losses).sum()
-
-
-def after_bad_loss(state: TrainingState, loss: float) -> None:
-    """Pass over a step whose loss was not finite. UserError after BAD_STEPS of them in a row."""
-    state.skipped += 1
-    state.bad_steps += 1
-    where = f"the loss is {loss} at epoch {state.epoch + 1}, step {state.step + 1}"
-    if state.bad_steps >= BAD_STEPS:
-        raise UserError(f"{where}, {BAD_STEPS} steps in a row; start over with a smaller "
-                        "--learning-rate")
-    log.warning(f"{where}: that step is skipped")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -560,11 +552,12 @@ class Signals:
     itself sends one."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.number, self.waiting = setup, 0, False
+        self.setup, self.number = setup, 0
+        self.waiting = 0.0  # for data since this time.monotonic(), perhaps for long
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # only there they can be had
+        with contextlib.suppress(ValueError):  # only in the main thread they can be had
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it
                 if number and signal.getsignal(number) is not signal.SIG_IGN:
@@ -588,7 +581,7 @@ class Signals:
         if self.setup.world > 1:
             return
         self.restore()
-        if self.waiting:  # between two steps, perhaps for long
+        if self.waiting:
             self.check()
         with contextlib.suppress(OSError):  # not by print, which may be what was interrupted
             os.write(2, b"\nending after this step, to save; once more ends at once\n")
@@ -599,28 +592,14 @@ class Signals:
             raise GracefulExit(ENDED, 128 + (self.number or signal.SIGTERM))
 
 
-def timed(stream: ImageStream, state: TrainingState, signals: Signals) -> Iterator[Tensor]:
-    """The stream's images; counts the seconds that are spent waiting for them."""
-    batches = iter(stream)
-    while True:
-        began = time.monotonic()
-        signals.waiting = True
-        images, _ = next(batches, (None, None))
-        signals.waiting = False
-        state.waited += time.monotonic() - began
-        if images is None:
-            return
-        yield images
-
-
 @torch.no_grad()
-def validate(model: nn.Module, stream: ImageStream, config: Config, setup: Setup,
-             micro_batch: int, signals: Signals | None = None) -> float:
+def validate(state: TrainingState, stream: ImageStream, signals: Signals | None = None) -> float:
     """The mean objective on validation normals, corrupted in the same way every time.
 
     A loss on clean input would reward copying it.
     """
-    model.eval()
+    state.model.eval()
+    config, setup = state.config, state.setup
     total, count = 0.0, 0.0
     for i, (images, _) in enumerate(stream):
         if signals:
@@ -630,14 +609,11 @@ def validate(model: nn.Module, stream: ImageStream, config: Config, setup: Setup
         images = to_float(images, setup.device)
         draws = Draws(seeded(config.seed, f"validate {setup.rank}", i), len(images))
         inputs = corrupt(images, config.objective, draws)
-        for x, y in zip(inputs.split(micro_batch), images.split(micro_batch), strict=True):
+        for x, y in zip(*(t.split(state.micro_batch) for t in (inputs, images)), strict=True):
             with setup.autocast():
-                total += objective_loss(model, x, y).item() * len(y)
+                total += objective_loss(state.model, x, y).item() * len(y)
         count += len(images)
-    total, count = setup.sum(total), setup.sum(count)
-    if not count:
-        raise UserError("no validation image could be read")
-    return total / count
+    return setup.sum(total) / setup.sum(count)
 
 
 @torch.no_grad()
@@ -788,7 +764,9 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
         setup.barrier()
         told = [f"{k} {v}" for k, v in settings.items() if k == "model" or v != getattr(Config, k)]
         log.info(f"settings  {', '.join(told)}; all others have their defaults")
-        log.info(describe_setup(config, setup))
+        log.info(f"device    {setup.device} ({choose_device(config.device)[1]}), {setup.precision} "
+                 f"({choose_precision(config.precision, setup.device)[1]})"
+                 + (f", {setup.world} processes" if setup.world > 1 else ""))
         log.info(describe(source, loaders.splits))
         log.info(describe_memory(loaders))
         size = sum(p.numel() for p in state.model.parameters())
@@ -804,25 +782,22 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
         common = {"format": FORMAT, "config": settings,
                   "data_fingerprint": source.fingerprint(), "data_version": source.version,
                   "precision": setup.precision, "device": setup.device.type, "world": setup.world,
-                  "versions": {"python": platform.python_version(),
-                               "torch": str(torch.__version__)}}
+                  "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
         del saved
-        train_epochs(state, config, loaders, setup, common)
+        train_epochs(state, loaders, common)
         if setup.rank == 0:
-            finish_run(state, config, loaders, setup, common)
+            finish_run(state, loaders, common)
     return folder
 
 
-def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: Setup,
-                 common: dict[str, object]) -> None:
+def train_epochs(state: TrainingState, loaders: Loaders, common: dict[str, object]) -> None:
     """The loop: train an epoch, validate, keep the best, save, log, perhaps stop.
 
     common: what every checkpoint holds besides weights.
     """
-    folder, stream = run_folder(config), loaders.train
-    first = setup.rank == 0  # of the processes: the one that writes
-    objective = torch.compile(objective_loss) if config.compile else objective_loss
-    wandb = try_wandb(start_wandb, config, state, folder) if config.wandb and first else None
+    config, setup, stream = state.config, state.setup, loaders.train
+    folder, first = run_folder(config), setup.rank == 0  # of the processes: the one that writes
+    wandb = try_wandb(start_wandb, state) if config.wandb and first else None
     total_steps = max(1, state.schedule_epochs * len(stream))
     saved_at = time.monotonic()
 
@@ -839,19 +814,15 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
                 began, before = time.monotonic(), state.seconds
                 state.model.train()
                 with progress(len(stream) * stream.batch_size, name, state.images, first) as bar:
-                    for images in timed(stream, state, signals):
+                    signals.waiting = time.monotonic()
+                    for images, _ in stream:
+                        state.waited += time.monotonic() - signals.waiting
+                        signals.waiting = 0.0
                         lr = learning_rate_at(state.step, total_steps, config)
                         for group in state.optimizer.param_groups:
                             group["lr"] = lr
-                        loss, count = train_step(state, objective, images, config,
-                                                 stream.batch_size, setup)
-                        if math.isfinite(loss):
-                            state.bad_steps = 0
-                            state.loss_sum += loss * count
-                            state.images += count
-                        else:
-                            after_bad_loss(state, loss)
-                        state.step += 1
+                        loss, count = train_step(state, images, stream.batch_size)
+                        state.count(loss, count)
                         state.batch = stream.next_batch  # wholly unreadable ones are passed over
                         state.seconds = before + time.monotonic() - began
                         bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -859,12 +830,13 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
                         if time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
                             save_last()
                         signals.check()
+                        signals.waiting = time.monotonic()
+                signals.waiting = 0.0
                 if setup.world > 1:  # everyone gets the first one's running statistics
                     for buffer in state.model.buffers():
                         dist.broadcast(buffer, 0)
                 training_seconds = max(before + time.monotonic() - began, 1e-9)
-                val_loss = validate(state.model, loaders.val, config, setup, state.micro_batch,
-                                    signals)
+                val_loss = validate(state, loaders.val, signals)
                 if not state.images:
                     raise UserError(f"no step of epoch {state.epoch + 1} had a finite loss; start "
                                     "over with a smaller --learning-rate")
@@ -916,10 +888,9 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
         try_wandb(wandb.finish)
 
 
-def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Setup,
-               common: dict[str, object]) -> None:
+def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]) -> None:
     """Calibrate the scorers on the best weights, store them with these, and say where all is."""
-    folder = run_folder(config)
+    config, setup, folder = state.config, state.setup, run_folder(state.config)
     if state.bad_epochs >= config.patience:
         log.info(f"stopped early: no better validation loss for {config.patience} epochs; to go on "
                  "all the same: --resume with a larger --patience")
@@ -943,7 +914,7 @@ def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Se
     log.info(f"next      {command('evaluate.py')} {shlex.quote(str(folder))}\n")
 
 
-def start_wandb(config: Config, state: TrainingState, folder: Path) -> Any:
+def start_wandb(state: TrainingState) -> Any:
     """A run at Weights & Biases: the one before, if this run goes on."""
     import wandb
 
@@ -953,8 +924,9 @@ def start_wandb(config: Config, state: TrainingState, folder: Path) -> Any:
     # Without a key it would ask for one, and wait.
     if os.environ["WANDB_MODE"] == "online" and not wandb.login(timeout=1):
         raise UserError("no key: set WANDB_API_KEY, run wandb login, or set WANDB_MODE=offline")
+    folder = run_folder(state.config)
     there = wandb.init(name=folder.name, id=state.wandb_id, resume="allow", dir=str(folder),
-                       config=dataclasses.asdict(config))
+                       config=dataclasses.asdict(state.config))
     state.wandb_id = there.id
     return there
 
@@ -967,10 +939,6 @@ def try_wandb(action: Callable, *arguments: Any, **more: Any) -> Any:
         log.warning(f"wandb     cannot be used ({reason_of(error)}): going on without it")
 
 
-# ----------------------------------------------------------------------------------------------
-# Whether training would work
-
-
 @on_screen()
 def check(config: Config) -> None:
     """Tell whether training with this configuration would work, and how long it would take.
@@ -980,7 +948,7 @@ def check(config: Config) -> None:
     if "WORLD_SIZE" in os.environ:
         raise UserError("--check: start it as one process, without torchrun")
     setup, configs = join_processes(config), one_by_one(config)
-    log.info(f"{describe_setup(config, setup)}; torch {torch.__version__}")
+    log.info(f"device    {setup.device}, {setup.precision}; torch {torch.__version__}")
     loaders = create_dataloaders(configs[0])
     log.info(describe(loaders.source, loaders.splits))
     began = time.monotonic()
@@ -1000,7 +968,7 @@ def check(config: Config) -> None:
         for state.step in range(3):
             if state.step <= 1:  # the first step is slower
                 began = time.monotonic()
-            train_step(state, objective_loss, images, each, len(images), setup)
+            train_step(state, images, len(images))
         took = (time.monotonic() - began) / (2 * len(images))
         weights = sum(t.nbytes for t in state.model.state_dict().values())
         moments = sum(t.nbytes for m in state.optimizer.state.values() for t in m.values())

@@ -44,8 +44,7 @@ import train
 from config import Config
 from data import NORMAL, ImageStream, Sample, Source, create_dataloaders, draw_phantom, open_source
 from models import (
-    READ_AT_ONCE, Draws, Setup, choose_precision, create_model, objective_loss, score_images,
-    seeded, to_float)
+    READ_AT_ONCE, Draws, Setup, choose_precision, create_model, score_images, seeded, to_float)
 
 SCRATCH = ROOT / "build" / "bench"
 CPU = torch.device("cpu")
@@ -185,10 +184,9 @@ def our_training(config: Config, large: int = train.LARGE_MATRIX) -> Answer:
     train.LARGE_MATRIX, setup = large, setup_of(config)
     state = train.new_state(config, setup)
     state.model.train()
-    objective = torch.compile(objective_loss) if config.compile else objective_loss
 
     def step(images: Tensor) -> float:
-        loss, _ = train.train_step(state, objective, images, config, len(images), setup)
+        loss, _ = train.train_step(state, images, len(images))
         state.step += 1
         return loss
 

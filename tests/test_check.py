@@ -22,7 +22,7 @@ def test_where_training_would_work_it_says_how_long_and_leaves_nothing(
     told = capsys.readouterr().out
     assert [line.split()[0] for line in told.splitlines() if line[0] != " "] == [
         "device", "data", "reading", "model", "model", "disk", "time"]
-    assert "cpu (as asked), fp32 (as asked)" in told and "train        64         0" in told
+    assert "cpu, fp32; torch" in told and "train        64         0" in told
     assert len(re.findall(r"a step of 16 images takes [\d.]+ s \([\d,.]+ images/s\)", told)) == 2
     assert "at most about 1 min" in told and list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ from test_train import assert_same_run, interrupted
 
 import train as train_module
 from config import Config
-from models import Linear, Setup, objective_loss
+from models import Linear, Setup
 from train import (
     LeanAdam, is_large, load_checkpoint, make_optimizer, new_state, train, train_step)
 
@@ -84,7 +84,7 @@ def test_factors_of_a_gradient_give_the_step_of_the_gradient(micro: int) -> None
         for parameter in large if not factored else []:
             del parameter.factors
         for state.step in range(3):
-            train_step(state, objective_loss, images, config, 8, CPU)
+            train_step(state, images, 8)
         assert all((p.grad is None) for p in large)
         weights.append([p.detach().clone() for p in large])
     for a, b in zip(*weights, strict=True):  # bf16 moments may be rounded another way
@@ -101,7 +101,7 @@ def test_it_learns_as_well_as_adam() -> None:
         assert isinstance(state.optimizer, LeanAdam) == (optimizer == "lean_adam")
         result = []
         for state.step in range(150):
-            result.append(train_step(state, objective_loss, images, config, 8, CPU)[0])
+            result.append(train_step(state, images, 8)[0])
         return result
 
     lean, plain = losses("lean_adam"), losses("adam")

@@ -362,7 +362,7 @@ for model, micro in (("unet", 7), ("reversed_ae", 2)):
     state.model.eval()  # BatchNorm by its running statistics: the same for every slice
     state.micro_batch = micro
     mine = images.tensor_split(setup.world)[setup.rank]
-    loss, _ = train.train_step(state, models.objective_loss, mine, config, 7, setup)
+    loss, _ = train.train_step(state, mine, 7)
     results[model] = {"loss": loss, "grads": [p.grad for p in state.model.parameters()],
                       "weights": [p.detach() for p in state.model.parameters()]}
 if setup.rank == 0:
