@@ -136,8 +136,8 @@ def flag(name: str) -> str:
 
 def checked(values: Mapping[str, typing.Any],
             where: Callable[[str], str]) -> dict[str, typing.Any]:
-    """The settings, each in its own type, which a text is converted to. UserError that says where
-    (of a setting's name) one is wrong, and what is legal."""
+    """The settings, texts converted to their types. UserError that says where(name) one is wrong,
+    and what is legal."""
     found = {}
     for name, value in values.items():
         if name not in FIELDS:
@@ -198,8 +198,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def values(self, argv: list[str] | None) -> dict[str, typing.Any]:
-        """The values of the arguments; argv defaults to the command line. UserError if one is not
-        known, with the closest flag."""
+        """The values of argv, by default of the command line. UserError as of `error`."""
         values, rest = self.parse_known_args(argv)
         if rest:
             raise UserError(f"unknown argument {rest[0]!r} (a name with spaces needs quotes); "
@@ -250,7 +249,7 @@ def run_folder(config: Config) -> Path:
     --resume PATH, there. Of several runs it is that of the first."""
     if config.resume not in (None, "auto"):
         path = Path(config.resume)
-        return path.parent if path.suffix == ".pt" else path
+        return path.parent if path.name == "last.pt" else path
     model = MODELS[0] if config.model == "both" else config.model
     return Path(config.output_dir) / (model + (f"-seed{config.seed}" if config.seed else ""))
 

@@ -145,11 +145,11 @@ def write_file(path: Path, content: str | dict) -> None:
                         "with --resume") from None
 
 
-def load_checkpoint(path: Path, model: str | None = None) -> dict:
+def load_checkpoint(path: Path) -> dict:
     """A checkpoint of ours, on the CPU. Only tensors and plain values are ever unpickled.
 
-    UserError if it is missing, damaged (its checksums are compared first), not ours, of another
-    version, or of another model than `model`.
+    UserError if it is missing, damaged (its checksums are compared first), not ours, or of another
+    version.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint there")
@@ -158,15 +158,13 @@ def load_checkpoint(path: Path, model: str | None = None) -> dict:
             if wrong := file.testzip():
                 raise ValueError(f"the checksum of {wrong} in it is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-        version, kind = state["format"], state["config"]["model"]
+        version = state["format"]
     except Exception as error:  # damage shows as many kinds of errors in the readers
         raise UserError(f"{path}: not a readable checkpoint: damaged, cut short, or not of this "
                         f"project ({type(error).__name__}: {reason_of(error)})") from None
     if version != FORMAT:
         raise UserError(f"{path}: of another version of this project ({version}, not {FORMAT}); "
                         "use that one, or train again without --resume")
-    if model is not None and kind != model:
-        raise UserError(f"{path}: holds a {kind}, not a {model}; give --model {kind}")
     return state
 
 
@@ -670,19 +668,17 @@ def train(config: Config) -> list[Path]:
             with torch.device("meta"):
                 create_model(each.model, each)
         if config.data == "synthetic":
-            log.info("This trains on the BUILT-IN PHANTOM: drawn images, not real X-rays. For your "
-                     "own images give --data FOLDER.")
+            log.info("This trains on the BUILT-IN PHANTOM. For your own images: --data FOLDER")
         # One set of loaders for all: the split is the same, and images are decoded once.
         loaders = create_dataloaders(configs[0], setup.rank, setup.world)
         folders = [train_one(each, loaders, setup) for each in configs]
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
-        reason = reason_of(error)
         if is_out_of_memory(error):
-            raise UserError(f"out of memory ({reason}); try a smaller --micro-batch, --width or "
-                            "--image-size") from None
+            raise UserError(f"out of memory ({reason_of(error)}); try a smaller --micro-batch, "
+                            "--width or --image-size") from None
         if dist.is_initialized() and any(w in str(error).lower() for w in ("gloo", "nccl", "peer")):
             raise UserError("another process of this run has ended, or cannot be reached "
-                            f"({reason}); go on with {TO_RESUME}") from None
+                            f"({reason_of(error)}); go on with {TO_RESUME}") from None
         raise
     if len(folders) > 1:
         log.info(f"next      {command('evaluate.py')} {shlex.quote(config.output_dir)}   (all)\n")
@@ -711,12 +707,10 @@ def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | N
     """
     folder = run_folder(config)
     named = config.resume not in (None, "auto")
-    last = Path(config.resume) if named and config.resume.endswith(".pt") else folder / "last.pt"
+    last = folder / "last.pt"
     if not named and not last.exists():
         return None
-    state = load_checkpoint(last, config.model)
-    if "optimizer" not in state:
-        raise UserError(f"{last}: holds weights only; resume from the last.pt beside it")
+    state = load_checkpoint(last)
     before, now = dataclasses.asdict(Config(**state["config"])), dataclasses.asdict(config)
     same = state["data_fingerprint"] == source.fingerprint() and (
         source.version == state["data_version"] or "" in (source.version, state["data_version"]))
@@ -731,7 +725,7 @@ def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | N
         raise UserError(f"{last}: cannot be resumed: {'; '.join(changed)}. Go on as before, or "
                         "start anew without --resume")
     if state["epoch"]:  # there must be weights of the best epoch to go on from
-        load_checkpoint(folder / "best.pt", config.model)
+        load_checkpoint(folder / "best.pt")
     return state
 
 
@@ -894,7 +888,7 @@ def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]
     if state.bad_epochs >= config.patience:
         log.info(f"stopped early: no better validation loss for {config.patience} epochs; to go on "
                  "all the same: --resume with a larger --patience")
-    best = load_checkpoint(folder / "best.pt", config.model)
+    best = load_checkpoint(folder / "best.pt")
     state.model.load_state_dict(best["model"])
     if not best["scorer"]:
         scorer = calibrate(state.model, loaders, setup)
