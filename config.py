@@ -208,10 +208,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv: list[str] | None = None, description: str = "",
                  environ: Mapping[str, str] = os.environ) -> Config:
-    """Config from flags, environment, --config file and defaults, the strongest first.
-
-    With --resume, what the resumed run was trained with stands in for the defaults.
-    """
+    """Config from flags, environment, --config file and defaults, the strongest first. With
+    --resume, what the resumed run was trained with stands in for the defaults. UserError."""
     parser = Parser("train.py", description)
     parser.add_argument("--config", metavar="FILE", type=read_config_file, default={},
                         help="settings from a JSON file")
@@ -298,8 +296,7 @@ class _Forgiving(io.FileIO):
 def load(module: str) -> typing.Any:
     """Import train or evaluate, after the flags were read: a mistake in these, and --help, need no
     torch. UserError that says what to type if a package is missing."""
-    # Threads that wait for each other then leave the core to whoever else wants it. Two programs
-    # of spinning threads on the same cores slow each other down many times over.
+    # Threads that wait leave their core to others. Two programs of spinning ones nearly stop.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return importlib.import_module(module)

@@ -297,11 +297,8 @@ class LeanAdam(torch.optim.Adam):
             rows, columns = ((b @ b.T @ a * a).sum(0).float() / b.shape[1]
                              for a, b in itertools.permutations((g.double(), x.double())))
         else:
-            rows, columns = torch.zeros_like(row_sq), torch.zeros_like(column_sq)
-            for a, b in tiles:
-                squares = weight.grad[a, b].square()
-                rows[a] += squares.sum(1) / weight.shape[1]
-                columns[b] += squares.sum(0) / weight.shape[0]
+            rows, columns = (torch.linalg.vector_norm(weight.grad, dim=d).square() / weight.shape[d]
+                             for d in (1, 0))
         row_sq.lerp_(rows, 1 - beta2)
         column_sq.lerp_(columns, 1 - beta2)
         # weight -= lr * mean / (sqrt(second moment) + eps), the second moment being
@@ -749,10 +746,9 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
     stream.seed = config.seed  # the loaders may have been another seed's
     stream.set_epoch(state.epoch, state.batch)
 
-    with contextlib.ExitStack() as inside:
-        setup.barrier()  # everyone has looked at the folder; then one process changes it
+    setup.barrier()  # everyone has looked at the folder; then one process changes it
+    with contextlib.nullcontext() if setup.rank else open_run(folder, saved is not None):
         if setup.rank == 0:
-            inside.enter_context(open_run(folder, saved is not None))
             write_splits(loaders.splits, folder / "split.csv")
             write_file(folder / "config.json", json.dumps(settings, indent=2) + "\n")
         setup.barrier()
