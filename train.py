@@ -729,7 +729,7 @@ def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | N
 def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
     """Train one model from start, or from a checkpoint, to calibrated best weights."""
     folder, source, stream = run_folder(config), loaders.source, loaders.train
-    saved, settings = None, dataclasses.asdict(config)
+    saved, settings = None, dataclasses.asdict(config) | {"resume": None, "reuse": False}
     if config.resume or config.reuse:
         try:
             saved = checkpoint_to_resume(config, source, setup.world)

@@ -254,6 +254,7 @@ def test_reuse_leaves_a_finished_run_alone_and_finishes_an_unfinished_one(
     train(tiny(tmp_path, reuse=True))
     assert (folder / "best.pt").stat().st_mtime_ns == stamp
     assert "nothing is left to train" in capsys.readouterr().out
+    assert not load_config(folder).reuse  # how it was started is not what it was trained with
 
 
 def test_several_seeds_are_runs_of_their_own_on_one_split_and_one_reading_of_the_images(
