@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import os
 import random
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -173,9 +175,14 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
 # Damage, full disks
 
 
-DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"",
-          "flipped": lambda b: b[:-len(b) // 2] + bytes([b[-len(b) // 2] ^ 1]) +
-          b[-len(b) // 2 + 1 :]}
+def flipped(checkpoint: bytes) -> bytes:
+    """The same with one bit of its largest tensor flipped (between tensors there is padding)."""
+    with zipfile.ZipFile(io.BytesIO(checkpoint)) as file:
+        at = checkpoint.index(file.read(max(file.infolist(), key=lambda member: member.file_size)))
+    return checkpoint[:at] + bytes([checkpoint[at] ^ 1]) + checkpoint[at + 1 :]
+
+
+DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"", "flipped": flipped}
 
 
 @pytest.mark.parametrize(("name", "kind"), [
