@@ -1556,27 +1556,10 @@ class ImageStream(IterableDataset):
         n = len(self.samples)
         return math.ceil(n / self.batch_size) if self.seed is None else n // self.batch_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose which epoch's order the next iteration takes, from its beginning."""
-        self.epoch, self.next_batch, self._start = epoch, 0, 0
-
-    def state_dict(self) -> dict[str, object]:
-        """Where the stream is: enough to go on in exactly the same order."""
-        return {"epoch": self.epoch, "next_batch": self.next_batch, "seed": self.seed,
-                "batch_size": self.batch_size, "world": self.world,
-                "images": len(self.samples), "version": self.source.version}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken; nothing is read of what is skipped."""
-        mine = self.state_dict()
-        changed = [f"{k} was {state[k]!r}, is {mine[k]!r}" for k in mine
-                   if k not in ("epoch", "next_batch") and state[k] != mine[k]
-                   and not (k == "version" and "" in (state[k], mine[k]))]  # not always known
-        if changed:
-            raise UserError(f"--data {self.source.spec}: cannot go on within an epoch, because "
-                            f"the stream has changed: {'; '.join(changed)}")
-        self.set_epoch(state["epoch"])
-        self.next_batch = self._start = state["next_batch"]
+    def set_epoch(self, epoch: int, batch: int = 0) -> None:
+        """Choose which epoch's order the next iteration takes, and from which batch on: nothing is
+        read of those before."""
+        self.epoch, self.next_batch, self._start = epoch, batch, batch
 
     def __iter__(self) -> Batches:
         if get_worker_info():

@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any
 
-from config import Parser, UserError, command, require_packages, run_command
+from config import Parser, UserError, command, load, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
@@ -52,10 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
-    if status := (run_command(parse_arguments, "evaluate.py")
-                  or run_command(require_packages, "evaluate.py")):
-        sys.exit(status)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
+    sys.exit(run_command(lambda: parse_arguments() and load("evaluate").main(), "evaluate.py"))
 
 import base64
 import contextlib
@@ -670,7 +667,7 @@ def write_test(r: Result) -> None:
         if not same_data(there["data_fingerprint"], m["data_fingerprint"]):
             folder = r.folder = folder.with_name(f"{name}-{m['data_fingerprint'][-6:]}")
     folder.mkdir(parents=True, exist_ok=True)
-    train.write_text(folder / "metrics.json", json.dumps(m, indent=2) + "\n")
+    train.write_file(folder / "metrics.json", json.dumps(m, indent=2) + "\n")
     percentiles = {k: r.run.scorer.percentile(k, torch.from_numpy(v)).tolist()
                    for k, v in r.scored.items()}
     write_csv(folder / "scores.csv", [
@@ -704,7 +701,7 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows({k: f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@"))
                       else v for k, v in row.items()} for row in rows)
-    train.write_text(file, text.getvalue())
+    train.write_file(file, text.getvalue())
 
 
 def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[str]:
@@ -782,7 +779,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
                f'alt="{escape(text)}" src="data:image/png;base64,'
                f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
                for picture, text in pictures.items() if picture.exists()]
-    train.write_text(page, PAGE.substitute(
+    train.write_file(page, PAGE.substitute(
         title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
         sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
         facts=html_list(facts), tables="".join(map(html_table, tables)),
@@ -1264,7 +1261,3 @@ def main() -> None:
             raise
         raise UserError(f"out of memory ({train.reason_of(error)[:200]}); does another program "
                         "use it? Give fewer runs at a time, or --device cpu") from None
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, "evaluate.py"))

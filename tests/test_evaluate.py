@@ -29,7 +29,7 @@ import models
 from config import Config, UserError, parse_config
 from data import FolderSource, Sample, decode_image, draw_phantom, read_splits
 from models import SCORERS, Setup
-from train import load_checkpoint, save_checkpoint, train
+from train import load_checkpoint, train, write_file
 
 
 @pytest.fixture(autouse=True)
@@ -735,11 +735,11 @@ def test_an_unfinished_run_is_not_evaluated_and_one_without_traces_says_so(
     folder.mkdir()
     for weight in (0, 1):
         scorer = state["scorer"] | {"discriminant": weight + 0 * state["scorer"]["discriminant"]}
-        save_checkpoint(state | {"scorer": scorer}, folder / "best.pt")
+        write_file(folder / "best.pt", state | {"scorer": scorer})
         caplog.clear()
         ev.load_run(folder)
         assert ("lesions drawn on images hardly change what" in caplog.text) == (weight == 0)
-    save_checkpoint(state | {"scorer": None}, folder / "best.pt")
+    write_file(folder / "best.pt", state | {"scorer": None})
     with pytest.raises(UserError, match=r"training has not finished.*--resume"):
         ev.evaluate(folder)
     with pytest.raises(UserError, match=f"not a run folder itself; in it are {folder}$"):
@@ -753,8 +753,8 @@ def test_a_run_that_is_still_trained_is_left_out_of_its_folder_and_named(
         (tmp_path / name).mkdir()
         shutil.copy(runs[0] / "config.json", tmp_path / name)
         if has_best:
-            save_checkpoint(load_checkpoint(runs[0] / "best.pt") | {"scorer": None},
-                            tmp_path / name / "best.pt")
+            write_file(tmp_path / name / "best.pt",
+                       load_checkpoint(runs[0] / "best.pt") | {"scorer": None})
     assert len(ev.evaluate(tmp_path, samples=20)) == 1
     said = capsys.readouterr().out
     assert all(f"careful   left out: {tmp_path / name}: " in said
