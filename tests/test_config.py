@@ -104,8 +104,9 @@ def test_help_and_mistakes_are_answered_without_loading_torch(script: str) -> No
 
 
 def test_what_the_screen_cannot_show_ends_nothing() -> None:
-    done = run(sys.executable, "-c", "from config import log, run_command\n"
-               "print(run_command(lambda: (print('Nguy\u1ec5n'), log.info('a\\33[31m.png')), 'x'))",
+    done = run(sys.executable, "-c", "from config import log, on_screen, run_command\n"
+               "@on_screen()\ndef main():\n    print('Nguy\u1ec5n')\n    log.info('a\\33[31m.png')\n"
+               "print(run_command(main, 'x'))",
                PYTHONIOENCODING="ascii")
     assert done.stdout.splitlines() == ["Nguy\\u1ec5n", "a\\x1b[31m.png", "0"]
 
