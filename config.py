@@ -89,6 +89,8 @@ class Config:
     # On what
     data: str = setting("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "
                         "kaggle:owner/name[/versions/N]")
+    normal: str = setting("", "words that mean normal in tables or folder names, parted by commas; "
+                          "all others then mean abnormal")
     samples: int | None = setting(None, "normal training images; default: all, 400 on the phantom",
                                   low=2)
     augment: bool = setting(True, "small random shifts, turns, scales, brightness and contrast")

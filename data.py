@@ -11,12 +11,14 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import posixpath
 import queue
 import random
 import re
@@ -28,11 +30,11 @@ import zlib
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import requests
@@ -48,7 +50,8 @@ from config import Config, UserError, command, log
 NORMAL, ABNORMAL = 0, 1
 SPLITS = ("train", "val", "test")
 MIN_NORMALS = 50  # fewer cannot teach a model what is normal
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".tif", ".tiff", ".dcm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".gif",
+                  ".webp", ".dcm", ".dicom")
 # A larger image is a mistake or an attack, never a radiograph. Pillow warns of the same ones.
 MAX_PIXELS = 89_478_485
 SHUFFLE_GROUP, SHUFFLE_WINDOW = 16, 512  # images; see epoch_order
@@ -79,8 +82,10 @@ class Source:
     title: str  # one line: what this is
     samples: list[Sample]
     left_out: Counter  # reason -> number of images or rows that were left out
-    masks: dict[str, str]  # image key -> name of its mask's file
+    masks: dict[str, list[str]]  # image key -> names of its masks' files
     boxes: dict[str, list[Box]]  # image key -> boxes drawn round its lesions
+    facts: dict[str, str] = {}  # noqa: RUF012 (never changed): what was found, and taken for what
+    careful: tuple[str, ...] | list[str] = ()  # what may spoil the results
     threads = os.cpu_count() or 1  # that read and decode at the same time
     version = ""  # tells a set from a later one of the same name, where the source knows
 
@@ -95,7 +100,13 @@ class Source:
     def read_text(self, name: str) -> str:
         """Read a CSV or a list. UserError if it cannot be had."""
         try:
-            return self.read_file(name).decode("utf-8-sig", errors="replace")
+            data = self.read_file(name)
+            if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                return data.decode("utf-16", errors="replace")
+            try:
+                return data.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                return data.decode("cp1252", errors="replace")
         except (OSError, BadImage) as error:
             why = error.args[-1]
             raise UserError(f"--data {self.spec}: {name} cannot be read ({why})") from None
@@ -104,17 +115,50 @@ class Source:
         """Where the lesion is, bool [size,size]; None if the source does not know."""
         inside = np.zeros((size, size), dtype=bool)
         for box in self.boxes.get(sample.key, ()):
+            if max(box) > 1:  # in pixels
+                width, height = self.size_of(sample)
+                box = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
             left, top, right, bottom = (round(side * size) for side in box)
             inside[top : max(bottom, top + 1), left : max(right, left + 1)] = True
-        if not (name := self.masks.get(sample.key)):
-            return inside if sample.key in self.boxes else None
+        for name in self.masks.get(sample.key, ()):
+            try:
+                # Any lesion pixel counts, so that a small lesion does not vanish.
+                inside |= np.asarray(self.read_mask(name).resize(
+                    (size, size), Image.Resampling.BOX)) > 0
+            except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
+                raise UserError(f"--data {self.spec}: {name} is no readable mask ({error})"
+                                ) from None
+        return inside if sample.key in self.boxes or sample.key in self.masks else None
+
+    def read_mask(self, name: str) -> Image.Image:
+        """Read a mask: 255 where it is not black."""
+        with Image.open(io.BytesIO(self.read_file(name))) as image:
+            return image.convert("L").point(lambda grey: 255 * (grey > 0))
+
+    def is_black(self, name: str) -> bool:
+        """Whether a mask marks nothing."""
         try:
-            with Image.open(io.BytesIO(self.read_file(name))) as image:
-                mask = image.convert("L").point(lambda grey: 255 * (grey > 0))
+            return not self.read_mask(name).getbbox()
+        except (*DAMAGE, *TOO_MANY_PIXELS, BadImage):
+            return False
+
+    def size_of(self, sample: Sample) -> tuple[int, int]:
+        """Width and height of an image in pixels. UserError if it cannot be read."""
+        try:
+            data = self.read(sample)
+            if data[128:132] == b"DICM":
+                import pydicom
+
+                header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+                return header.Columns, header.Rows
+            with Image.open(io.BytesIO(data)) as image:
+                return image.size
         except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
-            raise UserError(f"--data {self.spec}: {name} is no readable mask ({error})") from None
-        # Any lesion pixel counts, so that a small lesion does not vanish.
-        return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
+            raise UserError(f"--data {self.spec}: {sample.key} cannot be read ({error})") from None
+
+    def is_image(self, name: str) -> bool:
+        """Whether a file of unknown ending begins like an image."""
+        return False
 
     def file_bytes(self, sample: Sample) -> int:
         """Size of the file; 0 if that is not known before it is read."""
@@ -160,8 +204,8 @@ def open_source(config: Config) -> Source:
     if config.data == "synthetic":
         return PhantomSource(config.samples or PHANTOM_SAMPLES, config.image_size)
     if config.data.startswith("kaggle:"):
-        return open_kaggle(config.data)
-    return FolderSource(config.data)
+        return open_kaggle(config.data, config.normal)
+    return FolderSource(config.data, config.normal)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -398,24 +442,747 @@ def draw_phantom(index: int, size: int = 128, seed: int = 0,
 
 
 # ----------------------------------------------------------------------------------------------
-# Folders, and the layouts that are recognised in them. A layout is read off the names and the
-# CSV files alone, so that the same code serves for any place that can list names.
+# Intake: what the files of a folder or archive mean. It is read off names and tables; of the files
+# themselves only the first bytes, where an ending says nothing, and some masks of normal images.
 
-NORMAL_NAMES = {"normal", "normals", "good", "healthy", "no finding", "no_finding", "negative",
-                "no", "false", "0"}
-ABNORMAL_NAMES = {"abnormal", "anomaly", "anomalous", "bad", "defect", "positive", "yes", "true",
-                  "1"}
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
+OTHER_SUFFIXES = (".xml", ".json", ".npy", ".npz", ".zip", ".gz", ".xlsx", ".xls", ".md", ".html",
+                  ".pdf", ".py", ".ipynb", ".pt", ".pth", ".mat", ".mp4", ".log", ".yaml", ".yml")
+MOST_TABLES = 40  # that are looked into
+
+# Words are compared without case, spaces and signs. What is not in these lists is a finding.
+NORMAL_NAMES = set(["normal", "normals", "good", "healthy", "health", "nofinding", "nofindings", "negative", "no", "false", "0", "control", "controls", "healthycontrol", "healthycontrols", "normalcontrol", "normalcontrols", "notumor", "notumors", "notumour"])
+ABNORMAL_NAMES = set(["abnormal", "anomaly", "anomalous", "anomalies", "bad", "defect", "defective", "positive", "yes", "true", "1", "ungood"])
 # What says neither: not to be taken for a finding.
-UNKNOWN_NAMES = {"unknown", "unlabeled", "unlabelled", "uncertain", "todo", "none", "null", "nan",
-                 "na", "n/a", "?"}
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
-               "validation": "val", "test": "test", "testing": "test"}
+UNKNOWN_NAMES = set(["unknown", "unlabeled", "unlabelled", "unlabel", "uncertain", "unspecified", "undetermined", "todo", "none", "null", "nan", "na"]) | {""}
+# Like normal, but not certain to mean it: decided by --normal alone.
+LIKE_NORMAL = re.compile(
+    r"normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|pass|passed|nad|"
+    r"unremarkable|unaffected|uninfected|undamaged)\b|^(no|non|not|without|free)\b|^non(?!e)\w|"
+    r"^(n|nl|nor|norm|wnl|nil)$")
+NOT_NORMAL = re.compile(r"ab ?normal|\ba ?normal|(non|not|un) ?(normal|healthy|good|ok|clear|clean)"
+                        r"|no good|non ?negative")
+SPLIT_NAMES = {"train": "train", "training": "train", "trainset": "train", "val": "val",
+               "valid": "val", "validation": "val", "valset": "val", "test": "test",
+               "testing": "test", "testset": "test"}
+MASK_NAMES = set(["mask", "masks", "gt", "gts", "groundtruth", "groundtruths", "label", "labels", "seg", "segs", "segmentation", "segmentations", "annotation", "annotations", "annot", "annots"])
+NO_CLASS = set(["pred", "preds", "predict", "prediction", "predictions", "result", "results", "heatmap", "heatmaps", "all", "output", "outputs", "overlay", "overlays", "sample", "samples", "example", "examples", "figure", "figures", "plot", "plots", "visualization", "visualizations", "tmp", "temp", "backup", "old", "misc", "preview", "previews", "thumbnail", "thumbnails", "screenshots", "logs", "inference", "submission", "submissions", "docs", "icons", "demo", "trash", "excluded", "duplicates", "unused", "cam", "gradcam", "saliency", "reconstruction", "reconstructions"])
+# Words beside another in a name that add nothing: normal_cases, class_good, Training Set.
+FILLER = (r"(?:cases?|images?|imgs?|pictures?|pics?|photos?|pngs?|jpe?gs?|dicoms?|dcms?|bmps?|tiffs?|"
+          r"scans?|slices?|stud(?:y|ies)|patients?|subjects?|x ?rays?|radiographs?|chest|cxr|films?|"
+          r"frames?|class|folder|dir|directory|data|dataset|set|split|group|batch|part|files?|"
+          r"lungs?|brains?|eyes?|findings?)")
+PERSON = re.compile(r"(?i)(patient|person|pat|subject|subj|sub|case|participant|volunteer|pid|p|"
+                    r"study|series|session|visit|s)[ _-]?\d+[a-z]?")
+# Patients in file names, believed where every name of a set is made so: Kermany; OCT; CheXpert and
+# MURA; the NIH's; and others that say so.
+NAME_RULES = [re.compile(rule) for rule in (
+    r"(?:^|/)(?P<patient>person\d+_(?P<finding>bacteria|virus))_[^/]*$|"
+    r"(?:^|/)(?P<other>(?:NORMAL2-)?IM-\d+)-[^/]*$",
+    r"(?:^|/)[A-Z]+-(?P<patient>\d+)-\d+\.\w+$", r"(?:^|/)(?P<patient>(?i:patient)_?\d+)/",
+    r"(?:^|/)(?P<patient>\d{8})_\d{3}\.\w+$",
+    r"(?:^|/)(?P<patient>(?i:patient|pat|subject|subj|sub|case|person)[ _-]?\d+)[ _-][^/]+$")]
+
+# Columns, known by their names without signs; which of them is the path, and which the split, is
+# seen by what is in them.
+LABELS = ["label", "labels", "class", "classname", "target", "diagnosis", "findinglabels", "findinglabel", "finding", "findings", "category", "dx", "condition", "disease", "result", "pathology", "outcome", "groundtruth", "classification", "type"]
+PATIENTS = ["patient", "patientid", "patientno", "patientnumber", "patientname", "subject", "subjectid", "participant", "participantid", "mrn", "case", "caseid", "person", "personid", "pid", "lesionid"]
+VIEWS = ["view", "viewposition", "frontallateral", "appa", "projection", "views"]
+SIDE_VIEWS = {"l", "ll", "lat", "lateral", "axial", "coronal", "sagittal", "oblique"}
+SPLIT_COLUMNS = ["split", "datasettype", "subset", "dataset", "partition"]
+NOT_LABELS = {"sex", "gender", "age", "smoker", "survival"}
+# Left, top, width, height, right and bottom of a box.
+BOXES = [names.split() for names in ("x xmin bboxx x0 left", "y ymin y0 top", "width w",
+                                     "height h", "xmax x1 x2 right", "ymax y1 y2 bottom")]
+YES, FLAGS = {"1", "yes", "true"}, {"1", "yes", "true", "0", "no", "false", "", "-1"}
+MEANINGS = ("normal", "abnormal", "unknown", "unsure", "contradictory", "tables disagree")
+MASK_NAME = re.compile(  # as an image is called beside which it lies
+    r"(?:masks?|gt|labels?|seg)[ _-]+(.+)|(.+?)[ _-]*(?:masks?|gt|seg|segmentation|labels?|"
+    r"ground[ _-]?truth|annotation|lesion|roi)(?:[ _-]?\d+)?")
+A_CSV = "or give a CSV with the first line path,label and then a line an image,"
+# What files are that hold images, but are none.
+INSTEAD = {
+    ".npz": ". A .npz file holds arrays of NumPy; these lines save them as PNG:\n"
+            "    import numpy, pathlib, PIL.Image; d = numpy.load('FILE.npz')\n"
+            "    for i, (x, y) in enumerate(zip(d['train_images'], d['train_labels'].ravel())):\n"
+            "        p = pathlib.Path(f'png/{y}/{i}.png'); p.parent.mkdir(parents=True, "
+            "exist_ok=True); PIL.Image.fromarray(x).save(p)",
+    ".zip": "; unpack the archive first", ".gz": "; unpack what ends in .gz first"}
+
+
+def squash(text: str) -> str:
+    """A word without case, spaces and signs; a number as it is written shortest."""
+    text = text.strip()
+    if re.fullmatch(r"[+-]?\d+(\.0*)?", text):
+        return str(int(float(text)))
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+@functools.lru_cache(100_000)
+def bare(text: str) -> tuple[str, str]:
+    """What a folder or label says, in plain words, and the split that it names; "" for neither.
+
+    '0_Normal cases (1)' is ('normal', ''), 'train_images' is ('', 'train')."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()
+    words, split = re.sub(r"[\W_]+", " ", words).strip(), ""
+    for place in (r"^([a-z]+)(?: |$)", r"(?:^| )([a-z]+)$"):
+        found = re.search(place, words)
+        if found and found[1] in SPLIT_NAMES and not split:
+            split, words = SPLIT_NAMES[found[1]], re.sub(place, "", words)
+    plain = re.sub(r"^\d+ | \d+$|(?<=[a-z]{4})\d+$", "", words)
+    if re.search("[a-z]{4}", plain) and not re.search(r"\b(class|grade|stage|level|type)\b", plain):
+        words = plain  # the numbers of copies or of the order, not those that are all that differs
+    if re.fullmatch(rf"({FILLER} ?)+( ?\d+)?|\d* ?", words) and not re.fullmatch(
+            r"\d+|(class|group) ?\d+", words):
+        return "", split
+    return re.sub(rf"^({FILLER} )+(?=[a-z])|( {FILLER})+$", "", words), split
+
+
+@functools.lru_cache(100_000)
+def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
+    """What a label or folder says: "normal", "abnormal", "unknown", or "unsure" if it is like
+    normal, but not known. given: the words of --normal; whatever else is labelled is abnormal."""
+    words = bare(word)[0]
+    plain = {squash(word), squash(words)} if words else {squash(word)}
+    if squash(word) in given:
+        return "normal"
+    if plain & UNKNOWN_NAMES:
+        return "unknown"
+    if given or plain & ABNORMAL_NAMES:
+        return "abnormal"
+    if plain & NORMAL_NAMES:
+        return "normal"
+    return "unsure" if LIKE_NORMAL.search(words) and not NOT_NORMAL.search(words) else "abnormal"
+
+
+def tokens(label: str) -> list[str]:
+    """The words of a label: one, or several joined by | , ; or written as a list."""
+    return [word for part in re.split(r"[|;,]", label) if (word := part.strip(" []{}()'\""))]
+
+
+def judge(words: Iterable[str], given: frozenset[str]) -> str:
+    """What words say together: a meaning, or "contradictory"."""
+    found = {meaning(word, given) for word in words} or {"unknown"}
+    if len(found) > 1:
+        found -= {"unknown"} if "normal" not in found else set()
+    return found.pop() if len(found) == 1 else (
+        "unsure" if "unsure" in found else "contradictory")
+
+
+def is_mask_folder(name: str) -> bool:
+    """Whether a folder is called masks, ground_truth, lung masks, test_labels or the like."""
+    plain = re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold()).strip()
+    words = re.sub(rf" ?\b({FILLER}|{'|'.join(SPLIT_NAMES)})\b", "", plain.replace(
+        "ground truth", "gt")).split()
+    return bool(words) and not {"with", "and"} & {*words} and (
+        words[0] in MASK_NAMES or words[-1] in MASK_NAMES)
+
+
+@functools.lru_cache(100_000)
+def split_of_folder(path: str) -> str:
+    """The split that a folder's path names, the innermost part that does; "" if none does."""
+    return next((split for part in reversed(path.split("/")) if (split := bare(part)[1])), "")
+
+
+def split_of(path: str) -> str:
+    """The split that the folders of a file's path name, or ""."""
+    return split_of_folder(path.rpartition("/")[0])
+
+
+def joined(kinds: set[str]) -> str:
+    """What several rows say of an image: it is normal only if all of them say so."""
+    return next((k for k in ("contradictory", "unsure", "abnormal") if k in kinds), "unknown")
+
+
+class Index:
+    """Finds the image that a table means: with or without folder, ending, or another prefix."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names, self.by_stem = set(names), dict[str, str | list[str]]()
+        for name in names:
+            stem = self.stem(name)
+            there = self.by_stem.get(stem)
+            self.by_stem[stem] = name if there is None else (
+                [*there, name] if isinstance(there, list) else [there, name])
+
+    @staticmethod
+    def stem(path: str) -> str:
+        """The name in a path, in lower case, without the ending of an image."""
+        name = path[path.rfind("/") + 1 :].lower()
+        dot = name.rfind(".")
+        return name[:dot] if dot > 0 and name[dot:] in IMAGE_SUFFIXES else name
+
+    def __contains__(self, text: str) -> bool:
+        return bool(text) and self.stem(text.replace("\\", "/")) in self.by_stem
+
+    def find(self, path: str, below: str) -> str:
+        """The image, or "" if there is none, or no single one. below: the table's folder."""
+        path = path.replace("\\", "/")
+        there = self.by_stem.get(self.stem(path))
+        if not there:
+            return ""
+        if isinstance(there, str) and "/" not in path:
+            return there
+        for name in (posixpath.normpath(posixpath.join(below, path)), posixpath.normpath(path)):
+            if name in self.names:
+                return name
+        parts, found = path.lower().split("/")[-2::-1], dict[int, list[str]]()
+        for name in [there] if isinstance(there, str) else there:
+            folders = name.lower().split("/")[-2::-1]
+            same = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1],
+                                                      zip(parts, folders, strict=False)))
+            # Another prefix is none of the split: train/1.png is never test/1.png.
+            if same == len(parts) or split_of(path) in ("", split_of(name)):
+                exact = name.lower().endswith(path.lower().rpartition("/")[2])
+                found.setdefault(2 * same + exact, []).append(name)
+        best = found[max(found)] if found else []
+        if len(best) > 1 and below:
+            best = [name for name in best if name.startswith(f"{below}/")]
+        return best[0] if len(best) == 1 else ""
+
+
+class Table:
+    """A table of a set, known by what is in it: comma, semicolon or tab, or JSON lines."""
+
+    def __init__(self, name: str, text: str, images: Index, given: frozenset[str]) -> None:
+        self.name, self.below, self.given = name, posixpath.dirname(name), given
+        self.text = re.sub(r"\Asep=.\n", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+        self.records: list[dict] = []
+        if self.text.lstrip().startswith("{"):
+            self.records = [json.loads(line) for line in self.text.split("\n") if line.strip()]
+            if not all(isinstance(record, dict) for record in self.records):
+                raise ValueError("not a record a line")
+        else:
+            def fit(separator: str) -> tuple[int, int]:
+                first = [*itertools.islice(self.parsed(separator), 50)]
+                return (sum(any(cell in images for cell in row) for row in first),
+                        len(first[0]) if first and separator != " " else 0)
+
+            self.separator = max((",", ";", "\t", "|", " "), key=fit)
+        self.header = True
+        self.shown = next(self.rows(0), [])
+        if any(cell in images and cell.lower().endswith(IMAGE_SUFFIXES) for cell in self.shown):
+            self.header, self.shown = False, [""] * len(self.shown)
+        self.columns = [re.sub(r"[^a-z0-9]", "", c.lower()) for c in self.shown]
+        self.values: list[Counter] = [Counter() for _ in self.columns]
+        for row in self.rows():
+            for counter, cell in zip(self.values, row, strict=False):
+                counter[cell] += 1
+        self.find_columns(images)
+        self.find_label()
+
+    def parsed(self, separator: str) -> Iterator[list[str]]:
+        """Its rows, parted so, without empty ones; one after the other, as there may be many."""
+        lines = (m[0] for m in re.finditer(r"[^\n]*\n|[^\n]+", self.text))
+        for row in csv.reader(lines, delimiter=separator, skipinitialspace=True):
+            if any(cells := [cell.strip() for cell in row]):
+                yield cells
+
+    def rows(self, first: int = 1) -> Iterator[list[str]]:
+        """Its rows, all as long as the header, which is row 0."""
+        if self.records:
+            keys = [*dict.fromkeys(key for record in self.records for key in record)]
+            rows: Iterator = itertools.chain([keys], (
+                ["" if r.get(k) is None else str(r[k]).strip() for k in keys]
+                for r in self.records))
+        else:
+            rows = self.parsed(self.separator)
+        for row in itertools.islice(rows, first if self.header else 0, None):
+            yield row + [""] * (len(self.columns) - len(row)) if first else row
+
+    def named(self, names: Iterable[str], free: Iterable[int] | None = None) -> int | None:
+        """The first column that has one of these names, and values."""
+        places = range(len(self.columns)) if free is None else free
+        return next((i for name in names for i in places if self.columns[i] == name
+                     and any(self.values[i])), None)
+
+    def find_columns(self, images: Index) -> None:
+        """Tell which column is the path, the split, the patient, the view, a mask, a box."""
+        best, self.path, every = 0.0, None, range(len(self.columns))
+        masks = [i for i in every if re.search("mask|segmentation", self.columns[i])]
+        for i in every:
+            if i in masks or (self.header and self.columns[i] in ("", "unnamed0", "index")):
+                continue
+            matched = [v for v in self.values[i] if v in images]
+            # Bare numbers are the names of images only where nearly all of them are.
+            bare_ones = 2 * sum(v.isdigit() for v in matched) > len(matched)
+            share = len(matched) / max(1, min(len(self.values[i]), len(images.names)))
+            if (rank := len(matched) * (0.5 if bare_ones else 1)) > best and share > (
+                    0.9 if bare_ones else 0.01):
+                best, self.path = rank, i
+        self.split = next((i for i in every if i != self.path and any(self.values[i]) and all(
+            squash(v) in SPLIT_NAMES for v in self.values[i] if v)), None)
+        self.odd_split = None if self.split is not None else self.named(SPLIT_COLUMNS)
+        self.patient, self.modality = self.named(PATIENTS), self.named(["modality"])
+        self.views = [i for name in VIEWS if (i := self.named([name])) is not None]
+        self.mask = next((i for i in masks if any("." in v for v in self.values[i])), None)
+        self.box = [self.named(names) for names in BOXES]
+        self.boxed = None not in self.box[:2] and (
+            None not in self.box[2:4] or None not in self.box[4:])
+        self.taken = {self.path, self.split, self.patient, self.modality, self.mask, *self.views,
+                      *self.box}
+
+    def find_label(self) -> None:
+        """Tell which column is the label, or which are a finding each."""
+        free = [i for i in range(len(self.columns)) if i not in self.taken and any(self.values[i])
+                and self.columns[i] not in NOT_LABELS]
+        flags = [i for i in free if self.shown[i] and {*map(squash, self.values[i])} <= FLAGS]
+        telling = [i for i in flags if meaning(self.shown[i], self.given) in ("normal", "unsure")]
+        words = [i for i in free if any(
+            meaning(token, self.given) == "normal" and (self.given or len(squash(token)) > 5)
+            for value in itertools.islice(self.values[i], 9999) for token in tokens(value))]
+        label = self.named([*LABELS, *ABNORMAL_NAMES], free)
+        self.several = words if label is None and not telling and len(words) > 1 else []
+        self.one_hot = bool(telling) and (label is None or label in telling)
+        self.labels = flags if self.one_hot else [label] if label is not None else words[:1]
+        self.finding = self.named(("finding", "findings", "findinglabels"), free)
+        self.unused = [self.shown[i] for i in free
+                       if i not in self.labels and i != self.finding and self.shown[i]]
+
+    def words_of(self, row: list[str]) -> list[str]:
+        """What a row says of its image, in words."""
+        if not self.one_hot:
+            return tokens(row[self.labels[0]])
+        said = {self.shown[i]: squash(row[i]) for i in self.labels}
+        words = [name for name, value in said.items() if value in YES]
+        if judge(words, self.given) == "normal":  # what is uncertain beside it contradicts it
+            words += [name for name, value in said.items() if value == "-1"]
+        if not words and len(said) == 1 and "" not in said.values():
+            words = ["abnormal"]  # a single column, called normal, says no
+        return words
+
+
+class Intake:
+    """What is in a place: fills a source's samples, masks, boxes, and the account of them.
+
+    `given` are the words of --normal. UserError if nothing in it is known to be normal, if a word
+    could mean normal and is not known, or if what is there says two things.
+    """
+
+    def __init__(self, source: Source, names: list[str], normal: str = "", table: str = "") -> None:
+        self.source, self.where, self.normal = source, source.spec, normal
+        self.given = frozenset(squash(word) for word in normal.split(",")) - {""}
+        self.left_out, self.unused = source.left_out, Counter[str]()
+        self.facts: dict[str, str] = dict.fromkeys(("words", "patients", "split"), "")
+        hidden = [n for n in names if re.search(r"(^|/)(\.(?!\.?/)|__MACOSX/)", n)]
+        self.unused["hidden files"] = len(hidden)
+        images, tables = self.sort_files(sorted({*names} - {*hidden}) if hidden else names)
+        self.masks = self.find_masks(images)
+        self.images = [n for n in images if n not in self.masks] if self.masks else images
+        self.index, self.files = Index(self.images), Index(images)
+        # Image -> meaning, words, finding, patient, view, split.
+        self.found: dict[str, list] = {}
+        self.excluded: dict[str, str] = {}  # image -> why
+        self.boxes: dict[str, list[Box]] = {}
+        self.masks_in_tables: dict[str, str] = {}
+        self.patients_from: dict[str, None] = {}
+        self.splits_from: dict[str, None] = {}
+        self.columns: dict[str, None] = {}  # that are not used
+        self.by_folders = False
+        self.read_tables([table] if table else tables, bool(table))
+        if not any(entry[0] for entry in self.found.values()):
+            self.read_folders()
+        self.finish()
+
+    def refuse(self, text: str) -> NoReturn:
+        """Raise a UserError that begins with the name of the set."""
+        raise UserError(f"--data {self.where}: {text}")
+
+    def sort_files(self, names: list[str]) -> tuple[list[str], list[str]]:
+        """Tell images and tables among the files; what is neither is counted by its ending."""
+        images, tables, endings = [], [], Counter[str]()
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if ending in IMAGE_SUFFIXES:
+                images.append(name)
+            elif ending in TABLE_SUFFIXES:
+                tables.append(name)
+            elif ending not in OTHER_SUFFIXES and self.source.is_image(name):
+                images.append(name)
+            else:
+                endings[ending if re.fullmatch(r"\.\w{1,8}", ending) else "no known ending"] += 1
+        tables.sort(key=lambda n: (n.count("/"), n))
+        endings.update(os.path.splitext(n)[1].lower() for n in tables[MOST_TABLES:])
+        self.unused.update({f"files ending in {ending}": n for ending, n in endings.items()})
+        if not images:
+            found = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(6))
+            self.refuse(f"no images in it (looked for {', '.join(IMAGE_SUFFIXES)})"
+                        + (f"; found: {found}" if found else "")
+                        + next((text for e, text in INSTEAD.items() if e in endings), ""))
+        return images, tables[:MOST_TABLES]
+
+    def find_masks(self, images: list[str]) -> dict[str, str]:
+        """Find the masks; each with the stem of the image that it belongs to."""
+        def above(folder: str) -> list[str]:
+            return [folder[:i] for i, letter in enumerate(f"{folder}/") if letter == "/"]
+
+        folders, below = Counter(n.rpartition("/")[0] for n in images), Counter[str]()
+        for folder, count in folders.items():
+            below.update(dict.fromkeys(above(folder), count))
+        # A folder that holds all images is no folder of masks, whatever it is called.
+        of_masks = {f for f in folders if any(
+            is_mask_folder(a.rpartition("/")[2]) and below[a] < len(images) for a in above(f))}
+        stems, masks = {Index.stem(n) for n in images}, {}
+        for name in images:
+            stem = Index.stem(name)
+            beside = MASK_NAME.fullmatch(stem)
+            base = beside and (beside[1] or beside[2])
+            if name.rpartition("/")[0] in of_masks or (base and base in stems):
+                masks[name] = base if base in stems else stem
+        return masks
+
+    def read_tables(self, names: list[str], required: bool) -> None:
+        """Take what the tables say that list images."""
+        tables = []
+        for name in names:
+            table, why = None, "no rows of several columns"
+            try:
+                table = Table(name, self.source.read_text(name), self.index, self.given)
+            except TooLarge:
+                self.left_out["tables, too large to be looked into"] += 1
+                continue
+            except (csv.Error, ValueError) as error:
+                why = str(error)
+            if required and not (table and table.path is not None
+                                 and (table.labels or table.several)):
+                self.refuse(f"{name} has " + (
+                    f"{why}" if not table else
+                    "no column path whose values are images that are there" if table.path is None
+                    else "no column label, nor another that says which images are normal")
+                    + f"; its columns are: {', '.join(table.shown)[:200] if table else '-'}; "
+                    + A_CSV)
+            if not table or table.path is None or re.search("(?i)submission", name):
+                self.unused[f"table {name}: it lists no images that are there"] += 1
+            else:
+                tables.append((not table.labels, not self.tells(table), table))
+        # What tells normal from abnormal comes first: others add to it, or contradict it.
+        for *_, table in sorted(tables, key=lambda t: t[:2]):
+            self.read_table(table, required)
+
+    def tells(self, table: Table) -> bool:
+        """Tell whether a table knows normal images."""
+        return bool(table.labels) and any(judge(table.words_of(row), self.given) == "normal"
+                                          for row in table.rows())
+
+    def read_table(self, table: Table, required: bool) -> None:
+        """Add what one table says of its images, in rows that may be several an image."""
+        if table.several:
+            self.refuse(f"{table.name}: each of its columns "
+                        f"{', '.join(table.shown[i] for i in table.several)} could be the label; "
+                        "call the one that is meant label")
+        if table.odd_split is not None:
+            odd = next(v for v in table.values[table.odd_split] if v and squash(v) not in
+                       SPLIT_NAMES)
+            self.refuse(f"{table.name}: {table.shown[table.odd_split]} {odd!r} is not one of "
+                        "train, val, test")
+        named = {SPLIT_NAMES[w] for w in re.split(r"[\W_]+", Index.stem(table.name))
+                 if w in SPLIT_NAMES}
+        of_name = "" if {"train", "test"} <= named else max(named - {"val"}, default="") or (
+            "val" if named else "")
+
+        def cell(column: int | None) -> str:
+            return "" if column is None else row[column]
+
+        def is_xray(text: str) -> bool:
+            return squash(text) in ("xray", "cr", "dx")
+
+        xrays = table.modality is not None and any(map(is_xray, table.values[table.modality]))
+        sides = [i for i in table.views if not {"l", "r"} <= {*map(squash, table.values[i])}]
+        absent, here = Counter[str](), dict[str, list]()
+        for number, row in enumerate(table.rows(), 2):
+            image = self.index.find(row[table.path], table.below)
+            words = table.words_of(row) if table.labels else []
+            kind = judge(words, self.given) if table.labels else ""
+            wrong = next((w for w in words if re.fullmatch(r"[+-]?[\d.]+", w) and not self.given
+                          and squash(w) not in ("0", "1")), "")
+            if required and (not row[table.path] or not words):
+                self.refuse(f"{table.name} row {number}: path or label is empty")
+            if wrong:
+                self.refuse(f"{table.name} row {number}: label {wrong} is neither 0 (normal) nor 1 "
+                            f"(abnormal); {self.flag(wrong)}")
+            if not image:
+                absent[row[table.path]] += 1
+                continue
+            if xrays and not is_xray(cell(table.modality)):
+                self.excluded[image] = "not an X-ray"
+            elif any(squash(row[i]) in SIDE_VIEWS for i in sides):
+                self.excluded[image] = "not a frontal view"
+            finding = cell(table.finding)
+            if kind == "normal" and judge(tokens(finding), self.given) == "abnormal":
+                kind, words = "contradictory", [*words, finding]
+            if not finding and table.labels:
+                finding = "|".join(words) if table.one_hot else row[table.labels[0]]
+            patient = re.sub(r"\.0+$", "", cell(table.patient))
+            split = SPLIT_NAMES.get(squash(cell(table.split)), "")
+            if table.split is None:  # not trained on where name or folder says test
+                both = {of_name, split_of(image)}
+                split = next((s for s in ("test", "val", "train") if s in both), "")
+            if split:
+                self.splits_from["the names of tables and folders" if table.split is None else
+                                 f"the column {table.shown[table.split]}"] = None
+            if patient:
+                self.patients_from[f"the column {table.shown[table.patient]}"] = None
+            entry = [kind, {*words}, finding.strip("[]'\""), sys.intern(patient),
+                     cell(table.views[0] if table.views else None), split]
+            if there := here.get(image):
+                entry[0] = there[0] if there[0] == kind else joined({there[0], kind})
+                entry[1] |= there[1]
+                if there[2] != entry[2]:
+                    entry[2] = "|".join(dict.fromkeys([there[2], entry[2]]))
+                if there[5] != split:
+                    entry[0] = "in two splits"
+            here[image] = entry
+            if table.boxed:
+                with contextlib.suppress(ValueError):  # an empty one: no lesion
+                    x, y, w, h, x2, y2 = (float(cell(i) or "nan") for i in table.box)
+                    box = (x, y, x + w if x2 != x2 else x2, y + h if y2 != y2 else y2)
+                    # Those of the NIH are of images of 1024 x 1024 pixels.
+                    side = 1024 if table.columns[table.box[0]] == "bboxx" else 1
+                    if all(value == value for value in box):
+                        self.boxes.setdefault(image, []).append(
+                            (box[0] / side, box[1] / side, box[2] / side, box[3] / side))
+            if mask := cell(table.mask):
+                self.masks_in_tables[image] = self.files.find(mask, table.below) or mask
+        absent.pop("", None)
+        if absent and required:
+            self.refuse(f"{len(absent)} of the {len(absent) + len(here)} files that {table.name} "
+                        f"lists are not there, the first is {min(absent)}; paths are relative to "
+                        "it")
+        self.left_out["listed in a table but not there"] += len(absent)
+        for image, entry in here.items():
+            there = self.found.setdefault(image, entry)
+            if there is not entry:
+                kinds = {there[0], entry[0]} - {"", "unknown"}
+                there[0] = "tables disagree" if len(kinds) > 1 else min(kinds, default=there[0])
+                there[1] |= entry[1] if not there[0] or len(kinds) > 1 else set()
+                there[2:5] = (a or b for a, b in zip(there[2:5], entry[2:5], strict=True))
+                there[5] = next((s for s in ("test", "val", "train") if s in (
+                    there[5], entry[5])), "")
+        self.columns |= dict.fromkeys(table.unused)
+
+    def read_folders(self) -> None:
+        """Take an image's class from its folder: normal by its word, abnormal beside a normal one.
+
+        Folders of splits, of patients and those that only hold (images, data) count for nothing.
+        """
+        count = Counter(n.rpartition("/")[0] for n in self.images)
+        parts = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)]
+                 for f in count}
+        common = len(os.path.commonprefix([p[:-1] for p in parts.values()]))
+        deepest = {f: max((i for i, p in enumerate(ps) if self.means(p) == "normal"), default=None)
+                   for f, ps in parts.items()}
+        beside = {tuple(parts[f][:i]) for f, i in deepest.items() if i is not None}
+        places: dict[str, tuple[str, str, str]] = {}  # folder -> meaning, word, patient
+        for folder, ps in parts.items():
+            level = next((i for i in range(len(ps) - 1, -1, -1) if tuple(ps[:i]) in beside), None)
+            own = [i for i, p in enumerate(ps) if i >= common and squash(p) in ABNORMAL_NAMES]
+            if level is None and own and not self.given:
+                level = own[0]
+            rest = ps[level + 1 :] if level is not None else []
+            persons = [p for p in folder.split("/") if (m := PERSON.fullmatch(p)) and not
+                       re.match("(?i)(study|series|session|visit|s$)", m[1])]
+            patient = (persons or [p for p in rest if re.search(r"\d", p)] or [""])[0]
+            if level is None:
+                word = ps[-1] if ps else ""
+                kind = f"in {folder or 'no folder'}, which is neither normal nor beside a " \
+                       "normal folder"
+                if self.means(word) == "unsure":
+                    kind = "unsure"
+            else:
+                word, kind = ps[level], self.means(ps[level])
+                if any(squash(bare(p)[0]) in NO_CLASS for p in ps[common:]):
+                    kind = f"in {folder}, which is no class"
+                elif kind == "unknown":
+                    kind = f"in a folder called {word}"
+                elif {kind} != {"abnormal"} and set(own) - {level}:
+                    kind = f"in {folder}, which says normal and abnormal"
+            places[folder] = kind, word, patient
+        for image in self.images:
+            kind, word, patient = places[image.rpartition("/")[0]]
+            split = split_of(image)
+            there = self.found.get(image, ["", set(), "", "", "", ""])  # of a table without labels
+            self.found[image] = [kind, {word}, word.lower(), there[3] or patient, there[4],
+                                 there[5] or split]
+            if split and not there[5]:
+                self.splits_from["the names of folders"] = None
+            if patient and not there[3]:
+                self.patients_from["the folders below the classes"] = None
+        self.by_folders = True
+
+    def means(self, word: str) -> str:
+        """What a word means here."""
+        return meaning(word, self.given)
+
+    def flag(self, word: str = "") -> str:
+        """Say how --normal decides."""
+        return f"say which words mean normal with --normal WORD[,WORD]{f', e.g. {word}' * bool(word)}"
+
+    def finish(self) -> None:
+        """Make the samples of what was found, and the account; or refuse."""
+        if not self.by_folders:
+            self.left_out["not listed in a table"] += len(self.images) - len(self.found)
+        for image in self.excluded.keys() & self.found.keys():
+            del self.found[image]
+            self.left_out[self.excluded[image]] += 1
+        words = Counter(word for entry in self.found.values() for word in entry[1]
+                        if entry[0] in MEANINGS)
+        text = ", ".join(f"{word} {n:,}" for word, n in words.most_common(12)) + (
+            f" and {len(words) - 12} more" if len(words) > 12 else "")
+        example = f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
+        if unsure := [w for w in words if self.means(w) == "unsure"]:
+            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {self.flag()} (all others "
+                        f"then are abnormal). Its words: {text}")
+        if strange := self.given - {squash(word) for word in words}:
+            self.refuse(f"--normal {self.normal}: there is no {', '.join(sorted(strange))}; its "
+                        f"words: {text or 'none'}")
+        if left := [w for w in words if self.given and re.search("^(normal|healthy|nofinding)",
+                    squash(w)) and squash(w) not in self.given]:
+            self.refuse(f"--normal {self.normal}: {left[0]} means normal, too, does it not? Add it; "
+                        f"its words: {text}")
+        samples, patients = [], self.patients()
+        for image in sorted(self.found):
+            kind, said, finding, _, view, split = self.found[image]
+            if kind not in ("normal", "abnormal"):
+                about = " + ".join(sorted(said)[:4]) if kind in (
+                    "contradictory", "tables disagree", "unknown") else ""
+                self.left_out[f"{kind}{': ' * bool(about)}{about}"] += 1
+                continue
+            label = NORMAL if kind == "normal" else ABNORMAL
+            finding, rule = "" if label == NORMAL else finding, patients.get(image, "")
+            samples.append(Sample(image, rule or image, label, finding, view, split))
+        if not any(s.label == NORMAL for s in samples):
+            self.refuse(f"none of its {len(self.images)} images is known to be normal; "
+                        + (f"its words: {text}; {self.flag(next(iter(words)))}; or {example}"
+                           if words else f"no table or folder says what they are; {example}"))
+        self.source.samples = samples = self.drop_copies(samples)
+        self.account(samples, words)
+
+    def patients(self) -> dict[str, str]:
+        """Name the patient of each image, from column, folder or file name; and say whence."""
+        found = {image: "" if squash(entry[3]) in UNKNOWN_NAMES else entry[3]
+                 for image, entry in self.found.items()}
+        if any(found.values()):
+            nobody = sum(not patient for patient in found.values())
+            self.facts["patients"] = f"from {' and '.join(self.patients_from)}" + (
+                f"; {nobody:,} images name nobody and count as a patient each" if nobody else "")
+            return found
+        for rule in NAME_RULES:
+            if found and all(matches := {image: rule.search(image) for image in found}.values()):
+                self.facts["patients"] = "from the names of files"
+                for image, match in zip(found, matches, strict=True):
+                    said = match.groupdict()
+                    found[image] = said["patient"] or said["other"]
+                    self.found[image][2] = said.get("finding") or self.found[image][2]
+                return found
+        self.facts["patients"] = "not named: every image counts as a patient"
+        return found
+
+    def drop_copies(self, samples: list[Sample]) -> list[Sample]:
+        """Keep one of identical files, in test where one of them is; none if they contradict.
+
+        Those of one named patient, or of a prescribed test split, that lie in one folder stay: so
+        were sets published, and no split is shared. Only files of equal size that are alike at a
+        glance are read.
+        """
+        groups, gone, stay = [samples], dict[str, str](), 0
+        for mark in (self.source.file_bytes, self.source.glance, self.source.digest):
+            parts = []
+            for group in groups:
+                by_mark = defaultdict(list)
+                for s in group:
+                    with contextlib.suppress(OSError, BadImage):
+                        by_mark[mark(s)].append(s)
+                by_mark.pop(0, None)  # their size is not known
+                parts += [part for part in by_mark.values() if len(part) > 1]
+            groups = parts
+        for group in groups:
+            best = min(group, key=lambda s: (s.split != "test", s.split != "val",
+                                             s.key.count("/"), s.key))
+            for s in group:
+                if len({other.label for other in group}) > 1:
+                    gone[s.key] = "identical, with labels that contradict"
+                elif s is not best:
+                    near = (s.key.rpartition("/")[0], s.split) == (
+                        best.key.rpartition("/")[0], best.split) and s.patient != s.key
+                    if near and (s.patient == best.patient or s.split == "test"):
+                        stay += 1
+                    else:
+                        gone[s.key] = "identical to another image"
+        self.left_out.update(gone.values())
+        if stay:
+            self.facts["identical"] = (f"{stay:,} images are those of the same patient or test "
+                                       "folder once more, and stay")
+        return [s for s in samples if s.key not in gone]
+
+    def pair_masks(self, samples: list[Sample]) -> None:
+        """Give abnormal images the masks of their lesions, where they are that.
+
+        Masks that normal images have, too, are of organs, unless these are black."""
+        label = {s.key: s.label for s in samples}
+        normals, masks = [], defaultdict[str, list[str]](list)
+        for mask, stem in self.masks.items():
+            there = self.index.by_stem.get(stem, [])
+            folders = {*mask.split("/")[:-1]}
+            near = defaultdict(list)
+            for image in [there] if isinstance(there, str) else there:
+                if image in label:
+                    near[len(folders & {*image.split("/")[:-1]})].append(image)
+            best = near[max(near)] if near else []
+            best = [i for i in best if label[i] == ABNORMAL] or best
+            if len(best) == 1 and label[best[0]] == ABNORMAL:
+                masks[best[0]].append(mask)
+            elif best:
+                normals.append(mask)
+        paired = sum(map(len, masks.values()))
+        if self.masks:
+            self.facts["masks"] = f"{len(self.masks):,} files, no images; {paired:,} pair with " \
+                                  "abnormal images"
+        if not all(self.source.is_black(mask) for mask in normals[:: len(normals) // 5 + 1]):
+            self.facts["masks"] += f"; normal images have them, too ({len(normals):,}): no lesions"
+            masks.clear()
+        self.source.masks = {**masks, **{k: [v] for k, v in self.masks_in_tables.items()
+                                         if k in label}}
+
+    def account(self, samples: list[Sample], words: Counter) -> None:
+        """Write down what was found and used, and of what one must be careful."""
+        source, kinds = self.source, Counter(s.label for s in samples)
+        self.pair_masks(samples)
+        source.boxes = {s.key: self.boxes[s.key] for s in samples if s.key in self.boxes}
+        if source.boxes:
+            self.facts["boxes"] = f"{len(source.boxes):,} images"
+        by_meaning = sorted(words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))
+        self.facts["words"] = "; ".join(f"{w or '(none)'} {n:,} -> {self.means(w)}"
+                                        for w, n in by_meaning[:40]) + (
+            f"; and {len(words) - 40} more" if len(words) > 40 else "")
+        used = {s.split for s in samples} - {""}
+        seen = ({split_of(n) for n in self.images} | {e[5] for e in self.found.values()}) - {""}
+        self.facts["split"] = "none prescribed" if used <= {"train"} else (
+            f"{', '.join(s for s in SPLITS if s in used)}: prescribed by "
+            f"{' and '.join(self.splits_from)}")
+        if self.columns:
+            self.facts["columns"] = f"not used: {', '.join(self.columns)}"
+        if self.unused.total():
+            self.facts["files"] = "not used: " + ", ".join(
+                f"{n:,} {what}" for what, n in self.unused.most_common() if n)
+        missing, careful = len(self.images) - len(samples), []
+        if missing > len(self.images) / 10:
+            careful.append(f"{missing:,} of the {len(self.images):,} images are not used; see why "
+                           "above")
+        careful += [f"no image of the {split} split can be used" for split in SPLITS
+                    if split in seen - used]
+        if not kinds[ABNORMAL]:
+            careful.append("no abnormal image can be used: there will be no AUROC" + (
+                "; do normal and abnormal images come from two places?" if missing else ""))
+        source.facts, source.careful = self.facts, careful
+        source.title = "images in folders" if self.by_folders else "images listed in tables"
+        for reason in [reason for reason, n in self.left_out.items() if not n]:
+            del self.left_out[reason]
 
 
 class FolderSource(Source):
-    """Images in a folder, in a layout that `recognise_layout` knows, or those that a CSV lists."""
+    """Images in a folder, or those that a table lists, as `Intake` understands them."""
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, normal: str = "") -> None:
         path = Path(os.path.expanduser(spec))
         name = path.resolve().name if path.is_dir() else path.stem
         self.spec, self.name = spec, re.sub(r"[^\w.-]+", "_", name) or "folder"
@@ -424,46 +1191,61 @@ class FolderSource(Source):
             page = re.search(r"kaggle\.com/(?:datasets/)?([\w.-]+/[\w.-]+)", spec)
             raise UserError(f"--data {spec}: there is nothing at {path.resolve()}; give a folder, "
                             f"a CSV, kaggle:{page[1] if page else 'owner/name'}, or synthetic")
-        self.root = path if path.is_dir() else path.parent
-        if path.is_dir():
-            layout = recognise_layout(self._list_files(), self.read_text, spec, self.left_out)
-        elif path.suffix.lower() == ".csv":
-            layout = read_csv_of_paths(path.name, self.read_text, spec,
-                                       lambda name: (self.root / name).is_file())
-        else:
-            raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
-                            "first, and give a single image to evaluate.py with --image")
-        self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
-        self.title = f"{layout.title} in {self.root.resolve()}"
+        self.root, table = path if path.is_dir() else path.parent, ""
+        if path.is_file():
+            table = path.name
+            if path.suffix.lower() not in TABLE_SUFFIXES:
+                raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
+                                "first, and give a single image to evaluate.py with --image")
+        names = self._list_files(bool(table))
+        if table:  # it may list what lies elsewhere
+            listed = re.findall(r"(?:\.\./|[A-Z]:|/)[^,;\t|\"\n]*\.\w{3,5}", self.read_text(table))
+            names = sorted({*names, *(os.path.normpath(n).replace(os.sep, "/") for n in listed
+                                      if (self.root / n).is_file())})
+        Intake(self, names, normal, table)
+        self.title += f" in {self.root.resolve()}"
 
-    def _list_files(self) -> list[str]:
-        """List all files below the folder, sorted, but hidden ones and those of runs."""
+    def _list_files(self, beside_table: bool) -> list[str]:
+        """List all files below the folder, sorted, but those of runs and in hidden folders."""
         def refuse(e: OSError) -> None:
             raise UserError(f"--data {self.spec}: {e.filename} cannot be read ({e.strerror})")
 
-        if all((self.root / name).is_file() for name in ("train.py", "evaluate.py", "config.py")):
+        if not beside_table and all((self.root / name).is_file()
+                                    for name in ("train.py", "evaluate.py", "config.py")):
             raise UserError(f"--data {self.spec}: this is the program's own folder; put the images "
                             "into one of their own, and name that")
         names: list[str] = []
-        known: set[str] = set()  # a link may lead to a folder that was there already
+        known: dict[str, str] = {}  # a link may lead to a folder that was there already
         for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
             real, inside = os.path.realpath(folder), Path(folder).relative_to(self.root)
             is_run = inside.parts and ({"last.pt", "split.csv"} <= {*files}
                                        or "comparison.html" in files)
             if real in known or is_run:  # runs of this program have pictures, too
+                self.left_out["folder of a run of this program" if is_run else
+                              f"link, {inside}, to {known[real]}, which was read already"] += 1
                 folders[:] = []
                 continue
-            known.add(real)
+            known[real] = str(inside)
             folders[:] = sorted(d for d in folders if not d.startswith("."))
-            names += [(inside / f).as_posix() for f in files if not f.startswith(".")]
+            names += [(inside / f).as_posix() for f in files]
         fit = sorted(filter(is_text, names))
         if len(fit) < len(names):
             self.left_out["with a name that is not UTF-8"] = len(names) - len(fit)
-        return fit
+        there = [name for name in fit if os.path.isfile(os.path.join(self.root, name))]
+        if len(there) < len(fit):
+            self.left_out["links to files that are not there"] = len(fit) - len(there)
+        return there
 
     def read_file(self, name: str) -> bytes:
         with open(os.path.join(self.root, name), "rb") as f:  # joined faster than by pathlib
             return f.read()
+
+    def is_image(self, name: str) -> bool:
+        try:
+            with open(os.path.join(self.root, name), "rb") as f:
+                return begins_like_image(f.read(132))
+        except OSError:
+            return False
 
     def file_bytes(self, sample: Sample) -> int:
         try:
@@ -484,236 +1266,15 @@ class FolderSource(Source):
         return digest.digest()
 
 
+def begins_like_image(data: bytes) -> bool:
+    """Whether these first 132 bytes are those of an image."""
+    return data[128:132] == b"DICM" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP") or (
+        data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")))
+
+
 def is_text(name: str) -> bool:
     """Whether a file's name can be written to a table: in old archives some cannot."""
     return name.encode(errors="ignore").decode() == name
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is found in a place: all but how to read it."""
-
-    title: str
-    samples: list[Sample]
-    masks: dict[str, str] = field(default_factory=dict)  # image key -> mask file
-    boxes: dict[str, list[Box]] = field(default_factory=dict)
-
-
-def recognise_layout(names: list[str], read_text: Callable[[str], str], where: str,
-                     left_out: Counter) -> Layout:
-    """Samples from a sorted list of file names (posix, relative) and the CSV files among them.
-
-    Looks for NIH ChestX-ray14, covid-chestxray, a CSV of paths, then folders of classes. UserError
-    if it is none of them. where: this place's name in messages. left_out: counts what is not used.
-    """
-    # Hidden files are no data, such as a Mac's shadows of files.
-    names = [n for n in names if not any(p.startswith(".") for p in PurePosixPath(n).parts)]
-    known = set(names)
-    # The Kermany archive holds itself a second time.
-    copies = {n for n in names if "/chest_xray/" in f"/{n}"
-              and f"/{n}".replace("/chest_xray/", "/", 1)[1:] in known}
-    if copies:
-        left_out["copies inside the archive"] += len(copies)
-        names = sorted(known - copies)
-    images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
-    tables = {PurePosixPath(n).name: n for n in names if n.lower().endswith((".csv", ".txt"))}
-    if not images:
-        raise UserError(f"--data {where}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
-
-    if entry := next((n for b, n in tables.items() if b.startswith("Data_Entry_2017")), None):
-        return read_nih(images, entry, tables, read_text, where, left_out)
-    if "metadata.csv" in tables:
-        text = read_text(tables["metadata.csv"])
-        if not _missing(text, ("finding",), ("filename",), ("view",)) and _missing(
-                text, _LABEL):  # with a label it is the user's own
-            return read_covid(images, text, left_out)
-
-    listing = []
-    for table in (n for n in tables.values() if "/" not in n and n.lower().endswith(".csv")):
-        try:
-            if not _missing(read_text(table), _PATH, _LABEL):
-                listing.append(table)
-        except TooLarge:
-            left_out["tables, too large to be looked into"] += 1
-    if len(listing) == 1:
-        return read_csv_of_paths(listing[0], read_text, where, known.__contains__)
-    if listing:
-        raise UserError(f"--data {where}: {', '.join(listing)} all list images; name the one that "
-                        f"is meant (--data {os.path.join(where, listing[0])}), or join them, with "
-                        "a column split")
-    return read_class_folders(images, where, left_out)
-
-
-def read_class_folders(images: list[str], where: str, left_out: Counter) -> Layout:
-    """An image's class is the folder it lies in: normal by its name, abnormal if that folder
-    stands beside a normal one or is called abnormal; train, val or test may stand above."""
-    parents = {n: PurePosixPath(n).parent for n in images}
-    normal_dirs = {p for p in parents.values() if p.name.lower() in NORMAL_NAMES}
-    beside_normal = {p.parent for p in normal_dirs}
-    # train/normal also explains what lies beside it: the test/pneumonia of the same set.
-    sets = {p.parent for p in beside_normal if p.name.lower() in SPLIT_NAMES}
-    beside_normal |= {p.parent for p in parents.values()
-                      if p.parent.name.lower() in SPLIT_NAMES and p.parent.parent in sets}
-    samples, stems = [], {n.rpartition(".")[0] for n in images}
-    for name, parent in parents.items():
-        mask_of = re.fullmatch(r"(.+)_mask(_\d+)?\.\w+", name)
-        label, finding = ABNORMAL, parent.name.lower()
-        if mask_of and mask_of[1] in stems:
-            left_out["masks beside their images"] += 1
-            continue
-        if parent in normal_dirs:
-            label, finding = NORMAL, ""
-        elif finding in UNKNOWN_NAMES:
-            left_out[f"in a folder called {parent.name}"] += 1
-            continue
-        elif finding not in ABNORMAL_NAMES and (
-                finding in ("mask", "masks", "ground_truth")
-                or parent.parent not in beside_normal or parent in beside_normal):
-            left_out["in a folder that is neither normal nor beside a normal one"] += 1
-            continue
-        split = next((SPLIT_NAMES[p.lower()] for p in parent.parts if p.lower() in SPLIT_NAMES), "")
-        # As Kermany's files are called; there the numbers begin anew for each finding.
-        patient = re.match(r"(person\d+_(bacteria|virus))_|((?:NORMAL2-)?IM-\d+)-",
-                           PurePosixPath(name).name)
-        samples.append(Sample(name, patient[1] or patient[3] if patient else name, label,
-                              (patient and patient[2]) or finding, "", split))
-    if not any(s.label == NORMAL for s in samples):
-        found = ", ".join(sorted({p.as_posix() for p in parents.values()} - {"."})[:6])
-        raise UserError(
-            f"--data {where}: none of its {len(images)} images is known to be normal. Give a place "
-            "with a folder normal (or NORMAL, good, healthy) and others beside it, or a CSV; "
-            + (f"folders found: {found}" if found else "it has no folders"))
-    return Layout("folders of normal and abnormal images", samples)
-
-
-_PATH = ("path", "file", "filename", "image", "image_path", "filepath")
-_LABEL = ("label", "class", "target")
-_PATIENT = ("patient", "patient_id", "patientid", "subject_id")
-
-
-def _rows(text: str) -> Iterator[dict[str, str]]:
-    """A CSV's rows with lower-case column names and stripped values."""
-    try:
-        for row in csv.DictReader(io.StringIO(text, newline="")):
-            yield {(k or "").strip().lower(): (v or "").strip() for k, v in row.items()
-                   if not isinstance(v, list)}
-    except csv.Error as error:
-        raise UserError(f"--data: a table beginning {text[:60]!r} is no CSV ({error})") from None
-
-
-def _missing(text: str, *wanted: tuple[str, ...]) -> str:
-    """Say which of the groups of column names has no name in the CSV's header; "" if none."""
-    header = text.split("\n", 1)[0].strip()
-    try:
-        columns = [c.strip().lower() for c in next(csv.reader([header]), [])]
-    except csv.Error:
-        columns = []
-    for first, *others in wanted:
-        if not {first, *others} & {*columns}:
-            also = f" (or {', '.join(others)})" if others else ""
-            return f"no column {first}{also}; its columns, parted by commas, are: {header[:200]}"
-    return ""
-
-
-def read_csv_of_paths(file: str, read_text: Callable[[str], str], where: str,
-                      exists: Callable[[str], bool]) -> Layout:
-    """A user's own table: path and label, and where there are any, patient, split, finding, view
-    and mask. Paths are relative to the table."""
-    text = read_text(file)
-    if missing := _missing(text, _PATH, _LABEL):
-        raise UserError(f"--data {where}: {file} has {missing}")
-    samples: dict[str, Sample] = {}
-    masks = {}
-    for number, row in enumerate(_rows(text), start=2):
-        path = next(row[c] for c in _PATH if c in row)
-        label = next(row[c] for c in _LABEL if c in row)
-        split, word = row.get("split", "").lower(), label.lower()
-        key, mask = (os.path.normpath(p).replace(os.sep, "/") for p in (path, row.get("mask", "")))
-        normal = word in NORMAL_NAMES
-        wrong = {
-            "path or label is empty": not path or not label,
-            f"{path} is listed twice": key in samples,
-            f"split {split!r} is not one of train, val, test": split and split not in SPLIT_NAMES,
-            f"label {label} says neither normal nor abnormal; give 0, 1 or a finding, or take the "
-            "row out": word in UNKNOWN_NAMES,
-            f"label {label} is neither 0 (normal) nor 1 (abnormal)":
-                not normal and label != "1" and re.fullmatch(r"[\d.+-]+", label)}
-        if what := next((what for what, is_so in wrong.items() if is_so), ""):
-            raise UserError(f"--data {where}: {file} row {number}: {what}")
-        finding = row.get("finding") or ("" if word in ABNORMAL_NAMES else label)
-        samples[key] = Sample(
-            key, next((row[c] for c in _PATIENT if row.get(c)), key),
-            NORMAL if normal else ABNORMAL, "" if normal else finding,
-            row.get("view", ""), SPLIT_NAMES.get(split, ""))
-        if row.get("mask"):
-            masks[key] = mask
-    listed = [*samples, *masks.values()]
-    if absent := [name for name in listed if not exists(name)]:
-        raise UserError(f"--data {where}: {len(absent)} of the {len(listed)} files that {file} "
-                        f"lists are not there, the first is {absent[0]}; paths are relative to it")
-    return Layout(f"images listed in {file}", [*samples.values()], masks)
-
-
-def read_nih(images: list[str], entry: str, tables: dict[str, str],
-             read_text: Callable[[str], str], where: str, left_out: Counter) -> Layout:
-    """NIH ChestX-ray14: normal is exactly `No Finding`; the official lists give the test split."""
-    text = read_text(entry)
-    if missing := _missing(text, ("image index",), ("finding labels",), ("patient id",)):
-        raise UserError(f"--data {where}: {entry} has {missing}")
-    split_of: dict[str, str] = {}
-    for list_name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
-        if list_name in tables:
-            split_of |= dict.fromkeys(read_text(tables[list_name]).split(), split)
-    samples = _listed(images, (
-        (row["image index"], row["patient id"], row["finding labels"], row.get("view position", ""),
-         split_of.get(row["image index"], "")) for row in _rows(text)), left_out)
-    boxes: dict[str, list[Box]] = {}
-    if "BBox_List_2017.csv" in tables:
-        by_name = {PurePosixPath(n).name: n for n in images}
-        # Image, finding, x, y, width, height, in pixels of the 1024 x 1024 images; the header has
-        # brackets and commas of its own, so columns are taken by place.
-        rows = csv.reader(io.StringIO(read_text(tables["BBox_List_2017.csv"])))
-        for name, _, *numbers in (row for row in rows if len(row) >= 6):
-            if name in by_name:
-                with contextlib.suppress(ValueError):  # the header
-                    x, y, width, height = (float(n) / 1024 for n in numbers[:4])
-                    boxes.setdefault(by_name[name], []).append((x, y, x + width, y + height))
-    return Layout("NIH ChestX-ray14", samples, boxes=boxes)
-
-
-def read_covid(images: list[str], text: str, left_out: Counter) -> Layout:
-    """covid-chestxray-dataset: frontal X-rays with a stated finding; normal is `No Finding`."""
-    rows = []
-    for row in _rows(text):
-        tokens = {t.strip() for t in re.split(r"[/,]", row["finding"])} - {""}
-        if row.get("modality", "X-ray") != "X-ray":
-            left_out["not an X-ray"] += 1
-        elif row["view"] not in ("PA", "AP", "AP Supine"):
-            left_out["not a frontal view"] += 1
-        elif not tokens or tokens & {"todo", "Unknown"}:
-            left_out["no finding stated (todo, unknown, empty)"] += 1
-        else:
-            finding = "No Finding" if tokens == {"No Finding"} else row["finding"]
-            rows.append((row["filename"], row.get("patientid", ""), finding, row["view"], ""))
-    return Layout("covid-chestxray-dataset", _listed(images, rows, left_out))
-
-
-def _listed(images: list[str], rows: Iterable[tuple[str, str, str, str, str]],
-            left_out: Counter) -> list[Sample]:
-    """Samples of the images that rows of (file, patient, finding, view, split) name."""
-    by_name = {PurePosixPath(n).name: n for n in images}
-    samples: dict[str, Sample] = {}
-    for file, patient, finding, view, split in rows:
-        key = by_name.get(file)
-        if key is None:
-            left_out["listed in the table but not there"] += 1
-        elif key in samples:
-            left_out["listed twice"] += 1
-        else:
-            normal = finding == "No Finding"
-            samples[key] = Sample(key, patient or key, NORMAL if normal else ABNORMAL,
-                                  "" if normal else finding, view, split)
-    return sorted(samples.values(), key=lambda s: s.key)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -939,14 +1500,13 @@ class KaggleSource(Source):
 
     threads = 8  # most of a request is waiting
 
-    def __init__(self, remote: RemoteArchive) -> None:
+    def __init__(self, remote: RemoteArchive, normal: str = "") -> None:
         self.remote, self.spec, self.left_out = remote, remote.spec, Counter()
         self.members: dict[str, bytes] = {}
         self.list_members()
-        layout = recognise_layout(sorted(self.members), self.read_text, self.spec, self.left_out)
-        self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
+        Intake(self, sorted(self.members), normal)
         self.name, self.version = re.sub(r"[^\w.-]+", "_", remote.name), remote.etag
-        self.title = f"{layout.title}, Kaggle data set {remote.owner}/{remote.name}" + (
+        self.title += f", Kaggle data set {remote.owner}/{remote.name}" + (
             f" version {remote.version}" if remote.version else "")
 
     def list_members(self) -> None:
@@ -1097,17 +1657,17 @@ class KaggleFilesSource(KaggleSource):
             f"{len(data):,} bytes long instead of {size:,} as listed")
 
 
-def open_kaggle(spec: str) -> KaggleSource:
+def open_kaggle(spec: str, normal: str = "") -> KaggleSource:
     """Open the data set that kaggle:owner/name[/versions/N] names. UserError."""
     m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", spec)
     if not m:
         raise UserError(f"--data {spec}: wanted is kaggle:owner/name[/versions/N]")
     remote = RemoteArchive(spec, m[1], m[2], m[3])
     try:
-        return KaggleSource(remote)
+        return KaggleSource(remote, normal)
     except RangeRefused:
         log.warning("kaggle    no parts of the archive are given: a call for each file, slowly")
-        return KaggleFilesSource(remote)
+        return KaggleFilesSource(remote, normal)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1251,28 +1811,11 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
     if config.batch_size > len(splits.train):
         splits.notes.append(f"--batch-size {config.batch_size}: more than there are training "
                             "images, which all make one step")
-    if rank == 0 and (pairs := duplicates_across(source, splits)):
-        splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
-                            f"{pairs[0][0]} and {pairs[0][1]}")
+    for name in ("test", "val"):
+        if len({s.label for s in getattr(splits, name)}) == 1 and name == "test":
+            only = "normal" if getattr(splits, name)[0].label == NORMAL else "abnormal"
+            splits.notes.append(f"all images of the test split are {only}: no AUROC can be given")
     return splits
-
-
-def duplicates_across(source: Source, splits: Splits) -> list[tuple[str, str]]:
-    """Pairs of files with identical bytes in two different splits (first key, second key).
-    Only files of equal size that are alike at a glance are read in full."""
-    groups = [[(name, s) for name in SPLITS for s in getattr(splits, name)]]
-    for mark in (source.file_bytes, source.glance, source.digest):
-        parts = []
-        for group in groups:
-            by_mark = defaultdict(list)
-            for name, s in group:
-                with contextlib.suppress(OSError):
-                    by_mark[mark(s)].append((name, s))
-            by_mark.pop(0, None)  # their size is not known
-            parts += [part for part in by_mark.values() if len({name for name, _ in part}) > 1]
-        groups = parts
-    return [(one.key, s.key) for (first, one), *others in groups
-            for name, s in others if name != first]
 
 
 def describe(source: Source, splits: Splits) -> str:
@@ -1290,8 +1833,10 @@ def describe(source: Source, splits: Splits) -> str:
     if isinstance(source, KaggleSource):  # there a look would cost a request each
         total = sum(source.file_bytes(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
+    lines += [f"  {name}: {text}" for name, text in source.facts.items() if text]
     lines += [f"  left out: {count:,} {why}" for why, count in source.left_out.most_common()]
     lines += [f"  note: {note}" for note in splits.notes]
+    lines += [f"careful   {text}" for text in source.careful]
     return "\n".join(lines)
 
 
