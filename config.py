@@ -93,6 +93,8 @@ class Config:
                           "all others then mean abnormal")
     samples: int | None = setting(None, "normal training images; default: all, 400 on the phantom",
                                   low=2)
+    grey_bits: int | None = setting(None, "bits in use of 16-bit images; default: found from them",
+                                    low=8, high=16)
     augment: bool = setting(True, "small random shifts, turns, scales, brightness and contrast")
     memory_limit_gb: float = setting(4.0, "most memory for images: being read, decoded, waiting, "
                                      "and cached for later epochs; what does not fit is read "

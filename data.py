@@ -87,6 +87,8 @@ class Source:
     facts: dict[str, str] = {}  # noqa: RUF012 (never changed): what was found, and taken for what
     careful: tuple[str, ...] | list[str] = ()  # what may spoil the results
     threads = os.cpu_count() or 1  # that read and decode at the same time
+    looked_at = 24  # images that are opened beforehand
+    _bits: int | None = None  # what grey_bits has found
     version = ""  # tells a set from a later one of the same name, where the source knows
 
     def read_file(self, name: str) -> bytes:
@@ -191,6 +193,44 @@ class Source:
             except (OSError, BadImage) as error:
                 yield sample, error
 
+    def open_image(self, sample: Sample) -> Image.Image:
+        """Open an image's file with Pillow. OSError, BadImage."""
+        return Image.open(io.BytesIO(self.read(sample)))
+
+    def grey_bits(self) -> int:
+        """Bits of the values in 16-bit images, the same for the whole set: the smallest of 10, 12,
+        14, 16 that holds what is seen in 128 of them. 0 if the images that are looked at, drawn by
+        their names, have 8. Tells of several pages. UserError if all are of one grey."""
+        if self._bits is not None:
+            return self._bits
+        top, deep, flat, seen = 0, 0, 0, 0
+        odd = defaultdict[str, list[str]](list)
+        order = sorted(self.samples, key=lambda s: zlib.crc32(s.key.encode()))
+        for sample in order[: self.looked_at]:
+            try:
+                with self.open_image(sample) as image:
+                    if getattr(image, "n_frames", 1) > 1:
+                        odd["have several pages or frames, of which the first is taken"].append(
+                            sample.key)
+                    if image.mode.startswith("I") and deep < 128:
+                        deep, top = deep + 1, max(top, int(image.getextrema()[1]))
+                    if seen < 24:
+                        image.draft("L", (64, 64))
+                        values, seen = np.asarray(image), seen + 1
+                        flat += bool(values.min() == values.max())
+            except (*DAMAGE, *TOO_MANY_PIXELS, BadImage):
+                if not sample.key.lower().endswith((".dcm", ".dicom")) and "." in sample.key:
+                    odd["cannot be read as images"].append(sample.key)
+        if seen and flat == seen:
+            raise UserError(f"--data {self.spec}: all of {seen} images that were looked at are of "
+                            "one grey; was their conversion right?")
+        self.careful = [*self.careful, *(
+            f"{len(names)} of {len(order[: self.looked_at]):,} images that were looked at {what}, "
+            f"e.g. {names[0]}" for what, names in odd.items())]
+        self._bits = next((n for n in (10, 12, 14) if top < 2**n), 16) if deep else 0
+        self.facts = self.facts | {"grey": f"{self._bits} of 16 bits in use" if deep else ""}
+        return self._bits
+
     def fingerprint(self) -> str:
         """A digest of names, patients, labels and prescribed splits, wherever the data lies."""
         digest = hashlib.blake2b(digest_size=8)
@@ -229,7 +269,7 @@ class PhantomSource(Source):
         self.spec = self.name = "synthetic"
         self.title = "built-in phantom (drawn chest images, not real X-rays)"
         self.left_out, self.image_size = Counter(), image_size
-        self.masks, self.boxes = {}, {}
+        self.masks, self.boxes, self._bits = {}, {}, 0
         if image_size <= 128:  # threads that draw with small arrays wait for one another
             self.threads = 1
         both = [""] * 100 + list(PHANTOM_KINDS) * 20
@@ -499,7 +539,7 @@ MEANINGS = ("normal", "abnormal", "unknown", "unsure", "contradictory", "tables 
 MASK_NAME = re.compile(  # as an image is called beside which it lies
     r"(?:masks?|gt|labels?|seg)[ _-]+(.+)|(.+?)[ _-]*(?:masks?|gt|seg|segmentation|labels?|"
     r"ground[ _-]?truth|annotation|lesion|roi)(?:[ _-]?\d+)?")
-A_CSV = "or give a CSV with the first line path,label and then a line an image,"
+A_CSV = "give a CSV with the first line path,label and then a line an image,"
 # What files are that hold images, but are none.
 INSTEAD = {
     ".npz": ". A .npz file holds arrays of NumPy; these lines save them as PNG:\n"
@@ -833,7 +873,7 @@ class Intake:
 
     def read_tables(self, names: list[str], required: bool) -> None:
         """Take what the tables say that list images."""
-        tables = []
+        tables, of_no_use = [], []
         for name in names:
             table, why = None, "no rows of several columns"
             try:
@@ -852,9 +892,12 @@ class Intake:
                     + f"; its columns are: {', '.join(table.shown)[:200] if table else '-'}; "
                     + A_CSV)
             if not table or table.path is None or re.search("(?i)submission", name):
-                self.unused[f"table {name}: it lists no images that are there"] += 1
+                of_no_use.append(name)
             else:
                 tables.append((not table.labels, not self.tells(table), table))
+        if of_no_use:
+            self.unused[f"tables that list no images that are there, e.g. {of_no_use[0]}"] = len(
+                of_no_use)
         # What tells normal from abnormal comes first: others add to it, or contradict it.
         for *_, table in sorted(tables, key=lambda t: t[:2]):
             self.read_table(table, required)
@@ -927,8 +970,8 @@ class Intake:
             if there := here.get(image):
                 entry[0] = there[0] if there[0] == kind else joined({there[0], kind})
                 entry[1] |= there[1]
-                if there[2] != entry[2]:
-                    entry[2] = "|".join(dict.fromkeys([there[2], entry[2]]))
+                entry[2] = "|".join(dict.fromkeys(filter(None, [there[2], entry[2]])))
+                entry[3:5] = there[3:5]
                 if there[5] != split:
                     entry[0] = "in two splits"
             here[image] = entry
@@ -1026,8 +1069,11 @@ class Intake:
             self.left_out[self.excluded[image]] += 1
         words = Counter(word for entry in self.found.values() for word in entry[1]
                         if entry[0] in MEANINGS)
+        if not any(self.means(word) == "normal" for word in words):
+            words = Counter(word for entry in self.found.values() for word in entry[1] if word)
         text = ", ".join(f"{word} {n:,}" for word, n in words.most_common(12)) + (
             f" and {len(words) - 12} more" if len(words) > 12 else "")
+        unused = ", ".join(f"{n:,} {what}" for what, n in self.unused.items() if n)
         example = f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
         if unsure := [w for w in words if self.means(w) == "unsure"]:
             self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {self.flag()} (all others "
@@ -1053,8 +1099,12 @@ class Intake:
         if not any(s.label == NORMAL for s in samples):
             self.refuse(f"none of its {len(self.images)} images is known to be normal; "
                         + (f"its words: {text}; {self.flag(next(iter(words)))}; or {example}"
-                           if words else f"no table or folder says what they are; {example}"))
+                           if words else f"no table or folder says what they are; {example}")
+                        + f" (not used: {unused})" * bool(unused))
         self.source.samples = samples = self.drop_copies(samples)
+        if not any(s.label == NORMAL for s in samples):
+            self.refuse("no normal image is left, as identical files are labelled normal and "
+                        "abnormal; was their conversion right?")
         self.account(samples, words)
 
     def patients(self) -> dict[str, str]:
@@ -1182,6 +1232,8 @@ class Intake:
 class FolderSource(Source):
     """Images in a folder, or those that a table lists, as `Intake` understands them."""
 
+    looked_at = 1000  # their pixels are read of few
+
     def __init__(self, spec: str, normal: str = "") -> None:
         path = Path(os.path.expanduser(spec))
         name = path.resolve().name if path.is_dir() else path.stem
@@ -1239,6 +1291,9 @@ class FolderSource(Source):
     def read_file(self, name: str) -> bytes:
         with open(os.path.join(self.root, name), "rb") as f:  # joined faster than by pathlib
             return f.read()
+
+    def open_image(self, sample: Sample) -> Image.Image:
+        return Image.open(os.path.join(self.root, sample.key))
 
     def is_image(self, name: str) -> bool:
         try:
@@ -1503,6 +1558,7 @@ class KaggleSource(Source):
     def __init__(self, remote: RemoteArchive, normal: str = "") -> None:
         self.remote, self.spec, self.left_out = remote, remote.spec, Counter()
         self.members: dict[str, bytes] = {}
+        self.endings: dict[str, bool] = {}  # that say nothing -> whether they are images
         self.list_members()
         Intake(self, sorted(self.members), normal)
         self.name, self.version = re.sub(r"[^\w.-]+", "_", remote.name), remote.etag
@@ -1527,6 +1583,14 @@ class KaggleSource(Source):
                 struct.error) as error:
             raise UserError(f"--data {self.spec}: what Kaggle gives is not a readable zip archive "
                             f"({error})") from None
+
+    def is_image(self, name: str) -> bool:
+        ending = os.path.splitext(name)[1]
+        if ending[1:].isdigit():  # the last number of a name such as 1.2.840
+            ending = ""
+        if ending not in self.endings:  # one of each is looked into, as it costs a request
+            self.endings[ending] = begins_like_image(self.read_file(name)[:132])
+        return self.endings[ending]
 
     def member(self, name: str) -> Member:
         """Look a file up. FileNotFoundError if there is none of that name."""
@@ -1818,6 +1882,12 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
     return splits
 
 
+def flow(source: Source) -> list[tuple[str, str]]:
+    """What was found in a source, what it was taken for, and what was left out and why."""
+    left_out = "; ".join(f"{count:,} {why}" for why, count in source.left_out.most_common())
+    return [(name, text) for name, text in {**source.facts, "left out": left_out}.items() if text]
+
+
 def describe(source: Source, splits: Splits) -> str:
     """The table of the data that is printed before anything is done with it."""
     lines = [f"data      {source.title}",
@@ -1833,8 +1903,7 @@ def describe(source: Source, splits: Splits) -> str:
     if isinstance(source, KaggleSource):  # there a look would cost a request each
         total = sum(source.file_bytes(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
-    lines += [f"  {name}: {text}" for name, text in source.facts.items() if text]
-    lines += [f"  left out: {count:,} {why}" for why, count in source.left_out.most_common()]
+    lines += [f"  {name}: {text}" for name, text in flow(source)]
     lines += [f"  note: {note}" for note in splits.notes]
     lines += [f"careful   {text}" for text in source.careful]
     return "\n".join(lines)
@@ -1854,13 +1923,15 @@ TOO_MANY_PIXELS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 Hold = Callable[[int], contextlib.AbstractContextManager]  # so many bytes, while inside
 
 
-def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) -> np.ndarray:
+def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext,
+                 bits: int = 0) -> np.ndarray:
     """Decode an image file's bytes to grey values, uint8 [size,size].
 
     The whole image is stretched to the square, whatever its shape: nothing is cut off and no
     border is invented. Colour becomes luma (ITU-R 601), transparency is ignored, EXIF orientation
-    is applied. 16-bit grey is scaled from 0-65535, or from 0-4095 if no value is larger. DICOM
-    has rescale and window applied, is inverted if MONOCHROME1, and stretched to the full range.
+    is applied. 16-bit grey is scaled from 0..2**bits-1; if bits is 0, from 0-65535, or from 0-4095
+    if no value is larger. DICOM has rescale and window applied, is inverted if MONOCHROME1, and
+    stretched to the full range, its padding aside. Of several pages the first is taken.
     A JPEG is decoded at a half, a quarter or an eighth where that still leaves twice `size`.
     hold: entered with the bytes that the pixels take at most, while they do. Raises BadImage.
     """
@@ -1881,7 +1952,12 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) ->
                 raise BadImage("floating-point grey values, whose range is not known")
             if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate it
                 values = np.asarray(image).astype(np.float32)
-                values *= np.float32(255 / (4095 if values.max() <= 4095 else 65535))
+                low, high = values.min(), values.max()
+                if low < 0 or high > 65535:
+                    raise BadImage(f"grey values from {low:.0f} to {high:.0f}, signed or of more "
+                                   "than 16 bits; save them as 8 or 16 bits, by one rule for all")
+                values *= np.float32(255 / (2**bits - 1 if bits else
+                                            4095 if high <= 4095 else 65535))
                 return _stretch(Image.fromarray(values), size)
             if image.mode in ("P", "PA"):
                 image = image.convert("RGBA")
@@ -1921,15 +1997,20 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
         _check_pixels(dicom.Columns, dicom.Rows)
         planes = int(dicom.get("NumberOfFrames") or 1) * int(dicom.get("SamplesPerPixel") or 1)
         with hold(dicom.Rows * dicom.Columns * planes * 24):  # float64 on the way
-            values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
+            raw, padding = dicom.pixel_array, dicom.get("PixelPaddingValue")
+            values = apply_voi_lut(apply_modality_lut(raw, dicom), dicom)
             kind = dicom.PhotometricInterpretation
             if values.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2"):
                 raise BadImage(f"DICOM with {kind} pixels in {values.ndim} dimensions, not a "
                                "single grey image")
             values = values.astype(np.float32)
-            low, high = values.min(), values.max()
-            values = (values - low) * (255 / max(high - low, 1e-6))
-            values = 255 - values if kind == "MONOCHROME1" else values
+            seen = np.full(raw.shape, True)
+            if padding is not None:
+                ends = sorted((padding, dicom.get("PixelPaddingRangeLimit", padding)))
+                seen = (raw < ends[0]) | (raw > ends[1])
+            low, high = (values[seen].min(), values[seen].max()) if seen.any() else (0, 0)
+            values = (values - low).clip(0) * (255 / max(high - low, 1e-6))
+            values = (255 - values if kind == "MONOCHROME1" else values) * seen
             return _stretch(Image.fromarray(values), size)
     except BadImage:
         raise
@@ -2028,10 +2109,11 @@ class ImageStream(IterableDataset):
     def __init__(self, source: Source, samples: list[Sample], image_size: int, batch_size: int,
                  seed: int | None = None, memory: Memory | int = 4 << 30, share: float = 1.0,
                  cache: bool = True, rank: int = 0, world: int = 1,
-                 stop_on_bad: bool = True) -> None:
+                 stop_on_bad: bool = True, bits: int = 0) -> None:
         self.source, self.samples, self.image_size = source, samples, image_size
         self.memory = memory = Memory(memory) if isinstance(memory, int) else memory
         self.seed, self.rank, self.world, self.stop_on_bad = seed, rank, world, stop_on_bad
+        self.bits = bits  # of the values of 16-bit images; 0 if each decides
         self.batch_size = size = batch_size if seed is None else min(batch_size, len(samples))
         self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
@@ -2189,7 +2271,7 @@ class ImageStream(IterableDataset):
                 for sample, data in self.source.fetch([*position_of], cancelled):
                     try:
                         found[position_of[sample]] = data if isinstance(data, Exception) else (
-                            decode_image(data, self.image_size, hold))
+                            decode_image(data, self.image_size, hold, self.bits))
                     except BadImage as error:  # without its traceback, which would keep the file
                         found[position_of[sample]] = BadImage(str(error))
                     del data
@@ -2220,7 +2302,8 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
     # Ranks on one machine share its memory. Test images are seen once: they need not be cached.
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     make = partial(ImageStream, source, image_size=config.image_size,
-                   batch_size=config.batch_size, memory=memory)
+                   batch_size=config.batch_size, memory=memory,
+                   bits=config.grey_bits or source.grey_bits())
     test = make(splits.test, share=1 / 4, cache=False)
     val = make(splits.normals("val"), share=1 / 3, rank=rank, world=world)
     train = make(splits.train, seed=config.seed, rank=rank, world=world)

@@ -791,6 +791,7 @@ def train_all(config: Config) -> list[Path]:
                  "images give --data FOLDER.")
     # One set of loaders for all: the split is the same, and images are read and decoded once.
     loaders = create_dataloaders(configs[0], setup.rank, setup.world, open_source(config))
+    configs = [dataclasses.replace(each, grey_bits=loaders.train.bits or None) for each in configs]
     folders = [train_one(each, loaders, setup) for each in configs]
     if len(folders) > 1:
         log.info(f"next      {command('evaluate.py')} {shlex.quote(config.output_dir)}   (all)\n")
@@ -1091,6 +1092,7 @@ def check(config: Config) -> None:
     setup = dataclasses.replace(setup, precision=precision)
     log.info(f"device    {setup.device}, {precision} ({why}); torch {torch.__version__}")
     loaders = create_dataloaders(config)
+    config = dataclasses.replace(config, grey_bits=loaders.train.bits or None)
     log.info(describe(loaders.source, loaders.splits))
 
     began, count = time.monotonic(), 0
