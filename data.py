@@ -818,9 +818,11 @@ class Intake:
         self.patients_from: dict[str, None] = {}
         self.splits_from: dict[str, None] = {}
         self.columns: dict[str, None] = {}  # that are not used
-        self.by_folders = False
+        self.by_folders, self.no_label = False, list[str]()
         self.read_tables([table] if table else tables, bool(table))
-        if not any(entry[0] for entry in self.found.values()):
+        if any(entry[0] for entry in self.found.values()):
+            self.compare_with_folders()
+        else:
             self.read_folders()
         self.finish()
 
@@ -894,6 +896,9 @@ class Intake:
             if not table or table.path is None or re.search("(?i)submission", name):
                 of_no_use.append(name)
             else:
+                if not table.labels and len(table.shown) > 1:
+                    self.no_label.append(f"{name} lists images, but no column says which are "
+                                         f"normal ({', '.join(table.shown)[:200]})")
                 tables.append((not table.labels, not self.tells(table), table))
         if of_no_use:
             self.unused[f"tables that list no images that are there, e.g. {of_no_use[0]}"] = len(
@@ -1024,7 +1029,9 @@ class Intake:
             rest = ps[level + 1 :] if level is not None else []
             persons = [p for p in folder.split("/") if (m := PERSON.fullmatch(p)) and not
                        re.match("(?i)(study|series|session|visit|s$)", m[1])]
-            patient = (persons or [p for p in rest if re.search(r"\d", p)] or [""])[0]
+            # A folder with a number below the class is a patient's, or above it.
+            numbered = [p for p in rest + ps[common:level] if re.search(r"\d", p)]
+            patient = (persons or numbered or [""])[0]
             if level is None:
                 word = ps[-1] if ps else ""
                 kind = f"in {folder or 'no folder'}, which is neither normal nor beside a " \
@@ -1040,6 +1047,8 @@ class Intake:
                 elif {kind} != {"abnormal"} and set(own) - {level}:
                     kind = f"in {folder}, which says normal and abnormal"
             places[folder] = kind, word, patient
+        if len({patient for *_, patient in places.values()}) < 5:  # parts, or stages of a disease
+            places = {folder: (kind, word, "") for folder, (kind, word, _) in places.items()}
         for image in self.images:
             kind, word, patient = places[image.rpartition("/")[0]]
             split = split_of(image)
@@ -1051,6 +1060,19 @@ class Intake:
             if patient and not there[3]:
                 self.patients_from["the folders below the classes"] = None
         self.by_folders = True
+
+    def compare_with_folders(self) -> None:
+        """Mark what a table and the names of folders say differently, where these tell both."""
+        said = {}
+        for folder in {image.rpartition("/")[0] for image in self.found}:
+            kinds = {self.means(p) for p in folder.split("/") if len(squash(p)) > 3 and (
+                self.means(p) == "normal" or squash(p) in ABNORMAL_NAMES)}
+            said[folder] = kinds.pop() if len(kinds) == 1 else ""
+        if {"normal", "abnormal"} <= {*said.values()}:
+            for image, entry in self.found.items():
+                folder = said[image.rpartition("/")[0]]
+                if folder and entry[0] in ("normal", "abnormal") and folder != entry[0]:
+                    entry[0] = "table and folder disagree"
 
     def means(self, word: str) -> str:
         """What a word means here."""
@@ -1088,9 +1110,10 @@ class Intake:
         samples, patients = [], self.patients()
         for image in sorted(self.found):
             kind, said, finding, _, view, split = self.found[image]
+            kind = kind or "in a table that does not label them"
             if kind not in ("normal", "abnormal"):
                 about = " + ".join(sorted(said)[:4]) if kind in (
-                    "contradictory", "tables disagree", "unknown") else ""
+                    "contradictory", "tables disagree", "unknown", "table and folder disagree") else ""
                 self.left_out[f"{kind}{': ' * bool(about)}{about}"] += 1
                 continue
             label = NORMAL if kind == "normal" else ABNORMAL
@@ -1100,6 +1123,7 @@ class Intake:
             self.refuse(f"none of its {len(self.images)} images is known to be normal; "
                         + (f"its words: {text}; {self.flag(next(iter(words)))}; or {example}"
                            if words else f"no table or folder says what they are; {example}")
+                        + "".join(f"; {text}" for text in self.no_label[:2])
                         + f" (not used: {unused})" * bool(unused))
         self.source.samples = samples = self.drop_copies(samples)
         if not any(s.label == NORMAL for s in samples):
