@@ -22,6 +22,7 @@ import posixpath
 import queue
 import random
 import re
+import shlex
 import struct
 import sys
 import threading
@@ -483,65 +484,72 @@ def draw_phantom(index: int, size: int = 128, seed: int = 0,
 
 # ----------------------------------------------------------------------------------------------
 # Intake: what the files of a folder or archive mean. It is read off names and tables; of the files
-# themselves only the first bytes, where an ending says nothing, and some masks of normal images.
+# themselves only the first bytes, where an ending says nothing, and a few masks of normal images.
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
-OTHER_SUFFIXES = (".xml", ".json", ".npy", ".npz", ".zip", ".gz", ".xlsx", ".xls", ".md", ".html",
-                  ".pdf", ".py", ".ipynb", ".pt", ".pth", ".mat", ".mp4", ".log", ".yaml", ".yml")
+OTHER_SUFFIXES = (".xml", ".json", ".npy", ".npz", ".zip", ".gz", ".xlsx", ".md", ".html", ".pdf",
+                  ".py", ".ipynb", ".pt", ".mat", ".mp4", ".log", ".yaml")
 MOST_TABLES = 40  # that are looked into
 
-# Words are compared without case, spaces and signs. What is not in these lists is a finding.
-NORMAL_NAMES = set(["normal", "normals", "good", "healthy", "health", "nofinding", "nofindings", "negative", "no", "false", "0", "control", "controls", "healthycontrol", "healthycontrols", "normalcontrol", "normalcontrols", "notumor", "notumors", "notumour"])
-ABNORMAL_NAMES = set(["abnormal", "anomaly", "anomalous", "anomalies", "bad", "defect", "defective", "positive", "yes", "true", "1", "ungood"])
-# What says neither: not to be taken for a finding.
-UNKNOWN_NAMES = set(["unknown", "unlabeled", "unlabelled", "unlabel", "uncertain", "unspecified", "undetermined", "todo", "none", "null", "nan", "na"]) | {""}
-# Like normal, but not certain to mean it: decided by --normal alone.
-LIKE_NORMAL = re.compile(
-    r"normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|pass|passed|nad|"
-    r"unremarkable|unaffected|uninfected|undamaged)\b|^(no|non|not|without|free)\b|^non(?!e)\w|"
-    r"^(n|nl|nor|norm|wnl|nil)$")
-NOT_NORMAL = re.compile(r"ab ?normal|\ba ?normal|(non|not|un) ?(normal|healthy|good|ok|clear|clean)"
-                        r"|no good|non ?negative")
-SPLIT_NAMES = {"train": "train", "training": "train", "trainset": "train", "val": "val",
-               "valid": "val", "validation": "val", "valset": "val", "test": "test",
-               "testing": "test", "testset": "test"}
-MASK_NAMES = set(["mask", "masks", "gt", "gts", "groundtruth", "groundtruths", "label", "labels", "seg", "segs", "segmentation", "segmentations", "annotation", "annotations", "annot", "annots"])
-NO_CLASS = set(["pred", "preds", "predict", "prediction", "predictions", "result", "results", "heatmap", "heatmaps", "all", "output", "outputs", "overlay", "overlays", "sample", "samples", "example", "examples", "figure", "figures", "plot", "plots", "visualization", "visualizations", "tmp", "temp", "backup", "old", "misc", "preview", "previews", "thumbnail", "thumbnails", "screenshots", "logs", "inference", "submission", "submissions", "docs", "icons", "demo", "trash", "excluded", "duplicates", "unused", "cam", "gradcam", "saliency", "reconstruction", "reconstructions"])
-# Words beside another in a name that add nothing: normal_cases, class_good, Training Set.
-FILLER = (r"(?:cases?|images?|imgs?|pictures?|pics?|photos?|pngs?|jpe?gs?|dicoms?|dcms?|bmps?|tiffs?|"
-          r"scans?|slices?|stud(?:y|ies)|patients?|subjects?|x ?rays?|radiographs?|chest|cxr|films?|"
-          r"frames?|class|folder|dir|directory|data|dataset|set|split|group|batch|part|files?|"
-          r"lungs?|brains?|eyes?|findings?)")
-PERSON = re.compile(r"(?i)(patient|person|pat|subject|subj|sub|case|participant|volunteer|pid|p|"
-                    r"study|series|session|visit|s)[ _-]?\d+[a-z]?")
-# Patients in file names, believed where every name of a set is made so: Kermany; OCT; CheXpert and
-# MURA; the NIH's; and others that say so.
-NAME_RULES = [re.compile(rule) for rule in (
-    r"(?:^|/)(?P<patient>person\d+_(?P<finding>bacteria|virus))_[^/]*$|"
-    r"(?:^|/)(?P<other>(?:NORMAL2-)?IM-\d+)-[^/]*$",
-    r"(?:^|/)[A-Z]+-(?P<patient>\d+)-\d+\.\w+$", r"(?:^|/)(?P<patient>(?i:patient)_?\d+)/",
-    r"(?:^|/)(?P<patient>\d{8})_\d{3}\.\w+$",
-    r"(?:^|/)(?P<patient>(?i:patient|pat|subject|subj|sub|case|person)[ _-]?\d+)[ _-][^/]+$")]
 
-# Columns, known by their names without signs; which of them is the path, and which the split, is
-# seen by what is in them.
-LABELS = ["label", "labels", "class", "classname", "target", "diagnosis", "findinglabels", "findinglabel", "finding", "findings", "category", "dx", "condition", "disease", "result", "pathology", "outcome", "groundtruth", "classification", "type"]
-PATIENTS = ["patient", "patientid", "patientno", "patientnumber", "patientname", "subject", "subjectid", "participant", "participantid", "mrn", "case", "caseid", "person", "personid", "pid", "lesionid"]
-VIEWS = ["view", "viewposition", "frontallateral", "appa", "projection", "views"]
-SIDE_VIEWS = {"l", "ll", "lat", "lateral", "axial", "coronal", "sagittal", "oblique"}
-SPLIT_COLUMNS = ["split", "datasettype", "subset", "dataset", "partition"]
-NOT_LABELS = {"sex", "gender", "age", "smoker", "survival"}
+def one_of(text: str) -> dict[str, int]:
+    """The words of a text, each with its place."""
+    return {word: place for place, word in enumerate(text.split())}
+
+
+# Words are compared without case, spaces and signs. What is not in these lists is a finding.
+NORMAL_NAMES = one_of("normal normals good healthy health nofinding nofindings negative no false 0 "
+                      "control controls healthycontrol healthycontrols notumor notumour")
+ABNORMAL_NAMES = one_of("abnormal anomaly anomalous anomalies bad defect defective ungood positive "
+                        "yes true 1")
+# What says neither: not to be taken for a finding.
+UNKNOWN_NAMES = {"", *one_of("unknown unlabeled unlabelled uncertain todo none null nan na")}
+# Like normal, but not certain to mean it: --normal alone decides.
+LIKE_NORMAL = re.compile(
+    r"normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|pass|passed|"
+    r"unremarkable|unaffected|uninfected)\b|^(no|non|not|without|free)\b|^non(?!e)\w|"
+    r"^(n|nl|nor|norm|wnl|nil)$")
+NOT_NORMAL = re.compile(r"\ba ?normal|(ab|non|not|un) ?(normal|healthy|good|ok|clear|clean)|no good")
+SPLIT_NAMES = {name: split for split, names in {
+    "train": "train training trainset", "val": "val valid validation valset",
+    "test": "test testing testset"}.items() for name in names.split()}
+MASK_NAMES = one_of("mask masks gt label labels seg segs segmentation segmentations annotation "
+                    "annotations")
+NO_CLASS = one_of("pred preds prediction predictions result results heatmap heatmaps all output "
+                  "outputs overlay overlays sample samples example examples figure figures plot "
+                  "plots tmp temp backup old misc preview previews thumbnail thumbnails inference "
+                  "submission submissions demo trash excluded duplicates unused reconstructions")
+# What adds nothing to a name: normal_cases, chest_good, Training Set.
+FILLER = (r"(?:cases?|images?|imgs?|pictures?|photos?|pngs?|jpe?gs?|dicoms?|dcms?|bmps?|tiffs?|scans?|"
+          r"slices?|stud(?:y|ies)|patients?|subjects?|x ?rays?|radiographs?|chest|cxr|films?|frames?|"
+          r"class|folder|dir|data|dataset|set|split|group|batch|part|files?|lungs?|brains?|findings?)")
+PERSON = re.compile(r"(?i)(patient|person|pat|subject|subj|sub|case|pid|p|study|series|session|s)"
+                    r"[ _-]?\d+[a-z]?")
+# Patients in the names of files, believed where every image of a set has such a name: Kermany's,
+# OCT's, CheXpert's and MURA's, the NIH's, and such as patient7_3.png.
+NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
+    r"(person\d+_(?P<finding>bacteria|virus)(?=_)|(?:NORMAL2-)?IM-\d+(?=-))[^/]*$",
+    r"[A-Z]+-(\d+)-\d+\.\w+$", r"(patient\d+)/", r"(\d{8})_\d{3}\.\w+$",
+    r"((?i:patient|pat|subject|subj|sub|case|person)[ _-]?\d+)[ _-][^/]+$")]
+
+# Columns by their names without signs. Which is the path, and which the split, their content says.
+LABELS = one_of("label labels class classname target diagnosis findinglabels findinglabel finding "
+                "findings category dx condition disease pathology groundtruth type")
+PATIENTS = one_of("patient patientid patientno patientname subject subjectid participant mrn case "
+                  "caseid person personid pid lesionid")
+VIEWS = one_of("view viewposition frontallateral appa projection")
+SIDE_VIEWS = one_of("l ll lat lateral axial coronal sagittal oblique")
+SPLITTERS = one_of("split datasettype subset dataset partition")
+NOT_LABELS = one_of("sex gender age smoker survival")
 # Left, top, width, height, right and bottom of a box.
-BOXES = [names.split() for names in ("x xmin bboxx x0 left", "y ymin y0 top", "width w",
-                                     "height h", "xmax x1 x2 right", "ymax y1 y2 bottom")]
-YES, FLAGS = {"1", "yes", "true"}, {"1", "yes", "true", "0", "no", "false", "", "-1"}
-MEANINGS = ("normal", "abnormal", "unknown", "unsure", "contradictory", "tables disagree")
-MASK_NAME = re.compile(  # as an image is called beside which it lies
+BOXES = [*map(one_of, ("x xmin bboxx x0 left", "y ymin y0 top", "width w", "height h",
+                       "xmax x1 x2 right", "ymax y1 y2 bottom"))]
+YES, FLAGS = one_of("1 yes true"), {"", *one_of("1 yes true 0 no false -1")}
+MASK_NAME = re.compile(  # of the image beside which it lies
     r"(?:masks?|gt|labels?|seg)[ _-]+(.+)|(.+?)[ _-]*(?:masks?|gt|seg|segmentation|labels?|"
     r"ground[ _-]?truth|annotation|lesion|roi)(?:[ _-]?\d+)?")
 A_CSV = "give a CSV with the first line path,label and then a line an image,"
-# What files are that hold images, but are none.
-INSTEAD = {
+INSTEAD = {  # of what holds images, but is none
     ".npz": ". A .npz file holds arrays of NumPy; these lines save them as PNG:\n"
             "    import numpy, pathlib, PIL.Image; d = numpy.load('FILE.npz')\n"
             "    for i, (x, y) in enumerate(zip(d['train_images'], d['train_labels'].ravel())):\n"
@@ -550,100 +558,94 @@ INSTEAD = {
     ".zip": "; unpack the archive first", ".gz": "; unpack what ends in .gz first"}
 
 
+def spaced(text: str) -> str:
+    """A name in lower case, its words parted by single spaces."""
+    return re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()).strip()
+
+
 def squash(text: str) -> str:
-    """A word without case, spaces and signs; a number as it is written shortest."""
-    text = text.strip()
-    if re.fullmatch(r"[+-]?\d+(\.0*)?", text):
+    """A word without case, spaces and signs; a number as short as it can be written."""
+    if re.fullmatch(r"[+-]?\d+(\.0*)?", text.strip()):
         return str(int(float(text)))
     return re.sub(r"[\W_]+", "", text.casefold())
 
 
 @functools.lru_cache(100_000)
 def bare(text: str) -> tuple[str, str]:
-    """What a folder or label says, in plain words, and the split that it names; "" for neither.
+    """The words of a folder or label that tell something, and the split that it names, or "".
 
     '0_Normal cases (1)' is ('normal', ''), 'train_images' is ('', 'train')."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()
-    words, split = re.sub(r"[\W_]+", " ", words).strip(), ""
+    words, split = spaced(text), ""
     for place in (r"^([a-z]+)(?: |$)", r"(?:^| )([a-z]+)$"):
-        found = re.search(place, words)
-        if found and found[1] in SPLIT_NAMES and not split:
-            split, words = SPLIT_NAMES[found[1]], re.sub(place, "", words)
+        if not split and (m := re.search(place, words)) and m[1] in SPLIT_NAMES:
+            split, words = SPLIT_NAMES[m[1]], re.sub(place, "", words)
     plain = re.sub(r"^\d+ | \d+$|(?<=[a-z]{4})\d+$", "", words)
     if re.search("[a-z]{4}", plain) and not re.search(r"\b(class|grade|stage|level|type)\b", plain):
-        words = plain  # the numbers of copies or of the order, not those that are all that differs
-    if re.fullmatch(rf"({FILLER} ?)+( ?\d+)?|\d* ?", words) and not re.fullmatch(
-            r"\d+|(class|group) ?\d+", words):
+        words = plain  # without the number of a copy or place, but where the number is the class
+    if re.fullmatch(rf"({FILLER} ?)+\d*| ?", words) and not re.fullmatch(r"class ?\d+", words):
         return "", split
     return re.sub(rf"^({FILLER} )+(?=[a-z])|( {FILLER})+$", "", words), split
 
 
 @functools.lru_cache(100_000)
 def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
-    """What a label or folder says: "normal", "abnormal", "unknown", or "unsure" if it is like
-    normal, but not known. given: the words of --normal; whatever else is labelled is abnormal."""
+    """What a label or folder says: normal, abnormal, unknown, or unsure if it is only like normal.
+    given: the words of --normal; whatever else is labelled is abnormal then."""
     words = bare(word)[0]
-    plain = {squash(word), squash(words)} if words else {squash(word)}
+    forms = {squash(word), squash(words)} if words else {squash(word)}
     if squash(word) in given:
         return "normal"
-    if plain & UNKNOWN_NAMES:
+    if forms & UNKNOWN_NAMES:
         return "unknown"
-    if given or plain & ABNORMAL_NAMES:
+    if given or forms & ABNORMAL_NAMES.keys():
         return "abnormal"
-    if plain & NORMAL_NAMES:
+    if forms & NORMAL_NAMES.keys():
         return "normal"
     return "unsure" if LIKE_NORMAL.search(words) and not NOT_NORMAL.search(words) else "abnormal"
 
 
-def tokens(label: str) -> list[str]:
+def tokens(label: str) -> tuple[str, ...]:
     """The words of a label: one, or several joined by | , ; or written as a list."""
-    return [word for part in re.split(r"[|;,]", label) if (word := part.strip(" []{}()'\""))]
+    return tuple(word for part in re.split(r"[|;,]", label) if (word := part.strip(" []{}()'\"")))
 
 
 def judge(words: Iterable[str], given: frozenset[str]) -> str:
-    """What words say together: a meaning, or "contradictory"."""
+    """What words say together: a meaning, or contradictory."""
     found = {meaning(word, given) for word in words} or {"unknown"}
-    if len(found) > 1:
-        found -= {"unknown"} if "normal" not in found else set()
-    return found.pop() if len(found) == 1 else (
-        "unsure" if "unsure" in found else "contradictory")
+    if found == {"abnormal", "unknown"}:
+        return "abnormal"
+    return found.pop() if len(found) == 1 else "unsure" if "unsure" in found else "contradictory"
 
 
-def is_mask_folder(name: str) -> bool:
+@functools.lru_cache(100_000)
+def split_of(folder: str) -> str:
+    """The split that a folder's path names, the innermost part that does; "" if none does."""
+    return next((split for part in reversed(folder.split("/")) if (split := bare(part)[1])), "")
+
+
+def folder_of(name: str) -> str:
+    """The folder of a file, "" at the top."""
+    return name.rpartition("/")[0]
+
+
+def is_mask_folder(path: str) -> bool:
     """Whether a folder is called masks, ground_truth, lung masks, test_labels or the like."""
-    plain = re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold()).strip()
-    words = re.sub(rf" ?\b({FILLER}|{'|'.join(SPLIT_NAMES)})\b", "", plain.replace(
-        "ground truth", "gt")).split()
+    words = re.sub(rf"\b({FILLER}|{'|'.join(SPLIT_NAMES)})\b", "", spaced(
+        path.rpartition("/")[2]).replace("ground truth", "gt").replace("groundtruth", "gt")).split()
     return bool(words) and not {"with", "and"} & {*words} and (
         words[0] in MASK_NAMES or words[-1] in MASK_NAMES)
 
 
-@functools.lru_cache(100_000)
-def split_of_folder(path: str) -> str:
-    """The split that a folder's path names, the innermost part that does; "" if none does."""
-    return next((split for part in reversed(path.split("/")) if (split := bare(part)[1])), "")
-
-
-def split_of(path: str) -> str:
-    """The split that the folders of a file's path name, or ""."""
-    return split_of_folder(path.rpartition("/")[0])
-
-
-def joined(kinds: set[str]) -> str:
-    """What several rows say of an image: it is normal only if all of them say so."""
-    return next((k for k in ("contradictory", "unsure", "abnormal") if k in kinds), "unknown")
-
-
 class Index:
-    """Finds the image that a table means: with or without folder, ending, or another prefix."""
+    """Finds the image that a table means: with or without folder, ending, or with another prefix.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names, self.by_stem = set(names), dict[str, str | list[str]]()
         for name in names:
             stem = self.stem(name)
             there = self.by_stem.get(stem)
-            self.by_stem[stem] = name if there is None else (
-                [*there, name] if isinstance(there, list) else [there, name])
+            self.by_stem[stem] = name if there is None else [*self.named(stem), name]
 
     @staticmethod
     def stem(path: str) -> str:
@@ -655,171 +657,162 @@ class Index:
     def __contains__(self, text: str) -> bool:
         return bool(text) and self.stem(text.replace("\\", "/")) in self.by_stem
 
+    def named(self, stem: str) -> list[str]:
+        """All images of that stem."""
+        there = self.by_stem.get(stem, [])
+        return [there] if isinstance(there, str) else there
+
     def find(self, path: str, below: str) -> str:
         """The image, or "" if there is none, or no single one. below: the table's folder."""
         path = path.replace("\\", "/")
-        there = self.by_stem.get(self.stem(path))
-        if not there:
-            return ""
-        if isinstance(there, str) and "/" not in path:
-            return there
-        for name in (posixpath.normpath(posixpath.join(below, path)), posixpath.normpath(path)):
-            if name in self.names:
-                return name
-        parts, found = path.lower().split("/")[-2::-1], dict[int, list[str]]()
-        for name in [there] if isinstance(there, str) else there:
-            folders = name.lower().split("/")[-2::-1]
-            same = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1],
-                                                      zip(parts, folders, strict=False)))
-            # Another prefix is none of the split: train/1.png is never test/1.png.
-            if same == len(parts) or split_of(path) in ("", split_of(name)):
-                exact = name.lower().endswith(path.lower().rpartition("/")[2])
-                found.setdefault(2 * same + exact, []).append(name)
-        best = found[max(found)] if found else []
-        if len(best) > 1 and below:
-            best = [name for name in best if name.startswith(f"{below}/")]
-        return best[0] if len(best) == 1 else ""
+        candidates = self.named(self.stem(path))
+        if "/" in path or len(candidates) > 1:
+            for name in (posixpath.join(below, path), path):
+                if (name := posixpath.normpath(name)) in self.names:
+                    return name
+            parts, found = folder_of(path).lower().split("/")[::-1], defaultdict(list)
+            parts = [] if parts == [""] else parts
+            for name in candidates:
+                pairs = zip(parts, folder_of(name).lower().split("/")[::-1], strict=False)
+                same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                # Another prefix is not another split: train/1.png is never test/1.png.
+                if same == len(parts) or split_of(folder_of(path)) in ("", split_of(folder_of(name))):
+                    exact = name.lower().endswith(path.lower().rpartition("/")[2])
+                    found[same, exact, name.startswith(f"{below}/")].append(name)
+            candidates = found[max(found)] if found else []
+        return candidates[0] if len(candidates) == 1 else ""
 
 
 class Table:
-    """A table of a set, known by what is in it: comma, semicolon or tab, or JSON lines."""
+    """A table of a set, known by what is in it: parted by commas, semicolons or tabs, or a JSON
+    record a line. csv.Error or ValueError if it is none."""
 
     def __init__(self, name: str, text: str, images: Index, given: frozenset[str]) -> None:
-        self.name, self.below, self.given = name, posixpath.dirname(name), given
+        self.name, self.given, self.records = name, given, list[dict]()
         self.text = re.sub(r"\Asep=.\n", "", text.replace("\r\n", "\n").replace("\r", "\n"))
-        self.records: list[dict] = []
         if self.text.lstrip().startswith("{"):
             self.records = [json.loads(line) for line in self.text.split("\n") if line.strip()]
-            if not all(isinstance(record, dict) for record in self.records):
-                raise ValueError("not a record a line")
-        else:
-            def fit(separator: str) -> tuple[int, int]:
-                first = [*itertools.islice(self.parsed(separator), 50)]
-                return (sum(any(cell in images for cell in row) for row in first),
-                        len(first[0]) if first and separator != " " else 0)
 
-            self.separator = max((",", ";", "\t", "|", " "), key=fit)
-        self.header = True
-        self.shown = next(self.rows(0), [])
+        def fit(separator: str) -> tuple[int, int]:
+            first = [*itertools.islice(self.parsed(separator), 50)]
+            return (sum(any(cell in images for cell in row) for row in first),
+                    len(first[0]) if first and separator != " " else 0)
+
+        self.separator, self.first = max((",", ";", "\t", "|", " "), key=fit), 1
+        self.shown = next(self.parsed(self.separator), [])
         if any(cell in images and cell.lower().endswith(IMAGE_SUFFIXES) for cell in self.shown):
-            self.header, self.shown = False, [""] * len(self.shown)
+            self.first, self.shown = 0, [""] * len(self.shown)  # it has no header
         self.columns = [re.sub(r"[^a-z0-9]", "", c.lower()) for c in self.shown]
-        self.values: list[Counter] = [Counter() for _ in self.columns]
+        values: list[Counter] = [Counter() for _ in self.columns]
         for row in self.rows():
-            for counter, cell in zip(self.values, row, strict=False):
+            for counter, cell in zip(values, row, strict=False):
                 counter[cell] += 1
-        self.find_columns(images)
-        self.find_label()
+        self.find_columns(values, images)
 
     def parsed(self, separator: str) -> Iterator[list[str]]:
         """Its rows, parted so, without empty ones; one after the other, as there may be many."""
+        keys = [*dict.fromkeys(key for record in self.records for key in record)]
         lines = (m[0] for m in re.finditer(r"[^\n]*\n|[^\n]+", self.text))
-        for row in csv.reader(lines, delimiter=separator, skipinitialspace=True):
+        for row in itertools.chain([keys], (
+                ["" if r.get(k) is None else str(r[k]) for k in keys] for r in self.records)
+                ) if keys else csv.reader(lines, delimiter=separator, skipinitialspace=True):
             if any(cells := [cell.strip() for cell in row]):
                 yield cells
 
-    def rows(self, first: int = 1) -> Iterator[list[str]]:
-        """Its rows, all as long as the header, which is row 0."""
-        if self.records:
-            keys = [*dict.fromkeys(key for record in self.records for key in record)]
-            rows: Iterator = itertools.chain([keys], (
-                ["" if r.get(k) is None else str(r[k]).strip() for k in keys]
-                for r in self.records))
-        else:
-            rows = self.parsed(self.separator)
-        for row in itertools.islice(rows, first if self.header else 0, None):
-            yield row + [""] * (len(self.columns) - len(row)) if first else row
+    def rows(self) -> Iterator[list[str]]:
+        """Its rows below the header, at least as long as that."""
+        for row in itertools.islice(self.parsed(self.separator), self.first, None):
+            yield row + [""] * (len(self.columns) - len(row))
 
-    def named(self, names: Iterable[str], free: Iterable[int] | None = None) -> int | None:
-        """The first column that has one of these names, and values."""
-        places = range(len(self.columns)) if free is None else free
-        return next((i for name in names for i in places if self.columns[i] == name
-                     and any(self.values[i])), None)
+    def find_columns(self, values: list[Counter], images: Index) -> None:
+        """Tell by names and values which column is what; None for what there is not."""
+        every = [i for i, cells in enumerate(values) if any(cells)]
 
-    def find_columns(self, images: Index) -> None:
-        """Tell which column is the path, the split, the patient, the view, a mask, a box."""
-        best, self.path, every = 0.0, None, range(len(self.columns))
+        def named(names: Iterable[str], free: Iterable[int] = every) -> int | None:
+            return next((i for name in names for i in free if self.columns[i] == name), None)
+
+        best, self.path = 0.0, None
         masks = [i for i in every if re.search("mask|segmentation", self.columns[i])]
         for i in every:
-            if i in masks or (self.header and self.columns[i] in ("", "unnamed0", "index")):
-                continue
-            matched = [v for v in self.values[i] if v in images]
+            matched = [v for v in values[i] if v in images]
             # Bare numbers are the names of images only where nearly all of them are.
-            bare_ones = 2 * sum(v.isdigit() for v in matched) > len(matched)
-            share = len(matched) / max(1, min(len(self.values[i]), len(images.names)))
-            if (rank := len(matched) * (0.5 if bare_ones else 1)) > best and share > (
-                    0.9 if bare_ones else 0.01):
-                best, self.path = rank, i
-        self.split = next((i for i in every if i != self.path and any(self.values[i]) and all(
-            squash(v) in SPLIT_NAMES for v in self.values[i] if v)), None)
-        self.odd_split = None if self.split is not None else self.named(SPLIT_COLUMNS)
-        self.patient, self.modality = self.named(PATIENTS), self.named(["modality"])
-        self.views = [i for name in VIEWS if (i := self.named([name])) is not None]
-        self.mask = next((i for i in masks if any("." in v for v in self.values[i])), None)
-        self.box = [self.named(names) for names in BOXES]
-        self.boxed = None not in self.box[:2] and (
-            None not in self.box[2:4] or None not in self.box[4:])
-        self.taken = {self.path, self.split, self.patient, self.modality, self.mask, *self.views,
-                      *self.box}
+            numbers = 2 * sum(map(str.isdigit, matched)) > len(matched)
+            share = len(matched) / min(len(values[i]), len(images.names))
+            if (i not in masks and self.columns[i] not in ("", "unnamed0", "index")[: 3 * self.first]
+                    and len(matched) * (0.5 if numbers else 1) > best
+                    and share > (0.9 if numbers else 0.01)):
+                best, self.path = len(matched) * (0.5 if numbers else 1), i
+        self.split = next((i for i in every if i != self.path and all(
+            squash(v) in SPLIT_NAMES for v in values[i] if v)), named(SPLITTERS))
+        self.patient, self.modality = named(PATIENTS), named(["modality"])
+        self.views = [i for i in map(named, zip(VIEWS)) if i is not None]
+        self.mask = next((i for i in masks if any("." in v for v in values[i])), None)
+        self.box = [named(names) for names in BOXES]
+        self.sides = [i for i in self.views if not {"l", "r"} <= {*map(squash, values[i])}]
+        self.xrays = self.modality is not None and any(map(is_xray, values[self.modality]))
 
-    def find_label(self) -> None:
-        """Tell which column is the label, or which are a finding each."""
-        free = [i for i in range(len(self.columns)) if i not in self.taken and any(self.values[i])
-                and self.columns[i] not in NOT_LABELS]
-        flags = [i for i in free if self.shown[i] and {*map(squash, self.values[i])} <= FLAGS]
+        taken = {self.path, self.split, self.patient, self.modality, self.mask, *self.views,
+                 *self.box}
+        unused = [i for i in every if i not in taken]
+        free = [i for i in unused if self.columns[i] not in NOT_LABELS]
+        flags = [i for i in free if self.shown[i] and {*map(squash, values[i])} <= FLAGS]
         telling = [i for i in flags if meaning(self.shown[i], self.given) in ("normal", "unsure")]
-        words = [i for i in free if any(
+        spoken = [i for i in free if any(
             meaning(token, self.given) == "normal" and (self.given or len(squash(token)) > 5)
-            for value in itertools.islice(self.values[i], 9999) for token in tokens(value))]
-        label = self.named([*LABELS, *ABNORMAL_NAMES], free)
-        self.several = words if label is None and not telling and len(words) > 1 else []
+            for value in itertools.islice(values[i], 9999) for token in tokens(value))]
+        label = named([*LABELS, *ABNORMAL_NAMES], free)
         self.one_hot = bool(telling) and (label is None or label in telling)
-        self.labels = flags if self.one_hot else [label] if label is not None else words[:1]
-        self.finding = self.named(("finding", "findings", "findinglabels"), free)
-        self.unused = [self.shown[i] for i in free
-                       if i not in self.labels and i != self.finding and self.shown[i]]
+        self.labels = flags if self.one_hot else [label] if label is not None else (
+            spoken if len(spoken) == 1 else [])
+        self.finding = named(("finding", "findings", "findinglabels"), free)
+        self.unused = [self.shown[i] for i in unused if i not in (*self.labels, self.finding)]
+        self.tells = self.one_hot or any(
+            judge(tokens(value), self.given) == "normal" for i in self.labels for value in values[i])
 
-    def words_of(self, row: list[str]) -> list[str]:
+    def words_of(self, row: list[str]) -> tuple[str, ...]:
         """What a row says of its image, in words."""
         if not self.one_hot:
             return tokens(row[self.labels[0]])
         said = {self.shown[i]: squash(row[i]) for i in self.labels}
-        words = [name for name, value in said.items() if value in YES]
+        words = tuple(name for name, value in said.items() if value in YES)
         if judge(words, self.given) == "normal":  # what is uncertain beside it contradicts it
-            words += [name for name, value in said.items() if value == "-1"]
+            words += tuple(name for name, value in said.items() if value == "-1")
         if not words and len(said) == 1 and "" not in said.values():
-            words = ["abnormal"]  # a single column, called normal, says no
+            return ("abnormal",)  # a single column, called normal, says no
         return words
 
 
-class Intake:
-    """What is in a place: fills a source's samples, masks, boxes, and the account of them.
+def is_xray(text: str) -> bool:
+    """Whether a modality is that of radiographs."""
+    return squash(text) in ("xray", "cr", "dx")
 
-    `given` are the words of --normal. UserError if nothing in it is known to be normal, if a word
-    could mean normal and is not known, or if what is there says two things.
+
+class Intake:
+    """What is in a place: fills a source's samples, masks, boxes, facts and what is left out.
+
+    normal: the words of --normal. table: the one that was named; else all of them are looked into.
+    UserError if nothing is known to be normal, or a word may mean normal and is not known.
     """
 
     def __init__(self, source: Source, names: list[str], normal: str = "", table: str = "") -> None:
-        self.source, self.where, self.normal = source, source.spec, normal
+        self.source, self.normal, self.table = source, normal, table
         self.given = frozenset(squash(word) for word in normal.split(",")) - {""}
         self.left_out, self.unused = source.left_out, Counter[str]()
-        self.facts: dict[str, str] = dict.fromkeys(("words", "patients", "split"), "")
-        hidden = [n for n in names if re.search(r"(^|/)(\.(?!\.?/)|__MACOSX/)", n)]
-        self.unused["hidden files"] = len(hidden)
-        images, tables = self.sort_files(sorted({*names} - {*hidden}) if hidden else names)
-        self.masks = self.find_masks(images)
-        self.images = [n for n in images if n not in self.masks] if self.masks else images
-        self.index, self.files = Index(self.images), Index(images)
+        self.facts = dict.fromkeys(("words", "patients", "split"), "")
         # Image -> meaning, words, finding, patient, view, split.
         self.found: dict[str, list] = {}
-        self.excluded: dict[str, str] = {}  # image -> why
+        self.by_folders = False
         self.boxes: dict[str, list[Box]] = {}
-        self.masks_in_tables: dict[str, str] = {}
-        self.patients_from: dict[str, None] = {}
-        self.splits_from: dict[str, None] = {}
-        self.columns: dict[str, None] = {}  # that are not used
-        self.by_folders, self.no_label = False, list[str]()
-        self.read_tables([table] if table else tables, bool(table))
+        self.listed_masks: dict[str, list[str]] = {}
+        self.whence: dict[str, dict[str, None]] = {"patients": {}, "split": {}, "columns": {}}
+        hidden = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/)")
+        seen = [name for name in names if not hidden.search(name)]
+        self.unused["hidden files"] = len(names) - len(seen)
+        images, tables = self.sort_files(seen)
+        self.masks, self.files = self.find_masks(images), Index(images)
+        self.images = [n for n in images if n not in self.masks] if self.masks else images
+        self.index = Index(self.images) if self.masks else self.files
+        self.read_tables([table] if table else tables)
         if any(entry[0] for entry in self.found.values()):
             self.compare_with_folders()
         else:
@@ -828,19 +821,18 @@ class Intake:
 
     def refuse(self, text: str) -> NoReturn:
         """Raise a UserError that begins with the name of the set."""
-        raise UserError(f"--data {self.where}: {text}")
+        raise UserError(f"--data {self.source.spec}: {text}")
 
     def sort_files(self, names: list[str]) -> tuple[list[str], list[str]]:
         """Tell images and tables among the files; what is neither is counted by its ending."""
         images, tables, endings = [], [], Counter[str]()
         for name in names:
             ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES:
+            if ending in IMAGE_SUFFIXES or not (
+                    ending in TABLE_SUFFIXES + OTHER_SUFFIXES) and self.source.is_image(name):
                 images.append(name)
             elif ending in TABLE_SUFFIXES:
                 tables.append(name)
-            elif ending not in OTHER_SUFFIXES and self.source.is_image(name):
-                images.append(name)
             else:
                 endings[ending if re.fullmatch(r"\.\w{1,8}", ending) else "no known ending"] += 1
         tables.sort(key=lambda n: (n.count("/"), n))
@@ -858,221 +850,126 @@ class Intake:
         def above(folder: str) -> list[str]:
             return [folder[:i] for i, letter in enumerate(f"{folder}/") if letter == "/"]
 
-        folders, below = Counter(n.rpartition("/")[0] for n in images), Counter[str]()
+        folders, below = Counter(map(folder_of, images)), Counter[str]()
         for folder, count in folders.items():
             below.update(dict.fromkeys(above(folder), count))
         # A folder that holds all images is no folder of masks, whatever it is called.
-        of_masks = {f for f in folders if any(
-            is_mask_folder(a.rpartition("/")[2]) and below[a] < len(images) for a in above(f))}
+        of_masks = {f for f in folders
+                    if any(is_mask_folder(a) and below[a] < len(images) for a in above(f))}
         stems, masks = {Index.stem(n) for n in images}, {}
         for name in images:
             stem = Index.stem(name)
             beside = MASK_NAME.fullmatch(stem)
             base = beside and (beside[1] or beside[2])
-            if name.rpartition("/")[0] in of_masks or (base and base in stems):
+            if folder_of(name) in of_masks or (base and base in stems):
                 masks[name] = base if base in stems else stem
         return masks
 
-    def read_tables(self, names: list[str], required: bool) -> None:
+    def read_tables(self, names: list[str]) -> None:
         """Take what the tables say that list images."""
         tables, of_no_use = [], []
+        self.without_label = ""
         for name in names:
-            table, why = None, "no rows of several columns"
+            table, why = None, "no rows of columns"
             try:
                 table = Table(name, self.source.read_text(name), self.index, self.given)
+                why = ("no column path whose values are images that are there" if table.path is None
+                       else "no column label, nor another that says which images are normal")
             except TooLarge:
+                why = "too much in it to be looked into"
                 self.left_out["tables, too large to be looked into"] += 1
-                continue
-            except (csv.Error, ValueError) as error:
-                why = str(error)
-            if required and not (table and table.path is not None
-                                 and (table.labels or table.several)):
-                self.refuse(f"{name} has " + (
-                    f"{why}" if not table else
-                    "no column path whose values are images that are there" if table.path is None
-                    else "no column label, nor another that says which images are normal")
-                    + f"; its columns are: {', '.join(table.shown)[:200] if table else '-'}; "
-                    + A_CSV)
+            except (csv.Error, ValueError, AttributeError) as error:
+                why = f"no rows of columns ({error})"
+            columns = f"its columns are: {', '.join(table.shown)[:200]}" if table else ""
+            if self.table and not (table and table.path is not None and table.labels):
+                self.refuse(f"{name} has {why}; {columns}; {A_CSV} such as a.png,normal")
             if not table or table.path is None or re.search("(?i)submission", name):
                 of_no_use.append(name)
-            else:
-                if not table.labels and len(table.shown) > 1:
-                    self.no_label.append(f"{name} lists images, but no column says which are "
-                                         f"normal ({', '.join(table.shown)[:200]})")
-                tables.append((not table.labels, not self.tells(table), table))
+                continue
+            tables.append(table)
+            if not table.labels and len(table.shown) > 1:
+                self.without_label = f"; {name} has {why}; {columns}"
         if of_no_use:
             self.unused[f"tables that list no images that are there, e.g. {of_no_use[0]}"] = len(
                 of_no_use)
         # What tells normal from abnormal comes first: others add to it, or contradict it.
-        for *_, table in sorted(tables, key=lambda t: t[:2]):
-            self.read_table(table, required)
+        for table in sorted(tables, key=lambda t: (not t.labels, not t.tells)):
+            self.read_table(table)
 
-    def tells(self, table: Table) -> bool:
-        """Tell whether a table knows normal images."""
-        return bool(table.labels) and any(judge(table.words_of(row), self.given) == "normal"
-                                          for row in table.rows())
-
-    def read_table(self, table: Table, required: bool) -> None:
+    def read_table(self, table: Table) -> None:
         """Add what one table says of its images, in rows that may be several an image."""
-        if table.several:
-            self.refuse(f"{table.name}: each of its columns "
-                        f"{', '.join(table.shown[i] for i in table.several)} could be the label; "
-                        "call the one that is meant label")
-        if table.odd_split is not None:
-            odd = next(v for v in table.values[table.odd_split] if v and squash(v) not in
-                       SPLIT_NAMES)
-            self.refuse(f"{table.name}: {table.shown[table.odd_split]} {odd!r} is not one of "
-                        "train, val, test")
         named = {SPLIT_NAMES[w] for w in re.split(r"[\W_]+", Index.stem(table.name))
                  if w in SPLIT_NAMES}
-        of_name = "" if {"train", "test"} <= named else max(named - {"val"}, default="") or (
+        of_table = "" if {"train", "test"} <= named else max(named - {"val"}, default="") or (
             "val" if named else "")
+        absent, here, judged = dict[str, None](), dict[str, list](), dict[tuple, tuple]()
+        for number, row in enumerate(table.rows(), 1 + table.first):
+            image = self.index.find(row[table.path], folder_of(table.name))
+            cells = tuple(row[i] for i in table.labels)
+            if cells not in judged:
+                words = table.words_of(row) if cells else ()
+                judged[cells] = words, judge(words, self.given) if cells else ""
+                for word in words if not (self.given or table.one_hot) else ():
+                    if re.fullmatch(r"[+-]?[\d.]+", word) and squash(word) not in ("0", "1"):
+                        self.refuse(f"{table.name} row {number}: label {word} is neither 0 (normal) "
+                                    f"nor 1 (abnormal); {self.flag('0')}")
+            words, kind = judged[cells]
 
-        def cell(column: int | None) -> str:
-            return "" if column is None else row[column]
+            def cell(column: int | None, row: list[str] = row) -> str:
+                return "" if column is None else sys.intern(row[column])
 
-        def is_xray(text: str) -> bool:
-            return squash(text) in ("xray", "cr", "dx")
-
-        xrays = table.modality is not None and any(map(is_xray, table.values[table.modality]))
-        sides = [i for i in table.views if not {"l", "r"} <= {*map(squash, table.values[i])}]
-        absent, here = Counter[str](), dict[str, list]()
-        for number, row in enumerate(table.rows(), 2):
-            image = self.index.find(row[table.path], table.below)
-            words = table.words_of(row) if table.labels else []
-            kind = judge(words, self.given) if table.labels else ""
-            wrong = next((w for w in words if re.fullmatch(r"[+-]?[\d.]+", w) and not self.given
-                          and squash(w) not in ("0", "1")), "")
-            if required and (not row[table.path] or not words):
+            if self.table and not (row[table.path] and words):
                 self.refuse(f"{table.name} row {number}: path or label is empty")
-            if wrong:
-                self.refuse(f"{table.name} row {number}: label {wrong} is neither 0 (normal) nor 1 "
-                            f"(abnormal); {self.flag(wrong)}")
             if not image:
-                absent[row[table.path]] += 1
+                absent[row[table.path]] = None
                 continue
-            if xrays and not is_xray(cell(table.modality)):
-                self.excluded[image] = "not an X-ray"
-            elif any(squash(row[i]) in SIDE_VIEWS for i in sides):
-                self.excluded[image] = "not a frontal view"
             finding = cell(table.finding)
-            if kind == "normal" and judge(tokens(finding), self.given) == "abnormal":
-                kind, words = "contradictory", [*words, finding]
-            if not finding and table.labels:
-                finding = "|".join(words) if table.one_hot else row[table.labels[0]]
+            if kind == "normal" and finding and judge(tokens(finding), self.given) == "abnormal":
+                kind, words = "contradictory", (*words, finding)
+            if table.xrays and not is_xray(cell(table.modality)):
+                kind = "not an X-ray"
+            elif any(squash(row[i]) in SIDE_VIEWS for i in table.sides):
+                kind = "not a frontal view"
+            if not finding and cells:
+                finding = "|".join(words) if table.one_hot else sys.intern(cells[0].strip("[]'\""))
+            split = cell(table.split)
+            if squash(split) not in SPLIT_NAMES and split:
+                self.refuse(f"{table.name} row {number}: {table.shown[table.split]} {split!r} is "
+                            "not one of train, val, test")
+            split = SPLIT_NAMES.get(squash(split), "") if table.split is not None else first_split(
+                of_table, split_of(folder_of(image)))
             patient = re.sub(r"\.0+$", "", cell(table.patient))
-            split = SPLIT_NAMES.get(squash(cell(table.split)), "")
-            if table.split is None:  # not trained on where name or folder says test
-                both = {of_name, split_of(image)}
-                split = next((s for s in ("test", "val", "train") if s in both), "")
-            if split:
-                self.splits_from["the names of tables and folders" if table.split is None else
-                                 f"the column {table.shown[table.split]}"] = None
-            if patient:
-                self.patients_from[f"the column {table.shown[table.patient]}"] = None
-            entry = [kind, {*words}, finding.strip("[]'\""), sys.intern(patient),
-                     cell(table.views[0] if table.views else None), split]
-            if there := here.get(image):
-                entry[0] = there[0] if there[0] == kind else joined({there[0], kind})
-                entry[1] |= there[1]
-                entry[2] = "|".join(dict.fromkeys(filter(None, [there[2], entry[2]])))
-                entry[3:5] = there[3:5]
-                if there[5] != split:
-                    entry[0] = "in two splits"
+            entry = [kind, words, finding, patient, cell(table.views[0] if table.views else None),
+                     split]
+            if image in here:
+                entry = join(here[image], entry)
             here[image] = entry
-            if table.boxed:
+            if None not in table.box[:2]:
                 with contextlib.suppress(ValueError):  # an empty one: no lesion
-                    x, y, w, h, x2, y2 = (float(cell(i) or "nan") for i in table.box)
-                    box = (x, y, x + w if x2 != x2 else x2, y + h if y2 != y2 else y2)
+                    x, y, w, h, right, bottom = (float(cell(i) or "nan") for i in table.box)
+                    box = (x, y, x + w if right != right else right, y + h if bottom != bottom
+                           else bottom)
                     # Those of the NIH are of images of 1024 x 1024 pixels.
                     side = 1024 if table.columns[table.box[0]] == "bboxx" else 1
-                    if all(value == value for value in box):
+                    if sum(box) == sum(box):  # all are there
                         self.boxes.setdefault(image, []).append(
                             (box[0] / side, box[1] / side, box[2] / side, box[3] / side))
             if mask := cell(table.mask):
-                self.masks_in_tables[image] = self.files.find(mask, table.below) or mask
-        absent.pop("", None)
-        if absent and required:
+                self.listed_masks[image] = [self.files.find(mask, folder_of(table.name)) or mask]
+        if absent and self.table:
             self.refuse(f"{len(absent)} of the {len(absent) + len(here)} files that {table.name} "
                         f"lists are not there, the first is {min(absent)}; paths are relative to "
                         "it")
-        self.left_out["listed in a table but not there"] += len(absent)
+        if absent:
+            self.left_out["listed in a table but not there"] += len(absent)
         for image, entry in here.items():
-            there = self.found.setdefault(image, entry)
-            if there is not entry:
-                kinds = {there[0], entry[0]} - {"", "unknown"}
-                there[0] = "tables disagree" if len(kinds) > 1 else min(kinds, default=there[0])
-                there[1] |= entry[1] if not there[0] or len(kinds) > 1 else set()
-                there[2:5] = (a or b for a, b in zip(there[2:5], entry[2:5], strict=True))
-                there[5] = next((s for s in ("test", "val", "train") if s in (
-                    there[5], entry[5])), "")
-        self.columns |= dict.fromkeys(table.unused)
-
-    def read_folders(self) -> None:
-        """Take an image's class from its folder: normal by its word, abnormal beside a normal one.
-
-        Folders of splits, of patients and those that only hold (images, data) count for nothing.
-        """
-        count = Counter(n.rpartition("/")[0] for n in self.images)
-        parts = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)]
-                 for f in count}
-        common = len(os.path.commonprefix([p[:-1] for p in parts.values()]))
-        deepest = {f: max((i for i, p in enumerate(ps) if self.means(p) == "normal"), default=None)
-                   for f, ps in parts.items()}
-        beside = {tuple(parts[f][:i]) for f, i in deepest.items() if i is not None}
-        places: dict[str, tuple[str, str, str]] = {}  # folder -> meaning, word, patient
-        for folder, ps in parts.items():
-            level = next((i for i in range(len(ps) - 1, -1, -1) if tuple(ps[:i]) in beside), None)
-            own = [i for i, p in enumerate(ps) if i >= common and squash(p) in ABNORMAL_NAMES]
-            if level is None and own and not self.given:
-                level = own[0]
-            rest = ps[level + 1 :] if level is not None else []
-            persons = [p for p in folder.split("/") if (m := PERSON.fullmatch(p)) and not
-                       re.match("(?i)(study|series|session|visit|s$)", m[1])]
-            # A folder with a number below the class is a patient's, or above it.
-            numbered = [p for p in rest + ps[common:level] if re.search(r"\d", p)]
-            patient = (persons or numbered or [""])[0]
-            if level is None:
-                word = ps[-1] if ps else ""
-                kind = f"in {folder or 'no folder'}, which is neither normal nor beside a " \
-                       "normal folder"
-                if self.means(word) == "unsure":
-                    kind = "unsure"
-            else:
-                word, kind = ps[level], self.means(ps[level])
-                if any(squash(bare(p)[0]) in NO_CLASS for p in ps[common:]):
-                    kind = f"in {folder}, which is no class"
-                elif kind == "unknown":
-                    kind = f"in a folder called {word}"
-                elif {kind} != {"abnormal"} and set(own) - {level}:
-                    kind = f"in {folder}, which says normal and abnormal"
-            places[folder] = kind, word, patient
-        if len({patient for *_, patient in places.values()}) < 5:  # parts, or stages of a disease
-            places = {folder: (kind, word, "") for folder, (kind, word, _) in places.items()}
-        for image in self.images:
-            kind, word, patient = places[image.rpartition("/")[0]]
-            split = split_of(image)
-            there = self.found.get(image, ["", set(), "", "", "", ""])  # of a table without labels
-            self.found[image] = [kind, {word}, word.lower(), there[3] or patient, there[4],
-                                 there[5] or split]
-            if split and not there[5]:
-                self.splits_from["the names of folders"] = None
-            if patient and not there[3]:
-                self.patients_from["the folders below the classes"] = None
-        self.by_folders = True
-
-    def compare_with_folders(self) -> None:
-        """Mark what a table and the names of folders say differently, where these tell both."""
-        said = {}
-        for folder in {image.rpartition("/")[0] for image in self.found}:
-            kinds = {self.means(p) for p in folder.split("/") if len(squash(p)) > 3 and (
-                self.means(p) == "normal" or squash(p) in ABNORMAL_NAMES)}
-            said[folder] = kinds.pop() if len(kinds) == 1 else ""
-        if {"normal", "abnormal"} <= {*said.values()}:
-            for image, entry in self.found.items():
-                folder = said[image.rpartition("/")[0]]
-                if folder and entry[0] in ("normal", "abnormal") and folder != entry[0]:
-                    entry[0] = "table and folder disagree"
+            there = self.found.get(image)
+            self.found[image] = entry if there is None else merge(there, entry)
+        shown = {"patients": table.patient, "split": table.split}
+        for what, column in shown.items():
+            if column is not None:
+                self.whence[what][f"the column {table.shown[column]}"] = None
+        self.whence["columns"] |= dict.fromkeys(filter(None, table.unused))
 
     def means(self, word: str) -> str:
         """What a word means here."""
@@ -1080,85 +977,136 @@ class Intake:
 
     def flag(self, word: str = "") -> str:
         """Say how --normal decides."""
-        return f"say which words mean normal with --normal WORD[,WORD]{f', e.g. {word}' * bool(word)}"
+        return "say which words mean normal with --normal WORD[,WORD]" + (
+            f", e.g. --normal {shlex.quote(word)}" if word else "")
+
+    def compare_with_folders(self) -> None:
+        """Mark where a table and the name of a folder differ, if such names tell both."""
+        said = {}
+        for folder in {*map(folder_of, self.found)}:
+            kinds = {self.means(part) for part in folder.split("/") if len(squash(part)) > 3 and (
+                self.means(part) == "normal" or squash(part) in ABNORMAL_NAMES)}
+            said[folder] = kinds.pop() if len(kinds) == 1 else ""
+        if {"normal", "abnormal"} <= {*said.values()}:
+            for image, entry in self.found.items():
+                if {said[folder_of(image)], entry[0]} == {"normal", "abnormal"}:
+                    entry[0] = "table and folder disagree"
+
+    def read_folders(self) -> None:
+        """Take an image's class from its folder: normal by its word, abnormal beside a normal one.
+
+        Folders of splits, of patients, and those that only hold (images, data) count for nothing.
+        """
+        folders = {*map(folder_of, self.images)}
+        parts = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)]
+                 for f in folders}
+        shortest, longest = min(parts.values()), max(parts.values())
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(
+            shortest[:-1], longest[:-1], strict=False)))  # folders that hold all images
+        beside = {tuple(ps[:max(i for i, p in enumerate(ps) if self.means(p) == "normal")])
+                  for ps in parts.values() if any(self.means(p) == "normal" for p in ps)}
+        places: dict[str, tuple[str, str, str]] = {}  # folder -> meaning, word, patient
+        for folder, ps in parts.items():
+            level = next((i for i in range(len(ps) - 1, -1, -1) if tuple(ps[:i]) in beside), None)
+            bad = [i for i, p in enumerate(ps) if i >= common and squash(p) in ABNORMAL_NAMES]
+            if level is None and bad and not self.given:
+                level = bad[0]
+            word = ps[-1] if ps and level is None else "" if level is None else ps[level]
+            kind = self.means(word)
+            if any(squash(bare(p)[0]) in NO_CLASS for p in ps[common:]):
+                kind = f"in {folder}, which is no class"
+            elif level is None and kind != "unsure":
+                kind = f"in {folder or 'no folder'}, neither normal nor beside a normal folder"
+            elif kind == "unknown":
+                kind = f"in a folder called {word}"
+            elif kind == "normal" and bad:
+                kind = f"in {folder}, which says normal and abnormal"
+            persons = [p for p in folder.split("/") if (m := PERSON.fullmatch(p))
+                       and m[1].lower() not in ("study", "series", "session", "s")]
+            # A folder with a number, below the class or above it, is a patient's.
+            rest = [] if level is None else ps[level + 1 :] + ps[common:level]
+            places[folder] = kind, word, (
+                *persons, *(p for p in rest if re.search(r"\d", p)), "")[0]
+        named = {patient for *_, patient in places.values()}
+        for image in self.images:
+            kind, word, patient = places[folder_of(image)]
+            entry = [kind, (word,), word.lower(), patient if len(named) > 4 else "", "",
+                     split_of(folder_of(image))]  # few are the parts of a set, or stages
+            self.found[image] = merge(self.found.get(image, entry), entry)
+        if len(named) > 4:
+            self.whence["patients"]["the names of folders"] = None
+        self.by_folders = True
 
     def finish(self) -> None:
-        """Make the samples of what was found, and the account; or refuse."""
-        if not self.by_folders:
-            self.left_out["not listed in a table"] += len(self.images) - len(self.found)
-        for image in self.excluded.keys() & self.found.keys():
-            del self.found[image]
-            self.left_out[self.excluded[image]] += 1
-        words = Counter(word for entry in self.found.values() for word in entry[1]
-                        if entry[0] in MEANINGS)
+        """Make the samples of what was found, and the account of it; or refuse."""
+        entries = self.found.values()
+        words = Counter(word for entry in entries for word in entry[1] if entry[0] in KINDS)
         if not any(self.means(word) == "normal" for word in words):
-            words = Counter(word for entry in self.found.values() for word in entry[1] if word)
+            words = Counter(word for entry in entries for word in entry[1] if word)
         text = ", ".join(f"{word} {n:,}" for word, n in words.most_common(12)) + (
             f" and {len(words) - 12} more" if len(words) > 12 else "")
-        unused = ", ".join(f"{n:,} {what}" for what, n in self.unused.items() if n)
-        example = f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
         if unsure := [w for w in words if self.means(w) == "unsure"]:
-            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {self.flag()} (all others "
-                        f"then are abnormal). Its words: {text}")
+            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {self.flag()}, all others "
+                        f"then are abnormal. Its words: {text}")
         if strange := self.given - {squash(word) for word in words}:
             self.refuse(f"--normal {self.normal}: there is no {', '.join(sorted(strange))}; its "
                         f"words: {text or 'none'}")
-        if left := [w for w in words if self.given and re.search("^(normal|healthy|nofinding)",
-                    squash(w)) and squash(w) not in self.given]:
-            self.refuse(f"--normal {self.normal}: {left[0]} means normal, too, does it not? Add it; "
-                        f"its words: {text}")
-        samples, patients = [], self.patients()
+        for word in words if self.given else ():
+            if re.match("normal|healthy|nofinding", squash(word)) and self.means(word) != "normal":
+                self.refuse(f"--normal {self.normal}: {word} means normal, too, does it not? Add "
+                            f"it. Its words: {text}")
+        self.name_patients()
+        samples = []
         for image in sorted(self.found):
-            kind, said, finding, _, view, split = self.found[image]
-            kind = kind or "in a table that does not label them"
-            if kind not in ("normal", "abnormal"):
-                about = " + ".join(sorted(said)[:4]) if kind in (
-                    "contradictory", "tables disagree", "unknown", "table and folder disagree") else ""
-                self.left_out[f"{kind}{': ' * bool(about)}{about}"] += 1
-                continue
-            label = NORMAL if kind == "normal" else ABNORMAL
-            finding, rule = "" if label == NORMAL else finding, patients.get(image, "")
-            samples.append(Sample(image, rule or image, label, finding, view, split))
+            kind, said, finding, patient, view, split = self.found[image]
+            if kind in ("normal", "abnormal"):
+                label = NORMAL if kind == "normal" else ABNORMAL
+                samples.append(Sample(image, patient or image, label, finding if label else "",
+                                      view, split))
+            else:
+                self.left_out[f"{kind}: {' + '.join(sorted(said)[:4])}" if kind in KINDS else
+                              kind or "in a table that does not label them"] += 1
+        if not self.by_folders and len(self.images) > len(self.found):
+            self.left_out["not listed in a table"] = len(self.images) - len(self.found)
         if not any(s.label == NORMAL for s in samples):
+            unused = ", ".join(f"{n:,} {what}" for what, n in self.unused.items() if n)
             self.refuse(f"none of its {len(self.images)} images is known to be normal; "
-                        + (f"its words: {text}; {self.flag(next(iter(words)))}; or {example}"
-                           if words else f"no table or folder says what they are; {example}")
-                        + "".join(f"; {text}" for text in self.no_label[:2])
-                        + f" (not used: {unused})" * bool(unused))
-        self.source.samples = samples = self.drop_copies(samples)
+                        + (f"its words: {text}; {self.flag(next(iter(words)))}; or " if words else
+                           "no table or folder says what they are; ")
+                        + f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
+                        + self.without_label + (f" (not used: {unused})" if unused else ""))
+        samples = self.drop_copies(samples)
         if not any(s.label == NORMAL for s in samples):
             self.refuse("no normal image is left, as identical files are labelled normal and "
                         "abnormal; was their conversion right?")
+        self.source.samples = samples
+        self.pair_masks({s.key: s.label for s in samples})
         self.account(samples, words)
 
-    def patients(self) -> dict[str, str]:
-        """Name the patient of each image, from column, folder or file name; and say whence."""
-        found = {image: "" if squash(entry[3]) in UNKNOWN_NAMES else entry[3]
-                 for image, entry in self.found.items()}
-        if any(found.values()):
-            nobody = sum(not patient for patient in found.values())
-            self.facts["patients"] = f"from {' and '.join(self.patients_from)}" + (
-                f"; {nobody:,} images name nobody and count as a patient each" if nobody else "")
-            return found
-        for rule in NAME_RULES:
-            if found and all(matches := {image: rule.search(image) for image in found}.values()):
-                self.facts["patients"] = "from the names of files"
-                for image, match in zip(found, matches, strict=True):
-                    said = match.groupdict()
-                    found[image] = said["patient"] or said["other"]
-                    self.found[image][2] = said.get("finding") or self.found[image][2]
-                return found
-        self.facts["patients"] = "not named: every image counts as a patient"
-        return found
+    def name_patients(self) -> None:
+        """Name the patient of each image, and say whence: column, folder or name of a file."""
+        for entry in self.found.values():
+            entry[3] = "" if squash(entry[3]) in UNKNOWN_NAMES else entry[3]
+        nobody = sum(not entry[3] for entry in self.found.values())
+        self.facts["patients"] = f"from {' and '.join(self.whence['patients'])}" + (
+            f"; {nobody:,} images name nobody, and count as a patient each" if nobody else "")
+        if nobody == len(self.found):
+            self.facts["patients"] = "not named: every image counts as a patient"
+            for rule in NAME_RULES:
+                if self.found and all(matches := [*map(rule.search, self.found)]):
+                    self.facts["patients"] = "from the names of files"
+                    for match, entry in zip(matches, self.found.values(), strict=True):
+                        entry[3] = match[1]
+                        entry[2] = match.groupdict().get("finding") or entry[2]
 
     def drop_copies(self, samples: list[Sample]) -> list[Sample]:
-        """Keep one of identical files, in test where one of them is; none if they contradict.
+        """Keep one of identical files, in test if one is there; none if their labels contradict.
 
         Those of one named patient, or of a prescribed test split, that lie in one folder stay: so
-        were sets published, and no split is shared. Only files of equal size that are alike at a
-        glance are read.
+        were sets published, and nothing leaks. Only files of equal size, alike at a glance, are
+        read.
         """
-        groups, gone, stay = [samples], dict[str, str](), 0
+        groups = [samples]
         for mark in (self.source.file_bytes, self.source.glance, self.source.digest):
             parts = []
             for group in groups:
@@ -1169,88 +1117,110 @@ class Intake:
                 by_mark.pop(0, None)  # their size is not known
                 parts += [part for part in by_mark.values() if len(part) > 1]
             groups = parts
+        gone, stay = dict[str, str](), 0
         for group in groups:
             best = min(group, key=lambda s: (s.split != "test", s.split != "val",
                                              s.key.count("/"), s.key))
             for s in group:
+                beside = (folder_of(s.key), s.split) == (folder_of(best.key), best.split)
                 if len({other.label for other in group}) > 1:
                     gone[s.key] = "identical, with labels that contradict"
+                elif beside and s.patient != s.key and (
+                        s.patient == best.patient or s.split == "test"):
+                    stay += s is not best
                 elif s is not best:
-                    near = (s.key.rpartition("/")[0], s.split) == (
-                        best.key.rpartition("/")[0], best.split) and s.patient != s.key
-                    if near and (s.patient == best.patient or s.split == "test"):
-                        stay += 1
-                    else:
-                        gone[s.key] = "identical to another image"
+                    gone[s.key] = "identical to another image"
         self.left_out.update(gone.values())
         if stay:
-            self.facts["identical"] = (f"{stay:,} images are those of the same patient or test "
-                                       "folder once more, and stay")
+            self.facts["identical"] = f"{stay:,} of the same patient or in one test folder, kept"
         return [s for s in samples if s.key not in gone]
 
-    def pair_masks(self, samples: list[Sample]) -> None:
-        """Give abnormal images the masks of their lesions, where they are that.
-
-        Masks that normal images have, too, are of organs, unless these are black."""
-        label = {s.key: s.label for s in samples}
+    def pair_masks(self, label: dict[str, int]) -> None:
+        """Give abnormal images the masks of their lesions. Those that normal images have, too, are
+        of organs, unless these are black."""
         normals, masks = [], defaultdict[str, list[str]](list)
         for mask, stem in self.masks.items():
-            there = self.index.by_stem.get(stem, [])
-            folders = {*mask.split("/")[:-1]}
-            near = defaultdict(list)
-            for image in [there] if isinstance(there, str) else there:
+            folders, near = {*folder_of(mask).split("/")}, defaultdict(list)
+            for image in self.index.named(stem):
                 if image in label:
-                    near[len(folders & {*image.split("/")[:-1]})].append(image)
+                    near[len(folders & {*folder_of(image).split("/")})].append(image)
             best = near[max(near)] if near else []
-            best = [i for i in best if label[i] == ABNORMAL] or best
+            best = [image for image in best if label[image] == ABNORMAL] or best
             if len(best) == 1 and label[best[0]] == ABNORMAL:
                 masks[best[0]].append(mask)
             elif best:
                 normals.append(mask)
-        paired = sum(map(len, masks.values()))
         if self.masks:
-            self.facts["masks"] = f"{len(self.masks):,} files, no images; {paired:,} pair with " \
-                                  "abnormal images"
-        if not all(self.source.is_black(mask) for mask in normals[:: len(normals) // 5 + 1]):
+            self.facts["masks"] = (f"{len(self.masks):,} files, no images; "
+                                   f"{sum(map(len, masks.values())):,} pair with abnormal images")
+        if not all(map(self.source.is_black, normals[:: len(normals) // 5 + 1])):
             self.facts["masks"] += f"; normal images have them, too ({len(normals):,}): no lesions"
             masks.clear()
-        self.source.masks = {**masks, **{k: [v] for k, v in self.masks_in_tables.items()
-                                         if k in label}}
+        self.source.masks = masks | {k: v for k, v in self.listed_masks.items() if k in label}
+        if gone := {m for v in self.listed_masks.values() for m in v} - self.files.names:
+            self.refuse(f"{len(gone)} masks that {self.table or 'a table'} lists are not there, "
+                        f"the first is {min(gone)}")
 
     def account(self, samples: list[Sample], words: Counter) -> None:
         """Write down what was found and used, and of what one must be careful."""
-        source, kinds = self.source, Counter(s.label for s in samples)
-        self.pair_masks(samples)
+        source, facts = self.source, self.facts
         source.boxes = {s.key: self.boxes[s.key] for s in samples if s.key in self.boxes}
-        if source.boxes:
-            self.facts["boxes"] = f"{len(source.boxes):,} images"
-        by_meaning = sorted(words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))
-        self.facts["words"] = "; ".join(f"{w or '(none)'} {n:,} -> {self.means(w)}"
-                                        for w, n in by_meaning[:40]) + (
+        ordered = sorted(words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))
+        facts["words"] = "; ".join(f"{word or '(none)'} {n:,} -> {self.means(word)}"
+                                   for word, n in ordered[:40]) + (
             f"; and {len(words) - 40} more" if len(words) > 40 else "")
         used = {s.split for s in samples} - {""}
-        seen = ({split_of(n) for n in self.images} | {e[5] for e in self.found.values()}) - {""}
-        self.facts["split"] = "none prescribed" if used <= {"train"} else (
+        facts["split"] = "none prescribed" if used <= {"train"} else (
             f"{', '.join(s for s in SPLITS if s in used)}: prescribed by "
-            f"{' and '.join(self.splits_from)}")
-        if self.columns:
-            self.facts["columns"] = f"not used: {', '.join(self.columns)}"
-        if self.unused.total():
-            self.facts["files"] = "not used: " + ", ".join(
-                f"{n:,} {what}" for what, n in self.unused.most_common() if n)
-        missing, careful = len(self.images) - len(samples), []
-        if missing > len(self.images) / 10:
-            careful.append(f"{missing:,} of the {len(self.images):,} images are not used; see why "
-                           "above")
-        careful += [f"no image of the {split} split can be used" for split in SPLITS
-                    if split in seen - used]
-        if not kinds[ABNORMAL]:
-            careful.append("no abnormal image can be used: there will be no AUROC" + (
-                "; do normal and abnormal images come from two places?" if missing else ""))
-        source.facts, source.careful = self.facts, careful
-        source.title = "images in folders" if self.by_folders else "images listed in tables"
-        for reason in [reason for reason, n in self.left_out.items() if not n]:
-            del self.left_out[reason]
+            + " and ".join(self.whence["split"] or ["the names of tables and folders"]))
+        if source.boxes:
+            facts["boxes"] = f"{len(source.boxes):,} images"
+        facts["not used"] = "; ".join([f"{n:,} {what}" for what, n in self.unused.items() if n] + [
+            f"columns {', '.join(columns)}" for columns in [self.whence["columns"]] if columns])
+        missing = len(self.images) - len(samples)
+        source.careful = [text for text, is_so in {
+            f"{missing:,} of the {len(self.images):,} images are not used; see why above":
+                missing > len(self.images) / 10,
+            "no abnormal image can be used: there will be no AUROC" + "; do normal and abnormal "
+            "images come from two places?" * bool(missing):
+                not any(s.label for s in samples),
+            **{f"no image of the {split} split can be used": split not in used and split in {
+                *(split_of(folder_of(n)) for n in self.images), *(e[5] for e in
+                                                                  self.found.values())}
+               for split in SPLITS}}.items() if is_so]
+        source.facts = facts
+        source.title = f"images {'in folders' if self.by_folders else 'listed in tables'}"
+
+
+KINDS = ("normal", "abnormal", "unknown", "unsure", "contradictory", "tables disagree")
+
+
+def first_split(*splits: str) -> str:
+    """The one of several splits that keeps an image out of training."""
+    return next((split for split in ("test", "val", "train") if split in splits), "")
+
+
+def join(one: list, other: list) -> list:
+    """What two rows of a table say of an image: it is normal only if both do."""
+    kinds = {one[0], other[0]}
+    excluded = [kind for kind in kinds if kind not in KINDS]
+    kind = one[0] if len(kinds) == 1 else (excluded or [k for k in (
+        "contradictory", "unsure", "abnormal", "unknown") if k in kinds])[0]
+    if one[5] != other[5]:
+        kind = "listed in two splits"
+    words = one[1] if one[1] == other[1] else tuple(dict.fromkeys(one[1] + other[1]))
+    finding = "|".join(dict.fromkeys(filter(None, (one[2], other[2]))))
+    return [kind, words, finding, *(a or b for a, b in zip(one[3:], other[3:], strict=True))]
+
+
+def merge(one: list, other: list) -> list:
+    """What two tables, or a table and a folder, say of an image."""
+    kinds = {one[0], other[0]} - {"", "unknown"}
+    kind = "tables disagree" if {"normal", "abnormal"} <= kinds else max(
+        kinds, key=lambda k: k not in KINDS, default=one[0])
+    words = one[1] if one[0] and kind != "tables disagree" else one[1] + other[1]
+    return [kind, words, *(a or b for a, b in zip(one[2:5], other[2:5], strict=True)),
+            first_split(one[5], other[5])]
 
 
 class FolderSource(Source):

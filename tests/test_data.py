@@ -91,11 +91,14 @@ def test_links_and_names_that_cannot_be_written_down_do_no_harm(tmp_path: Path) 
 
 
 def test_runs_are_no_data(tmp_path: Path) -> None:
-    for name in ("normal/0.png", "sick/1.png", "runs/comparison.png", "mine/unet/curves.png"):
-        write_image(tmp_path / name)
+    for i, name in enumerate(("normal/0.png", "sick/1.png", "runs/comparison.png",
+                              "mine/unet/curves.png")):
+        write_image(tmp_path / name, i)
     for name in ("runs/comparison.html", "mine/unet/last.pt", "mine/unet/split.csv"):
         (tmp_path / name).touch()
-    assert [s.key for s in FolderSource(str(tmp_path)).samples] == ["normal/0.png", "sick/1.png"]
+    source = FolderSource(str(tmp_path))
+    assert [s.key for s in source.samples] == ["normal/0.png", "sick/1.png"]
+    assert source.left_out == {"folder of a run of this program": 2}
 
 
 def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> None:
@@ -120,11 +123,11 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     ("name,label\n7,0\n", "list.csv", "list.csv has no column path"),
     ("path;label\n", "list.csv", "its columns are: path, label"),
     ("path,label\na.png,0\nb.png,0\n", "list.csv", "1 of the 2 files that list.csv lists are not"),
-    ("path,label\na.png,\n", "list.csv", "list.csv row 2: path or label is empty"),
+    ("path,label\na.png,0\nb.png,\n", "list.csv", "list.csv row 3: path or label is empty"),
     ("path,label\na.png,7\n", "list.csv", "label 7 is neither 0"),
     ("path,label\na.png,Unknown\n", "list.csv", "none of its .* is known to be normal"),
     ("path,label,split\na.png,0,dev\n", "list.csv", "split 'dev' is not one of"),
-    ("path,label,mask\na.png,0,gone.png\n", "list.csv", "gone.png is not there"),
+    ("path,label,mask\na.png,0,gone.png\n", "list.csv", "1 masks that list.csv .* first is gone.png"),
     ("", "gone", "nothing at {}/gone; give a folder, a CSV, kaggle:owner/name, or synthetic"),
     ("", "https://www.kaggle.com/datasets/a/x", "give a folder, a CSV, kaggle:a/x, or synthetic"),
     ("", "my films/empty", "no images in it"),
@@ -269,7 +272,7 @@ def test_every_format_of_the_list_is_found_in_a_folder_and_read(tmp_path: Path) 
     folder = tmp_path / "normal"
     folder.mkdir()
     for name, image, kind in (
-            ("a.png", RAMP, "PNG"), ("b.jpg", RAMP, "JPEG"), ("c.jpeg", RAMP, "JPEG"),
+            ("a.png", RAMP, "PNG"), ("b.jpg", RAMP, "JPEG"), ("c.jpeg", RAMP.clip(1), "JPEG"),
             ("d.bmp", RAMP, "BMP"), ("e.pgm", RAMP, "PPM"),
             ("g.tif", RAMP, "TIFF"), ("h.TIFF", wide, "TIFF"), ("j.png", wide, "PNG"),
             ("i.tif", wide.astype(">u2"), "TIFF")):
