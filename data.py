@@ -563,6 +563,7 @@ def spaced(text: str) -> str:
     return re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()).strip()
 
 
+@functools.lru_cache(100_000)
 def squash(text: str) -> str:
     """A word without case, spaces and signs; a number as short as it can be written."""
     if re.fullmatch(r"[+-]?\d+(\.0*)?", text.strip()):
@@ -1195,6 +1196,7 @@ class Intake:
 KINDS = ("normal", "abnormal", "unknown", "unsure", "contradictory", "tables disagree")
 
 
+@functools.lru_cache(1000)
 def first_split(*splits: str) -> str:
     """The one of several splits that keeps an image out of training."""
     return next((split for split in ("test", "val", "train") if split in splits), "")
