@@ -509,10 +509,10 @@ LIKE_NORMAL = re.compile(
     r"normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|pass|passed|"
     r"unremarkable|unaffected|uninfected)\b|^(no|non|not|without|free)\b|^non(?!e)\w|"
     r"^(n|nl|nor|norm|wnl|nil)$")
-NOT_NORMAL = re.compile(r"\ba ?normal|(ab|non|not|un) ?(normal|healthy|good|ok|clear|clean)|no good")
+NOT_NORMAL = re.compile(r"\ba ?normal|no good|(ab|non|not|un) ?(normal|healthy|good|ok|clea[rn])")
 SPLIT_NAMES = {name: split for split, names in {
-    "train": "train training trainset", "val": "val valid validation valset",
-    "test": "test testing testset"}.items() for name in names.split()}
+    "train": one_of("train training trainset"), "val": one_of("val valid validation valset"),
+    "test": one_of("test testing testset")}.items() for name in names}
 MASK_NAMES = one_of("mask masks gt label labels seg segs segmentation segmentations annotation "
                     "annotations")
 NO_CLASS = one_of("pred preds prediction predictions result results heatmap heatmaps all output "
@@ -520,9 +520,10 @@ NO_CLASS = one_of("pred preds prediction predictions result results heatmap heat
                   "plots tmp temp backup old misc preview previews thumbnail thumbnails inference "
                   "submission submissions demo trash excluded duplicates unused reconstructions")
 # What adds nothing to a name: normal_cases, chest_good, Training Set.
-FILLER = (r"(?:cases?|images?|imgs?|pictures?|photos?|pngs?|jpe?gs?|dicoms?|dcms?|bmps?|tiffs?|scans?|"
-          r"slices?|stud(?:y|ies)|patients?|subjects?|x ?rays?|radiographs?|chest|cxr|films?|frames?|"
-          r"class|folder|dir|data|dataset|set|split|group|batch|part|files?|lungs?|brains?|findings?)")
+FILLER = (r"(?:cases?|images?|imgs?|pictures?|photos?|pngs?|jpe?gs?|dicoms?|dcms?|bmps?|tiffs?|"
+          r"scans?|slices?|stud(?:y|ies)|patients?|subjects?|x ?rays?|radiographs?|chest|cxr|"
+          r"films?|frames?|class|folder|dir|data|dataset|set|split|group|batch|part|files?|lungs?|"
+          r"brains?|findings?)")
 PERSON = re.compile(r"(?i)(patient|person|pat|subject|subj|sub|case|pid|p|study|series|session|s)"
                     r"[ _-]?\d+[a-z]?")
 # Patients in the names of files, believed where every image of a set has such a name: Kermany's,
@@ -550,11 +551,11 @@ MASK_NAME = re.compile(  # of the image beside which it lies
     r"ground[ _-]?truth|annotation|lesion|roi)(?:[ _-]?\d+)?")
 A_CSV = "give a CSV with the first line path,label and then a line an image,"
 INSTEAD = {  # of what holds images, but is none
-    ".npz": ". A .npz file holds arrays of NumPy; these lines save them as PNG:\n"
-            "    import numpy, pathlib, PIL.Image; d = numpy.load('FILE.npz')\n"
-            "    for i, (x, y) in enumerate(zip(d['train_images'], d['train_labels'].ravel())):\n"
-            "        p = pathlib.Path(f'png/{y}/{i}.png'); p.parent.mkdir(parents=True, "
-            "exist_ok=True); PIL.Image.fromarray(x).save(p)",
+    ".npz": ". A .npz file holds arrays of NumPy; these lines save them as PNG:"
+            "\n    import numpy, os, PIL.Image; d = numpy.load('FILE.npz')"
+            "\n    for i, (x, y) in enumerate(zip(d['train_images'], d['train_labels'].ravel())):"
+            "\n        os.makedirs(f'{y}', exist_ok=True); "
+            "PIL.Image.fromarray(x).save(f'{y}/{i}.png')",
     ".zip": "; unpack the archive first", ".gz": "; unpack what ends in .gz first"}
 
 
@@ -677,10 +678,14 @@ class Index:
                 pairs = zip(parts, folder_of(name).lower().split("/")[::-1], strict=False)
                 same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
                 # Another prefix is not another split: train/1.png is never test/1.png.
-                if same == len(parts) or split_of(folder_of(path)) in ("", split_of(folder_of(name))):
+                if same == len(parts) or split_of(folder_of(path)) in (
+                        "", split_of(folder_of(name))):
                     exact = name.lower().endswith(path.lower().rpartition("/")[2])
                     found[same, exact, name.startswith(f"{below}/")].append(name)
             candidates = found[max(found)] if found else []
+            if len({folder_of(name).rpartition("/")[2] for name in candidates}) == 1:
+                nearest = min(name.count("/") for name in candidates)  # a copy may lie deeper
+                candidates = [name for name in candidates if name.count("/") == nearest]
         return candidates[0] if len(candidates) == 1 else ""
 
 
@@ -739,10 +744,10 @@ class Table:
             # Bare numbers are the names of images only where nearly all of them are.
             numbers = 2 * sum(map(str.isdigit, matched)) > len(matched)
             share = len(matched) / min(len(values[i]), len(images.names))
-            if (i not in masks and self.columns[i] not in ("", "unnamed0", "index")[: 3 * self.first]
-                    and len(matched) * (0.5 if numbers else 1) > best
-                    and share > (0.9 if numbers else 0.01)):
-                best, self.path = len(matched) * (0.5 if numbers else 1), i
+            rank = len(matched) * (0.5 if numbers else 1)
+            if (rank > best and share > (0.9 if numbers else 0.01) and i not in masks
+                    and not (self.first and self.columns[i] in ("", "unnamed0", "index"))):
+                best, self.path = rank, i
         self.split = next((i for i in every if i != self.path and all(
             squash(v) in SPLIT_NAMES for v in values[i] if v)), named(SPLITTERS))
         self.patient, self.modality = named(PATIENTS), named(["modality"])
@@ -761,14 +766,18 @@ class Table:
         spoken = [i for i in free if any(
             meaning(token, self.given) == "normal" and (self.given or len(squash(token)) > 5)
             for value in itertools.islice(values[i], 9999) for token in tokens(value))]
-        label = named([*LABELS, *ABNORMAL_NAMES], free)
+        # A column with the name of a label, better one that knows normal; else the only one that
+        # does.
+        called = [i for name in (*LABELS, *ABNORMAL_NAMES) for i in free if self.columns[i] == name]
+        knows = [i for i in called if any(
+            judge(tokens(v), self.given) in ("normal", "unsure") for v in values[i])]
+        label = (knows or (spoken if len(spoken) == 1 else called) or [None])[0]
         self.one_hot = bool(telling) and (label is None or label in telling)
-        self.labels = flags if self.one_hot else [label] if label is not None else (
-            spoken if len(spoken) == 1 else [])
+        self.labels = flags if self.one_hot else [label] if label is not None else []
         self.finding = named(("finding", "findings", "findinglabels"), free)
         self.unused = [self.shown[i] for i in unused if i not in (*self.labels, self.finding)]
-        self.tells = self.one_hot or any(
-            judge(tokens(value), self.given) == "normal" for i in self.labels for value in values[i])
+        self.tells = self.one_hot or any(judge(tokens(value), self.given) == "normal"
+                                         for i in self.labels for value in values[i])
 
     def words_of(self, row: list[str]) -> tuple[str, ...]:
         """What a row says of its image, in words."""
@@ -829,8 +838,8 @@ class Intake:
         images, tables, endings = [], [], Counter[str]()
         for name in names:
             ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES or not (
-                    ending in TABLE_SUFFIXES + OTHER_SUFFIXES) and self.source.is_image(name):
+            if ending in IMAGE_SUFFIXES or (ending not in TABLE_SUFFIXES + OTHER_SUFFIXES
+                                            and self.source.is_image(name)):
                 images.append(name)
             elif ending in TABLE_SUFFIXES:
                 tables.append(name)
@@ -912,8 +921,8 @@ class Intake:
                 judged[cells] = words, judge(words, self.given) if cells else ""
                 for word in words if not (self.given or table.one_hot) else ():
                     if re.fullmatch(r"[+-]?[\d.]+", word) and squash(word) not in ("0", "1"):
-                        self.refuse(f"{table.name} row {number}: label {word} is neither 0 (normal) "
-                                    f"nor 1 (abnormal); {self.flag('0')}")
+                        self.refuse(f"{table.name} row {number}: label {word} is neither 0 "
+                                    f"(normal) nor 1 (abnormal); {self.flag('0')}")
             words, kind = judged[cells]
 
             def cell(column: int | None, row: list[str] = row) -> str:
@@ -937,7 +946,7 @@ class Intake:
             if squash(split) not in SPLIT_NAMES and split:
                 self.refuse(f"{table.name} row {number}: {table.shown[table.split]} {split!r} is "
                             "not one of train, val, test")
-            split = SPLIT_NAMES.get(squash(split), "") if table.split is not None else first_split(
+            split = SPLIT_NAMES.get(squash(split)) or first_split(
                 of_table, split_of(folder_of(image)))
             patient = re.sub(r"\.0+$", "", cell(table.patient))
             entry = [kind, words, finding, patient, cell(table.views[0] if table.views else None),
@@ -1047,8 +1056,8 @@ class Intake:
         text = ", ".join(f"{word} {n:,}" for word, n in words.most_common(12)) + (
             f" and {len(words) - 12} more" if len(words) > 12 else "")
         if unsure := [w for w in words if self.means(w) == "unsure"]:
-            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {self.flag()}, all others "
-                        f"then are abnormal. Its words: {text}")
+            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {self.flag()}, all "
+                        f"others then are abnormal. Its words: {text}")
         if strange := self.given - {squash(word) for word in words}:
             self.refuse(f"--normal {self.normal}: there is no {', '.join(sorted(strange))}; its "
                         f"words: {text or 'none'}")
@@ -1065,8 +1074,8 @@ class Intake:
                 samples.append(Sample(image, patient or image, label, finding if label else "",
                                       view, split))
             else:
-                self.left_out[f"{kind}: {' + '.join(sorted(said)[:4])}" if kind in KINDS else
-                              kind or "in a table that does not label them"] += 1
+                said = f": {' + '.join(sorted(said)[:4]) or 'no word'}" if kind in KINDS else ""
+                self.left_out[f"{kind or 'in a table that does not label them'}{said}"] += 1
         if not self.by_folders and len(self.images) > len(self.found):
             self.left_out["not listed in a table"] = len(self.images) - len(self.found)
         if not any(s.label == NORMAL for s in samples):
@@ -1219,7 +1228,7 @@ def merge(one: list, other: list) -> list:
     """What two tables, or a table and a folder, say of an image."""
     kinds = {one[0], other[0]} - {"", "unknown"}
     kind = "tables disagree" if {"normal", "abnormal"} <= kinds else max(
-        kinds, key=lambda k: k not in KINDS, default=one[0])
+        kinds, key=lambda k: KINDS.index(k) if k in KINDS else len(KINDS), default=one[0])
     words = one[1] if one[0] and kind != "tables disagree" else one[1] + other[1]
     return [kind, words, *(a or b for a, b in zip(one[2:5], other[2:5], strict=True)),
             first_split(one[5], other[5])]
@@ -1243,8 +1252,8 @@ class FolderSource(Source):
         if path.is_file():
             table = path.name
             if path.suffix.lower() not in TABLE_SUFFIXES:
-                raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
-                                "first, and give a single image to evaluate.py with --image")
+                raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an "
+                                "archive first, and give a single image to evaluate.py with --image")
         names = self._list_files(bool(table))
         if table:  # it may list what lies elsewhere
             listed = re.findall(r"(?:\.\./|[A-Z]:|/)[^,;\t|\"\n]*\.\w{3,5}", self.read_text(table))

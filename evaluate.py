@@ -787,13 +787,16 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
         sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
         facts=html_list(facts), tables="".join(map(html_table, tables)),
-        pictures="\n".join(figures), flow=html_list(flow_of(first)), made=html_list(made), today=datetime.date.today()))
+        pictures="\n".join(figures), flow=html_list(flow_of(first)),
+        made=html_list(made), today=datetime.date.today()))
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
 
 
 def flow_of(r: Result) -> dict[str, str]:
     """What became of the images that were found: the account of the intake, and the splits."""
-    rows = dict(flow(r.source))
+    rows, bits = dict(flow(r.source)), r.run.config.grey_bits
+    if bits:
+        rows["grey"] = f"{bits} of 16 bits in use"
     if not r.external:
         splits = read_splits(r.run.folder / "split.csv")
         rows |= {name: f"{len(splits.normals(name)):,} normal, "

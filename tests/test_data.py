@@ -20,7 +20,6 @@ from conftest import tiny, write_image, write_images
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import data
 from config import Config, UserError
 from data import (
     ABNORMAL, NORMAL, PHANTOM_KINDS, BadImage, FolderSource, ImageStream, PhantomSource, Sample,
@@ -123,7 +122,7 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     ("name,label\n7,0\n", "list.csv", "list.csv has no column path"),
     ("path;label\n", "list.csv", "its columns are: path, label"),
     ("path,label\na.png,0\nb.png,0\n", "list.csv", "1 of the 2 files that list.csv lists are not"),
-    ("path,label\na.png,0\nb.png,\n", "list.csv", "list.csv row 3: path or label is empty"),
+    ("path,label\na.png,0\nb.png,\n", "list.csv", "list.csv row 3: path or label is empt"),
     ("path,label\na.png,7\n", "list.csv", "label 7 is neither 0"),
     ("path,label\na.png,Unknown\n", "list.csv", "none of its .* is known to be normal"),
     ("path,label,split\na.png,0,dev\n", "list.csv", "split 'dev' is not one of"),

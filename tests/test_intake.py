@@ -6,18 +6,23 @@ Sets are written in a small language: `train/good/{}.png*3` are three files, num
 import io
 import random
 import re
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny, write_image
+from conftest import tiny, write_image, write_images
 from PIL import Image
 from test_data import dicom
 
 from config import UserError
-from data import ABNORMAL, NORMAL, SPLITS, FolderSource, Intake, Source, create_dataloaders, flow
-from train import check
+from data import (
+    ABNORMAL, NORMAL, SPLITS, BadImage, FolderSource, Intake, Source, decode_image, flow)
+from evaluate import evaluate, load_run
+from train import check, train
+
+pydicom = pytest.importorskip("pydicom")
 
 
 class Files(Source):
@@ -194,6 +199,103 @@ def test_a_set_is_what_it_is_or_refused(name: str) -> None:
     text = "\n".join([*map(": ".join, flow(source)), *source.careful])
     assert f"{labels[NORMAL]}/{labels[ABNORMAL]}" == wanted, text
     assert all(part in text for part in says), text
+
+
+def wide(top: int, seed: int) -> Image.Image:
+    ramp = np.linspace(0, top, 64 * 64).reshape(64, 64)
+    return Image.fromarray((ramp + seed % 7 * (ramp < top / 2)).astype(np.uint16))
+
+
+def test_a_16_bit_set_has_one_scale_that_is_stored_with_the_run(tmp_path: Path) -> None:
+    for i in range(70):
+        (file := tmp_path / "set" / ("ill" if i % 7 == 6 else "normal") / f"{i}.png").parent.mkdir(
+            parents=True, exist_ok=True)
+        wide(4200 if i % 2 else 4000, i).save(file, pnginfo=None, compress_level=i % 9)
+    folder, = train(tiny(tmp_path / "runs", data=str(tmp_path / "set"), samples=None, epochs=1))
+    run = load_run(folder)
+    assert run.config.grey_bits == 14
+    source = FolderSource(str(tmp_path / "set"))
+    means = [float(x.float().mean()) for x, _ in run.stream(source, source.samples, 1)]
+    assert max(means) < 1.1 * min(means) and max(means) < 40
+    assert "14 of 16 bits in use" in (folder / "run.log").read_text()
+
+
+def test_signed_values_are_refused_and_padding_is_left_out_of_the_stretch() -> None:
+    for low in (-1024, 70_000):
+        Image.fromarray(np.full((8, 8), low, np.int32)).save(file := io.BytesIO(), "TIFF")
+        with pytest.raises(BadImage, match="signed or of more than 16 bits"):
+            decode_image(file.getvalue(), 8)
+    plain = decode_image(dicom("MONOCHROME2"), 64)
+    raw = np.frombuffer(pydicom.dcmread(io.BytesIO(dicom("MONOCHROME2"))).PixelData, np.uint16)
+    padded = raw.reshape(64, 64).copy()
+    padded[:9] = 65535
+    for kind, seen in (("MONOCHROME2", plain), ("MONOCHROME1", 255 - plain)):
+        found = decode_image(dicom(kind, PixelData=padded.tobytes(), PixelPaddingValue=65535,
+                                   BitsStored=16, HighBit=15), 64)
+        assert not found[:9].any() and np.abs(found[9:].astype(int) - seen[9:]).max() <= 1
+
+
+def test_identical_files_are_kept_once_and_in_test(tmp_path: Path) -> None:
+    for i, name in enumerate(("train/normal/a", "train/normal/b", "test/ill/c")):
+        write_image(tmp_path / f"{name}.bmp", i)
+    for one, other in (("train/normal/a", "test/normal/a2"), ("train/normal/b", "backup/normal/b"),
+                       ("test/ill/c", "test/ill/c2")):
+        write_image(tmp_path / f"{other}.bmp", "abc".index(one[-1]))
+    nearly = tmp_path / "train/normal/nearly.bmp"
+    nearly.write_bytes((tmp_path / "train/normal/a.bmp").read_bytes()[:-1] + b"x")
+    source = FolderSource(str(tmp_path))
+    assert [s.key for s in source.samples] == [
+        "test/ill/c.bmp", "test/normal/a2.bmp", "train/normal/b.bmp", "train/normal/nearly.bmp"]
+    assert source.left_out["identical to another image"] == 2
+    write_image(tmp_path / "train/normal/ill.bmp", 2)
+    source = FolderSource(str(tmp_path))
+    assert source.left_out["identical, with labels that contradict"] == 3
+
+
+def test_check_tells_what_training_would_stumble_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_images(tmp_path / "train/normal", 60)
+    write_images(tmp_path / "test/ill", 9, 60)
+    (tmp_path / "train/normal/gone.png").symlink_to("/gone/1.png")
+    (tmp_path / "test/ill/page.png").write_text("<html>")
+    first, second = (Image.open(tmp_path / f"test/ill/06{i}.png") for i in (0, 1))
+    first.save(tmp_path / "test/ill/pages.tif", save_all=True, append_images=[second])
+    config = tiny(tmp_path / "runs", data=str(tmp_path), samples=None)
+    check(config)
+    told = capsys.readouterr().out
+    for text in ("1 links to files that are not there", "normal 60 -> normal; ill 11 -> abnormal",
+                 "1 of 71 images that were looked at cannot be read as images, e.g. test/ill/page",
+                 "have several pages or frames, of which the first is taken, e.g. test/ill/pages",
+                 "all images of the test split are abnormal"):
+        assert text in told, told
+    for i in range(60):
+        Image.new("L", (40 + i, 40)).save(tmp_path / f"train/normal/{i:03d}.png")
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(UserError, match="are of one grey"):
+        check(config)
+
+
+@pytest.mark.parametrize("normal", [None, "nv"])
+def test_the_words_for_normal_go_with_the_run(tmp_path: Path, normal: str | None) -> None:
+    for i in range(70):
+        write_image(tmp_path / "set" / ("nv" if i < 60 else "mel") / f"{i}.png", i)
+        write_image(tmp_path / "other" / ("ok" if i < 6 else "mel") / f"{i}.png", 99 + i)
+    config = tiny(tmp_path / "runs", data=str(tmp_path / "set"), samples=None, epochs=1,
+                  normal=normal or "")
+    if not normal:
+        with pytest.raises(UserError, match=r"nv 60, mel 10; .*--normal"):
+            train(config)
+        return
+    runs = train(config)
+    metrics, = evaluate(runs)
+    assert metrics["n_abnormal"] == 10
+    page = (runs[0] / "eval/set/report.html").read_text()
+    assert "Flow of images" in page and "nv 60 -&gt; normal; mel 10 -&gt; abnormal" in page
+    with pytest.raises(UserError, match=r"--normal nv: there is no nv; its words: mel 64, ok 6"):
+        evaluate(runs, str(tmp_path / "other"))
+    metrics, = evaluate(runs, str(tmp_path / "other"), normal="OK")
+    assert (metrics["n_normal"], metrics["n_abnormal"]) == (6, 64)
 
 
 NORMAL_WORDS = ("normal", "NORMAL", "Healthy", "No Finding", "no_tumor", "0_normal", "good",
