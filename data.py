@@ -887,6 +887,7 @@ class Intake:
                        else "no column label, nor another that says which images are normal")
             except TooLarge:
                 why = "too much in it to be looked into"
+                self.without_label = f"; {name} has {why}"
                 self.left_out["tables, too large to be looked into"] += 1
             except (csv.Error, ValueError, AttributeError) as error:
                 why = f"no rows of columns ({error})"
@@ -1252,8 +1253,9 @@ class FolderSource(Source):
         if path.is_file():
             table = path.name
             if path.suffix.lower() not in TABLE_SUFFIXES:
-                raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an "
-                                "archive first, and give a single image to evaluate.py with --image")
+                raise UserError(
+                    f"--data {spec}: neither a folder nor a CSV file; unpack an archive first, "
+                    "and give a single image to evaluate.py with --image")
         names = self._list_files(bool(table))
         if table:  # it may list what lies elsewhere
             listed = re.findall(r"(?:\.\./|[A-Z]:|/)[^,;\t|\"\n]*\.\w{3,5}", self.read_text(table))
@@ -1321,6 +1323,9 @@ class FolderSource(Source):
     def digest(self, sample: Sample) -> bytes:
         digest = hashlib.blake2b(digest_size=16)
         with open(self.root / sample.key, "rb") as f:  # a piece at a time: it may be large
+            if not begins_like_image(f.read(132)):
+                raise OSError("no image, and so none that is there twice")
+            f.seek(0)
             while piece := f.read(CHUNK):
                 digest.update(piece)
         return digest.digest()
@@ -1329,7 +1334,8 @@ class FolderSource(Source):
 def begins_like_image(data: bytes) -> bool:
     """Whether these first 132 bytes are those of an image."""
     return data[128:132] == b"DICM" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP") or (
-        data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")))
+        data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"P5",
+                         b"P2", b"P6")))
 
 
 def is_text(name: str) -> bool:

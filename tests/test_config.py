@@ -35,7 +35,8 @@ def test_every_field_is_a_flag_an_environment_variable_and_a_file_key(tmp_path: 
                "device": "cpu", "precision": "fp32", "data": "x", "output_dir": "y",
                "compile": True, "deterministic": True, "wandb": True, "wandb_project": "z",
                "augment": False, "reuse": True, "resume": "auto", "dropout": 0.5,
-               "learning_rate": 0.5, "min_delta": 0.5, "memory_limit_gb": 0.5}
+               "learning_rate": 0.5, "min_delta": 0.5, "memory_limit_gb": 0.5,
+               "normal": "nv,ok", "grey_bits": 12}
     values = {name: samples.get(name, 48) for name in FIELDS}
     flags = [flag(k) if v is True else "--no-" + k if v is False else f"{flag(k)}={v}"
              for k, v in values.items()]
