@@ -22,7 +22,6 @@ import posixpath
 import queue
 import random
 import re
-import shlex
 import struct
 import sys
 import threading
@@ -540,6 +539,7 @@ PATIENTS = one_of("patient patientid patientno patientname subject subjectid par
                   "caseid person personid pid lesionid")
 VIEWS = one_of("view viewposition frontallateral appa projection")
 SIDE_VIEWS = one_of("l ll lat lateral axial coronal sagittal oblique")
+X_RAYS = one_of("xray cr dx")
 SPLITTERS = one_of("split datasettype subset dataset partition")
 NOT_LABELS = one_of("sex gender age smoker survival")
 # Left, top, width, height, right and bottom of a box.
@@ -549,6 +549,7 @@ YES, FLAGS = one_of("1 yes true"), {"", *one_of("1 yes true 0 no false -1")}
 MASK_NAME = re.compile(  # of the image beside which it lies
     r"(?:masks?|gt|labels?|seg)[ _-]+(.+)|(.+?)[ _-]*(?:masks?|gt|seg|segmentation|labels?|"
     r"ground[ _-]?truth|annotation|lesion|roi)(?:[ _-]?\d+)?")
+DECIDE = "say which words mean normal with --normal WORD[,WORD]"
 A_CSV = "give a CSV with the first line path,label and then a line an image,"
 INSTEAD = {  # of what holds images, but is none
     ".npz": ". A .npz file holds arrays of NumPy; these lines save them as PNG:"
@@ -755,7 +756,7 @@ class Table:
         self.mask = next((i for i in masks if any("." in v for v in values[i])), None)
         self.box = [named(names) for names in BOXES]
         self.sides = [i for i in self.views if not {"l", "r"} <= {*map(squash, values[i])}]
-        self.xrays = self.modality is not None and any(map(is_xray, values[self.modality]))
+        self.xrays = self.modality is not None and any(squash(v) in X_RAYS for v in values[self.modality])
 
         taken = {self.path, self.split, self.patient, self.modality, self.mask, *self.views,
                  *self.box}
@@ -792,11 +793,6 @@ class Table:
         return words
 
 
-def is_xray(text: str) -> bool:
-    """Whether a modality is that of radiographs."""
-    return squash(text) in ("xray", "cr", "dx")
-
-
 class Intake:
     """What is in a place: fills a source's samples, masks, boxes, facts and what is left out.
 
@@ -807,6 +803,7 @@ class Intake:
     def __init__(self, source: Source, names: list[str], normal: str = "", table: str = "") -> None:
         self.source, self.normal, self.table = source, normal, table
         self.given = frozenset(squash(word) for word in normal.split(",")) - {""}
+        self.means = functools.partial(meaning, given=self.given)
         self.left_out, self.unused = source.left_out, Counter[str]()
         self.facts = dict.fromkeys(("words", "patients", "split"), "")
         # Image -> meaning, words, finding, patient, view, split.
@@ -877,32 +874,29 @@ class Intake:
 
     def read_tables(self, names: list[str]) -> None:
         """Take what the tables say that list images."""
-        tables, of_no_use = [], []
+        tables: list[Table] = []
         self.without_label = ""
         for name in names:
-            table, why = None, "no rows of columns"
+            table, why = None, "too much in it to be looked into"
             try:
                 table = Table(name, self.source.read_text(name), self.index, self.given)
-                why = ("no column path whose values are images that are there" if table.path is None
-                       else "no column label, nor another that says which images are normal")
+                why = ("no column path whose values are images that are there"
+                       if table.path is None else
+                       "no column label, nor another that says which images are normal"
+                       ) + f"; its columns are: {', '.join(table.shown)[:200]}"
             except TooLarge:
-                why = "too much in it to be looked into"
-                self.without_label = f"; {name} has {why}"
                 self.left_out["tables, too large to be looked into"] += 1
             except (csv.Error, ValueError, AttributeError) as error:
                 why = f"no rows of columns ({error})"
-            columns = f"its columns are: {', '.join(table.shown)[:200]}" if table else ""
-            if self.table and not (table and table.path is not None and table.labels):
-                self.refuse(f"{name} has {why}; {columns}; {A_CSV} such as a.png,normal")
-            if not table or table.path is None or re.search("(?i)submission", name):
-                of_no_use.append(name)
-                continue
-            tables.append(table)
-            if not table.labels and len(table.shown) > 1:
-                self.without_label = f"; {name} has {why}; {columns}"
-        if of_no_use:
-            self.unused[f"tables that list no images that are there, e.g. {of_no_use[0]}"] = len(
-                of_no_use)
+            usable = table and table.path is not None and not re.search("(?i)submission", name)
+            if self.table and not (usable and table.labels):
+                self.refuse(f"{name} has {why}; {A_CSV} such as a.png,normal")
+            if usable:
+                tables.append(table)
+            else:
+                self.unused["tables that list no images that are there"] += 1
+            if not table or (usable and not table.labels and len(table.shown) > 1):
+                self.without_label = f"; {name} has {why}"
         # What tells normal from abnormal comes first: others add to it, or contradict it.
         for table in sorted(tables, key=lambda t: (not t.labels, not t.tells)):
             self.read_table(table)
@@ -923,7 +917,7 @@ class Intake:
                 for word in words if not (self.given or table.one_hot) else ():
                     if re.fullmatch(r"[+-]?[\d.]+", word) and squash(word) not in ("0", "1"):
                         self.refuse(f"{table.name} row {number}: label {word} is neither 0 "
-                                    f"(normal) nor 1 (abnormal); {self.flag('0')}")
+                                    f"(normal) nor 1 (abnormal); {DECIDE} (here perhaps 0)")
             words, kind = judged[cells]
 
             def cell(column: int | None, row: list[str] = row) -> str:
@@ -937,7 +931,7 @@ class Intake:
             finding = cell(table.finding)
             if kind == "normal" and finding and judge(tokens(finding), self.given) == "abnormal":
                 kind, words = "contradictory", (*words, finding)
-            if table.xrays and not is_xray(cell(table.modality)):
+            if table.xrays and squash(cell(table.modality)) not in X_RAYS:
                 kind = "not an X-ray"
             elif any(squash(row[i]) in SIDE_VIEWS for i in table.sides):
                 kind = "not a frontal view"
@@ -947,13 +941,13 @@ class Intake:
             if squash(split) not in SPLIT_NAMES and split:
                 self.refuse(f"{table.name} row {number}: {table.shown[table.split]} {split!r} is "
                             "not one of train, val, test")
-            split = SPLIT_NAMES.get(squash(split)) or first_split(
+            split = SPLIT_NAMES.get(squash(split)) or strictest(
                 of_table, split_of(folder_of(image)))
             patient = re.sub(r"\.0+$", "", cell(table.patient))
             entry = [kind, words, finding, patient, cell(table.views[0] if table.views else None),
                      split]
             if image in here:
-                entry = join(here[image], entry)
+                entry = join(here[image], entry, True)
             here[image] = entry
             if None not in table.box[:2]:
                 with contextlib.suppress(ValueError):  # an empty one: no lesion
@@ -975,21 +969,12 @@ class Intake:
             self.left_out["listed in a table but not there"] += len(absent)
         for image, entry in here.items():
             there = self.found.get(image)
-            self.found[image] = entry if there is None else merge(there, entry)
+            self.found[image] = entry if there is None else join(there, entry, False)
         shown = {"patients": table.patient, "split": table.split}
         for what, column in shown.items():
             if column is not None:
                 self.whence[what][f"the column {table.shown[column]}"] = None
         self.whence["columns"] |= dict.fromkeys(filter(None, table.unused))
-
-    def means(self, word: str) -> str:
-        """What a word means here."""
-        return meaning(word, self.given)
-
-    def flag(self, word: str = "") -> str:
-        """Say how --normal decides."""
-        return "say which words mean normal with --normal WORD[,WORD]" + (
-            f", e.g. --normal {shlex.quote(word)}" if word else "")
 
     def compare_with_folders(self) -> None:
         """Mark where a table and the name of a folder differ, if such names tell both."""
@@ -1043,7 +1028,7 @@ class Intake:
             kind, word, patient = places[folder_of(image)]
             entry = [kind, (word,), word.lower(), patient if len(named) > 4 else "", "",
                      split_of(folder_of(image))]  # few are the parts of a set, or stages
-            self.found[image] = merge(self.found.get(image, entry), entry)
+            self.found[image] = join(self.found.get(image, entry), entry, False)
         if len(named) > 4:
             self.whence["patients"]["the names of folders"] = None
         self.by_folders = True
@@ -1057,8 +1042,8 @@ class Intake:
         text = ", ".join(f"{word} {n:,}" for word, n in words.most_common(12)) + (
             f" and {len(words) - 12} more" if len(words) > 12 else "")
         if unsure := [w for w in words if self.means(w) == "unsure"]:
-            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {self.flag()}, all "
-                        f"others then are abnormal. Its words: {text}")
+            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {DECIDE}, all others "
+                        f"then are abnormal. Its words: {text}")
         if strange := self.given - {squash(word) for word in words}:
             self.refuse(f"--normal {self.normal}: there is no {', '.join(sorted(strange))}; its "
                         f"words: {text or 'none'}")
@@ -1082,7 +1067,7 @@ class Intake:
         if not any(s.label == NORMAL for s in samples):
             unused = ", ".join(f"{n:,} {what}" for what, n in self.unused.items() if n)
             self.refuse(f"none of its {len(self.images)} images is known to be normal; "
-                        + (f"its words: {text}; {self.flag(next(iter(words)))}; or " if words else
+                        + (f"its words: {text}; {DECIDE}; or " if words else
                            "no table or folder says what they are; ")
                         + f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
                         + self.without_label + (f" (not used: {unused})" if unused else ""))
@@ -1188,51 +1173,45 @@ class Intake:
             facts["boxes"] = f"{len(source.boxes):,} images"
         facts["not used"] = "; ".join([f"{n:,} {what}" for what, n in self.unused.items() if n] + [
             f"columns {', '.join(columns)}" for columns in [self.whence["columns"]] if columns])
-        missing = len(self.images) - len(samples)
-        source.careful = [text for text, is_so in {
-            f"{missing:,} of the {len(self.images):,} images are not used; see why above":
-                missing > len(self.images) / 10,
-            "no abnormal image can be used: there will be no AUROC" + "; do normal and abnormal "
-            "images come from two places?" * bool(missing):
-                not any(s.label for s in samples),
-            **{f"no image of the {split} split can be used": split not in used and split in {
-                *(split_of(folder_of(n)) for n in self.images), *(e[5] for e in
-                                                                  self.found.values())}
-               for split in SPLITS}}.items() if is_so]
+        missing, careful = len(self.images) - len(samples), []
+        if missing > len(self.images) / 10:
+            careful.append(f"{missing:,} of the {len(self.images):,} images are not used; see why "
+                           "above")
+        seen = {split_of(folder_of(n)) for n in self.images} | {e[5] for e in self.found.values()}
+        careful += [f"no image of the {s} split can be used" for s in SPLITS if s in seen - used]
+        if not any(s.label for s in samples):
+            careful.append("no abnormal image can be used: there will be no AUROC" + (
+                "; do normal and abnormal images come from two places?" if missing else ""))
+        source.careful = careful
         source.facts = facts
         source.title = f"images {'in folders' if self.by_folders else 'listed in tables'}"
 
 
-KINDS = ("normal", "abnormal", "unknown", "unsure", "contradictory", "tables disagree")
+# From what gives way to what does not, where several things are said of an image.
+KINDS = ("normal", "unknown", "abnormal", "unsure", "contradictory", "tables disagree")
 
 
-@functools.lru_cache(1000)
-def first_split(*splits: str) -> str:
+def strictest(*splits: str) -> str:
     """The one of several splits that keeps an image out of training."""
-    return next((split for split in ("test", "val", "train") if split in splits), "")
+    return max(splits, key=("", "train", "val", "test").index)
 
 
-def join(one: list, other: list) -> list:
-    """What two rows of a table say of an image: it is normal only if both do."""
-    kinds = {one[0], other[0]}
-    excluded = [kind for kind in kinds if kind not in KINDS]
-    kind = one[0] if len(kinds) == 1 else (excluded or [k for k in (
-        "contradictory", "unsure", "abnormal", "unknown") if k in kinds])[0]
-    if one[5] != other[5]:
-        kind = "listed in two splits"
-    words = one[1] if one[1] == other[1] else tuple(dict.fromkeys(one[1] + other[1]))
-    finding = "|".join(dict.fromkeys(filter(None, (one[2], other[2]))))
-    return [kind, words, finding, *(a or b for a, b in zip(one[3:], other[3:], strict=True))]
+def join(one: list, other: list, rows: bool) -> list:
+    """What two rows of a table say of an image, or two tables, or a table and a folder.
 
-
-def merge(one: list, other: list) -> list:
-    """What two tables, or a table and a folder, say of an image."""
-    kinds = {one[0], other[0]} - {"", "unknown"}
-    kind = "tables disagree" if {"normal", "abnormal"} <= kinds else max(
-        kinds, key=lambda k: KINDS.index(k) if k in KINDS else len(KINDS), default=one[0])
-    words = one[1] if one[0] and kind != "tables disagree" else one[1] + other[1]
-    return [kind, words, *(a or b for a, b in zip(one[2:5], other[2:5], strict=True)),
-            first_split(one[5], other[5])]
+    By rows it is normal only if all say so, and of tables that differ none is believed."""
+    kinds = {one[0], other[0]} - ({""} if rows else {"", "unknown"})
+    if {"normal", "abnormal"} <= kinds and not rows:
+        kinds = {"tables disagree"}
+    if rows and one[5] != other[5]:
+        kinds = {"listed in two splits"}
+    kind = max(kinds, key=lambda k: KINDS.index(k) if k in KINDS else len(KINDS), default=one[0])
+    words = one[1] if one[1] == other[1] or (one[0] and kind == one[0] and not rows) else tuple(
+        dict.fromkeys(one[1] + other[1]))
+    finding = "|".join(dict.fromkeys(filter(None, (one[2], other[2])))) if rows else (
+        one[2] or other[2])
+    return [kind, words, finding, one[3] or other[3], one[4] or other[4],
+            strictest(one[5], other[5])]
 
 
 class FolderSource(Source):
