@@ -50,6 +50,7 @@ from config import Config, UserError, command, log
 NORMAL, ABNORMAL = 0, 1
 SPLITS = ("train", "val", "test")
 MIN_NORMALS = 50  # fewer cannot teach a model what is normal
+MIN_VALIDATION = 20  # normals of a prescribed validation split; fewer hold no threshold of 95 %
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".gif",
                   ".webp", ".dcm", ".dicom")
 # A larger image is a mistake or an attack, never a radiograph. Pillow warns of the same ones.
@@ -203,7 +204,7 @@ class Source:
         their names, have 8. Tells of several pages. UserError if all are of one grey."""
         if self._bits is not None:
             return self._bits
-        top, deep, flat, seen = 0, 0, 0, 0
+        top, deep, signed, flat, seen = 0, 0, 0, 0, 0
         odd = defaultdict[str, list[str]](list)
         order = sorted(self.samples, key=lambda s: zlib.crc32(s.key.encode()))
         for sample in order[: self.looked_at]:
@@ -213,7 +214,8 @@ class Source:
                         odd["have several pages or frames, of which the first is taken"].append(
                             sample.key)
                     if image.mode.startswith("I") and deep < 128:
-                        deep, top = deep + 1, max(top, int(image.getextrema()[1]))
+                        low, high = image.getextrema()
+                        deep, signed, top = deep + 1, signed + (low < 0), max(top, int(high))
                     if seen < 24:
                         image.draft("L", (64, 64))
                         values, seen = np.asarray(image), seen + 1
@@ -221,6 +223,9 @@ class Source:
             except (*DAMAGE, *TOO_MANY_PIXELS, BadImage):
                 if not sample.key.lower().endswith((".dcm", ".dicom")) and "." in sample.key:
                     odd["cannot be read as images"].append(sample.key)
+        if signed > MAX_BAD_SHARE * deep:
+            raise UserError(f"--data {self.spec}: its images hold signed grey values, and what is "
+                            "black is not known; save them as 8 or 16 bits, by one rule for all")
         if seen and flat == seen:
             raise UserError(f"--data {self.spec}: all of {seen} images that were looked at are of "
                             "one grey; was their conversion right?")
@@ -1769,9 +1774,9 @@ def _first(samples: list[Sample], want: int, what: str) -> list[Sample]:
 def split_samples(samples: list[Sample], train_limit: int | None = None) -> Splits:
     """Split by patient into train (normals), val and test; the same for every seed and model.
 
-    A test split that the source prescribes is respected, and so is a validation split with at
-    least 50 normals; a smaller one is left out, or if test is not prescribed either split anew
-    with all else. Otherwise test takes 20 % of the normals and every patient who has no normal
+    A test split that the source prescribes is respected, and so is a validation split beside it
+    with at least 20 normals, or alone with 50; a smaller one is left out, or if test is not
+    prescribed either split anew with all else. Otherwise test takes 20 % of the normals and every patient who has no normal
     image, and validation 10 % of the remaining normals. Abnormal images of patients who are not
     in train go to validation, where settings may be chosen on them.
     train_limit: the most training images; validation normals then are at most a quarter, or 100.
@@ -1797,11 +1802,11 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
 
     val = [s for s in left if s.split == "val"]
     rest = [s for s in left if s.split != "val"]
-    normals = _normals(rest)
-    if len(_normals(val)) < MIN_NORMALS:
+    normals, enough = _normals(rest), MIN_VALIDATION if prescribed else MIN_NORMALS
+    if len(_normals(val)) < enough:
         if val:
             notes.append(f"prescribed validation split of {len(val)} images is too small: unused, "
-                         f"as it has fewer than {MIN_NORMALS} normals; "
+                         f"as it has fewer than {enough} normals; "
                          "validation is taken from the training patients")
         want = max(round(0.1 * len(normals)), min(20, len(normals) // 4))
         val = _first(normals, want, "patient")

@@ -271,7 +271,7 @@ def test_every_format_of_the_list_is_found_in_a_folder_and_read(tmp_path: Path) 
     folder = tmp_path / "normal"
     folder.mkdir()
     for name, image, kind in (
-            ("a.png", RAMP, "PNG"), ("b.jpg", RAMP, "JPEG"), ("c.jpeg", RAMP.clip(1), "JPEG"),
+            ("a.png", RAMP, "PNG"), ("b.jpg", RAMP, "JPEG"), ("c.jpeg", RAMP.clip(2), "JPEG"),
             ("d.bmp", RAMP, "BMP"), ("e.pgm", RAMP, "PPM"),
             ("g.tif", RAMP, "TIFF"), ("h.TIFF", wide, "TIFF"), ("j.png", wide, "PNG"),
             ("i.tif", wide.clip(9).astype(">u2"), "TIFF")):
