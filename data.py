@@ -515,7 +515,7 @@ LIKE_NORMAL = re.compile(
     r"^(n|nl|nor|norm|wnl|nil)$")
 NOT_NORMAL = re.compile(r"\ba ?normal|no good|(ab|non|not|un) ?(normal|healthy|good|ok|clea[rn])")
 SPLIT_NAMES = {name: split for split, names in {
-    "train": one_of("train training trainset"), "val": one_of("val valid validation valset"),
+    "train": one_of("train training trainset"), "val": one_of("val valid validation valset dev"),
     "test": one_of("test testing testset")}.items() for name in names}
 MASK_NAMES = one_of("mask masks gt label labels seg segs segmentation segmentations annotation "
                     "annotations")
@@ -540,8 +540,8 @@ NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
 # Columns by their names without signs. Which is the path, and which the split, their content says.
 LABELS = one_of("label labels class classname target diagnosis findinglabels findinglabel finding "
                 "findings category dx condition disease pathology groundtruth type")
-PATIENTS = one_of("patient patientid patientno patientname subject subjectid participant mrn case "
-                  "caseid person personid pid lesionid")
+PATIENT = re.compile("(anon|anonymized)?(patient|subject|participant|person|case|pat)s?(id|ids|no|nr|"
+                     "num|number|name|key|code|identifier)?|mrn|pid|lesionid")
 VIEWS = one_of("view viewposition frontallateral appa projection")
 SIDE_VIEWS = one_of("l ll lat lateral axial coronal sagittal oblique")
 X_RAYS = one_of("xray cr dx")
@@ -756,7 +756,8 @@ class Table:
                 best, self.path = rank, i
         self.split = next((i for i in every if i != self.path and all(
             squash(v) in SPLIT_NAMES for v in values[i] if v)), named(SPLITTERS))
-        self.patient, self.modality = named(PATIENTS), named(["modality"])
+        self.patient = next((i for i in every if PATIENT.fullmatch(self.columns[i])), None)
+        self.modality = named(["modality"])
         self.views = [i for i in map(named, zip(VIEWS)) if i is not None]
         self.mask = next((i for i in masks if any("." in v for v in values[i])), None)
         self.box = [named(names) for names in BOXES]

@@ -125,7 +125,7 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     ("path,label\na.png,0\nb.png,\n", "list.csv", "list.csv row 3: path or label is empt"),
     ("path,label\na.png,7\n", "list.csv", "label 7 is neither 0"),
     ("path,label\na.png,Unknown\n", "list.csv", "none of its .* is known to be normal"),
-    ("path,label,split\na.png,0,dev\n", "list.csv", "split 'dev' is not one of"),
+    ("path,label,split\na.png,0,later\n", "list.csv", "split 'later' is not one of"),
     ("path,label,mask\na.png,0,gone.png\n", "list.csv", "1 masks that list.csv .* is gone.png"),
     ("", "gone", "nothing at {}/gone; give a folder, a CSV, kaggle:owner/name, or synthetic"),
     ("", "https://www.kaggle.com/datasets/a/x", "give a folder, a CSV, kaggle:a/x, or synthetic"),
