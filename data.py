@@ -1822,6 +1822,11 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     val += [s for s in _without(rest, train) if s.label == ABNORMAL and s.key not in known]
     if all(s.patient == s.key for s in samples):
         notes.append("no patient is named: every image counts as a patient of its own")
+    used = {s.key for part in (train, val, test) for s in part}
+    if spare := Counter(s.label for s in samples if s.key not in used):
+        notes.append(f"{spare[NORMAL]:,} normal and {spare[ABNORMAL]:,} abnormal images are in no "
+                     "split: their patients are in another, --samples is less, or the split that "
+                     "is prescribed for them is too small")
     for one, other in ((train, val), (train, test), (val, test)):
         assert len(_without(one, other)) == len(one), "a patient is in two splits"
     assert len(_normals(train)) == len(train), "abnormal image in train"
