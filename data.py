@@ -545,7 +545,6 @@ PATIENT = re.compile("(anon|anonymized)?(patient|subject|participant|person|case
 VIEWS = one_of("view viewposition frontallateral appa projection")
 SIDE_VIEWS = one_of("l ll lat lateral axial coronal sagittal oblique")
 X_RAYS = one_of("xray cr dx")
-SPLITTERS = one_of("split datasettype subset dataset partition")
 NOT_LABELS = one_of("sex gender age smoker survival")
 # Left, top, width, height, right and bottom of a box.
 BOXES = [*map(one_of, ("x xmin bboxx x0 left", "y ymin y0 top", "width w", "height h",
@@ -754,20 +753,24 @@ class Table:
             if (rank > best and share > (0.9 if numbers else 0.01) and i not in masks
                     and not (self.first and self.columns[i] in ("", "unnamed0", "index"))):
                 best, self.path = rank, i
-        self.split = next((i for i in every if i != self.path and all(
-            squash(v) in SPLIT_NAMES for v in values[i] if v)), named(SPLITTERS))
+        # Words of splits alone; or two of them among others, which then are refused.
+        kinds = [{SPLIT_NAMES.get(squash(v)) for v in [*cells][:99] if v} for cells in values]
+        self.split = next((i for i in every if i != self.path and (
+            None not in kinds[i] or len(kinds[i]) > 2 or self.columns[i] == "split")), None)
         self.patient = next((i for i in every if PATIENT.fullmatch(self.columns[i])), None)
         self.modality = named(["modality"])
         self.views = [i for i in map(named, zip(VIEWS)) if i is not None]
         self.mask = next((i for i in masks if any("." in v for v in values[i])), None)
         self.box = [named(names) for names in BOXES]
         self.sides = [i for i in self.views if not {"l", "r"} <= {*map(squash, values[i])}]
-        self.xrays = self.modality is not None and any(squash(v) in X_RAYS for v in values[self.modality])
+        self.xrays = self.modality is not None and any(
+            squash(v) in X_RAYS for v in values[self.modality])
 
         taken = {self.path, self.split, self.patient, self.modality, self.mask, *self.views,
                  *self.box}
         unused = [i for i in every if i not in taken]
-        free = [i for i in unused if self.columns[i] not in NOT_LABELS]
+        free = [i for i in unused if self.columns[i] not in NOT_LABELS and not any(
+            len(token) > 60 for v in values[i] for token in tokens(v))]  # sentences are no labels
         flags = [i for i in free if self.shown[i] and {*map(squash, values[i])} <= FLAGS]
         telling = [i for i in flags if meaning(self.shown[i], self.given) in ("normal", "unsure")]
         spoken = [i for i in free if any(
@@ -1885,7 +1888,10 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
 
 def flow(source: Source) -> list[tuple[str, str]]:
     """What was found in a source, what it was taken for, and what was left out and why."""
-    left_out = "; ".join(f"{count:,} {why}" for why, count in source.left_out.most_common())
+    reasons = source.left_out.most_common()
+    left_out = "; ".join(f"{count:,} {why}" for why, count in reasons[:15]) + (
+        f"; {sum(n for _, n in reasons[15:]):,} for {len(reasons) - 15} other reasons"
+        if len(reasons) > 15 else "")
     return [(name, text) for name, text in {**source.facts, "left out": left_out}.items() if text]
 
 
