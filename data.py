@@ -540,8 +540,8 @@ NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
 # Columns by their names without signs. Which is the path, and which the split, their content says.
 LABELS = one_of("label labels class classname target diagnosis findinglabels findinglabel finding "
                 "findings category dx condition disease pathology groundtruth type")
-PATIENT = re.compile("(anon|anonymized)?(patient|subject|participant|person|case|pat)s?(id|ids|no|nr|"
-                     "num|number|name|key|code|identifier)?|mrn|pid|lesionid")
+PATIENT = re.compile("(anon|anonymized)?(patient|subject|participant|person|case|pat)s?"
+                     "(id|ids|no|nr|num|number|name|key|code|identifier)?|mrn|pid|lesionid")
 VIEWS = one_of("view viewposition frontallateral appa projection")
 SIDE_VIEWS = one_of("l ll lat lateral axial coronal sagittal oblique")
 X_RAYS = one_of("xray cr dx")
@@ -1071,7 +1071,9 @@ class Intake:
             else:
                 said = f": {' + '.join(sorted(said)[:4]) or 'no word'}" if kind in KINDS else ""
                 self.left_out[f"{kind or 'in a table that does not label them'}{said}"] += 1
-        if not self.by_folders and len(self.images) > len(self.found):
+        if self.table:  # what it does not list was not meant
+            self.images = [*self.found]
+        elif not self.by_folders and len(self.images) > len(self.found):
             self.left_out["not listed in a table"] = len(self.images) - len(self.found)
         if not any(s.label == NORMAL for s in samples):
             unused = ", ".join(f"{n:,} {what}" for what, n in self.unused.items() if n)
@@ -1780,9 +1782,9 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
 
     A test split that the source prescribes is respected, and so is a validation split beside it
     with at least 20 normals, or alone with 50; a smaller one is left out, or if test is not
-    prescribed either split anew with all else. Otherwise test takes 20 % of the normals and every patient who has no normal
-    image, and validation 10 % of the remaining normals. Abnormal images of patients who are not
-    in train go to validation, where settings may be chosen on them.
+    prescribed either split anew with all else. Otherwise test takes 20 % of the normals and every
+    patient who has no normal image, and validation 10 % of the remaining normals. Abnormal images
+    of patients who are not in train go to validation, where settings may be chosen on them.
     train_limit: the most training images; validation normals then are at most a quarter, or 100.
     """
     notes = []
@@ -1827,9 +1829,10 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
         notes.append("no patient is named: every image counts as a patient of its own")
     used = {s.key for part in (train, val, test) for s in part}
     if spare := Counter(s.label for s in samples if s.key not in used):
-        notes.append(f"{spare[NORMAL]:,} normal and {spare[ABNORMAL]:,} abnormal images are in no "
-                     "split: their patients are in another, --samples is less, or the split that "
-                     "is prescribed for them is too small")
+        notes.append(
+            f"{spare[NORMAL]:,} normal and {spare[ABNORMAL]:,} abnormal images are in no split: "
+            "their patients are in another, --samples is less, or the split that is prescribed "
+            "for them is too small")
     for one, other in ((train, val), (train, test), (val, test)):
         assert len(_without(one, other)) == len(one), "a patient is in two splits"
     assert len(_normals(train)) == len(train), "abnormal image in train"
