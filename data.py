@@ -883,7 +883,7 @@ class Intake:
 
     def read_tables(self, names: list[str]) -> None:
         """Take what the tables say that list images."""
-        tables: list[Table] = []
+        tables, of_no_use = list[Table](), list[str]()
         self.without_label = ""
         for name in names:
             table, why = None, "too much in it to be looked into"
@@ -903,9 +903,11 @@ class Intake:
             if usable:
                 tables.append(table)
             else:
-                self.unused["tables that list no images that are there"] += 1
+                of_no_use.append(name)
             if not table or (usable and not table.labels and len(table.shown) > 1):
                 self.without_label = f"; {name} has {why}"
+        self.unused[f"tables that list no images that are there ({', '.join(of_no_use[:3])}"
+                    f"{', ...' * (len(of_no_use) > 3)})"] = len(of_no_use)
         # What tells normal from abnormal comes first: others add to it, or contradict it.
         for table in sorted(tables, key=lambda t: (not t.labels, not t.tells)):
             self.read_table(table)
@@ -1088,7 +1090,7 @@ class Intake:
                         "abnormal; was their conversion right?")
         self.source.samples = samples
         self.pair_masks({s.key: s.label for s in samples})
-        self.account(samples, words)
+        self.account(samples)
 
     def name_patients(self) -> None:
         """Name the patient of each image, and say whence: column, folder or name of a file."""
@@ -1168,9 +1170,10 @@ class Intake:
             self.refuse(f"{len(gone)} masks that {self.table or 'a table'} lists are not there, "
                         f"the first is {min(gone)}")
 
-    def account(self, samples: list[Sample], words: Counter) -> None:
+    def account(self, samples: list[Sample]) -> None:
         """Write down what was found and used, and of what one must be careful."""
         source, facts = self.source, self.facts
+        words = Counter(word for s in samples for word in self.found[s.key][1])
         source.boxes = {s.key: self.boxes[s.key] for s in samples if s.key in self.boxes}
         ordered = sorted(words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))
         facts["words"] = "; ".join(f"{word or '(none)'} {n:,} -> {self.means(word)}"
