@@ -32,7 +32,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -199,40 +199,37 @@ class Source:
         return Image.open(io.BytesIO(self.read(sample)))
 
     def grey_bits(self) -> int:
-        """Bits of the values in 16-bit images, the same for the whole set: the smallest of 10, 12,
-        14, 16 that holds what is seen in 128 of them. 0 if the images that are looked at, drawn by
-        their names, have 8. Tells of several pages. UserError if all are of one grey."""
+        """Bits in use of 16-bit images, one figure a set: the smallest of 10, 12, 14, 16 that holds
+        what is seen in 128 of them; 0 if what is looked at, drawn by names, has 8. Tells of pages
+        and of unreadable files. UserError if the images are signed, or all of one grey."""
         if self._bits is not None:
             return self._bits
-        top, deep, signed, flat, seen = 0, 0, 0, 0, 0
-        odd = defaultdict[str, list[str]](list)
-        order = sorted(self.samples, key=lambda s: zlib.crc32(s.key.encode()))
-        for sample in order[: self.looked_at]:
+        some = sorted(self.samples, key=lambda s: zlib.crc32(s.key.encode()))[: self.looked_at]
+        deep, flat, odd = list[Any](), list[bool](), defaultdict[str, list[str]](list)
+        for sample in some:
             try:
                 with self.open_image(sample) as image:
                     if getattr(image, "n_frames", 1) > 1:
                         odd["have several pages or frames, of which the first is taken"].append(
                             sample.key)
-                    if image.mode.startswith("I") and deep < 128:
-                        low, high = image.getextrema()
-                        deep, signed, top = deep + 1, signed + (low < 0), max(top, int(high))
-                    if seen < 24:
+                    if image.mode.startswith("I") and len(deep) < 128:
+                        deep.append(image.getextrema())
+                    if len(flat) < 24:
                         image.draft("L", (64, 64))
-                        values, seen = np.asarray(image), seen + 1
-                        flat += bool(values.min() == values.max())
+                        flat.append(bool(np.ptp(np.asarray(image)) == 0))
             except (*DAMAGE, *TOO_MANY_PIXELS, BadImage):
-                if not sample.key.lower().endswith((".dcm", ".dicom")) and "." in sample.key:
+                if sample.key.lower().endswith(IMAGE_SUFFIXES[:-2]):  # DICOM is not Pillow's
                     odd["cannot be read as images"].append(sample.key)
-        if signed > MAX_BAD_SHARE * deep:
-            raise UserError(f"--data {self.spec}: its images hold signed grey values, and what is "
-                            "black is not known; save them as 8 or 16 bits, by one rule for all")
-        if seen and flat == seen:
-            raise UserError(f"--data {self.spec}: all of {seen} images that were looked at are of "
-                            "one grey; was their conversion right?")
+        why = "hold signed grey values; save them as 8 or 16 bits, by one rule for all" if (
+            sum(low < 0 for low, _ in deep) > MAX_BAD_SHARE * len(deep)) else (
+            "are of one grey; was their conversion right?" if flat and all(flat) else "")
+        if why:
+            raise UserError(f"--data {self.spec}: the images that were looked at {why}")
+        self._bits = next((n for n in (10, 12, 14, 16) if all(high < 2**n for _, high in deep)),
+                          16) if deep else 0
         self.careful = [*self.careful, *(
-            f"{len(names)} of {len(order[: self.looked_at]):,} images that were looked at {what}, "
-            f"e.g. {names[0]}" for what, names in odd.items())]
-        self._bits = next((n for n in (10, 12, 14) if top < 2**n), 16) if deep else 0
+            f"{len(names)} of {len(some):,} images that were looked at {what}, e.g. {names[0]}"
+            for what, names in odd.items())]
         self.facts = self.facts | {"grey": f"{self._bits} of 16 bits in use" if deep else ""}
         return self._bits
 
@@ -699,10 +696,15 @@ class Table:
     record a line. csv.Error or ValueError if it is none."""
 
     def __init__(self, name: str, text: str, images: Index, given: frozenset[str]) -> None:
-        self.name, self.given, self.records = name, given, list[dict]()
+        if text.lstrip().startswith("{"):  # JSON
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            file = io.StringIO()
+            writer = csv.DictWriter(file, [*dict.fromkeys(itertools.chain(*records))])
+            writer.writeheader()
+            writer.writerows(records)
+            text = file.getvalue()
+        self.name, self.given = name, given
         self.text = re.sub(r"\Asep=.\n", "", text.replace("\r\n", "\n").replace("\r", "\n"))
-        if self.text.lstrip().startswith("{"):
-            self.records = [json.loads(line) for line in self.text.split("\n") if line.strip()]
 
         def fit(separator: str) -> tuple[int, int]:
             first = [*itertools.islice(self.parsed(separator), 50)]
@@ -722,11 +724,8 @@ class Table:
 
     def parsed(self, separator: str) -> Iterator[list[str]]:
         """Its rows, parted so, without empty ones; one after the other, as there may be many."""
-        keys = [*dict.fromkeys(key for record in self.records for key in record)]
         lines = (m[0] for m in re.finditer(r"[^\n]*\n|[^\n]+", self.text))
-        for row in itertools.chain([keys], (
-                ["" if r.get(k) is None else str(r[k]) for k in keys] for r in self.records)
-                ) if keys else csv.reader(lines, delimiter=separator, skipinitialspace=True):
+        for row in csv.reader(lines, delimiter=separator, skipinitialspace=True):
             if any(cells := [cell.strip() for cell in row]):
                 yield cells
 
@@ -864,7 +863,7 @@ class Intake:
     def find_masks(self, images: list[str]) -> dict[str, str]:
         """Find the masks; each with the stem of the image that it belongs to."""
         def above(folder: str) -> list[str]:
-            return [folder[:i] for i, letter in enumerate(f"{folder}/") if letter == "/"]
+            return [folder, *map(str, PurePosixPath(folder).parents)]
 
         folders, below = Counter(map(folder_of, images)), Counter[str]()
         for folder, count in folders.items():

@@ -272,7 +272,7 @@ def test_check_tells_what_training_would_stumble_over(
     for i in range(60):
         Image.new("L", (40 + i, 40)).save(tmp_path / f"train/normal/{i:03d}.png")
     shutil.rmtree(tmp_path / "test")
-    with pytest.raises(UserError, match="are of one grey"):
+    with pytest.raises(UserError, match="looked at are of one grey"):
         check(config)
 
 
