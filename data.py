@@ -517,9 +517,9 @@ SPLIT_NAMES = {name: split for split, names in {
 MASK_NAMES = one_of("mask masks gt label labels seg segs segmentation segmentations annotation "
                     "annotations")
 NO_CLASS = one_of("pred preds prediction predictions result results heatmap heatmaps all output "
-                  "outputs overlay overlays sample samples example examples figure figures plot "
-                  "plots tmp temp backup old misc preview previews thumbnail thumbnails inference "
-                  "submission submissions demo trash excluded duplicates unused reconstructions")
+                  "outputs overlay overlays sample samples example examples figure figures plots "
+                  "tmp temp backup old misc preview previews thumbnails inference submission demo "
+                  "trash excluded duplicates unused reconstructions")
 # What adds nothing to a name: normal_cases, chest_good, Training Set.
 FILLER = (r"(?:cases?|images?|imgs?|pictures?|photos?|pngs?|jpe?gs?|dicoms?|dcms?|bmps?|tiffs?|"
           r"scans?|slices?|stud(?:y|ies)|patients?|subjects?|x ?rays?|radiographs?|chest|cxr|"
@@ -878,7 +878,7 @@ class Intake:
             base = beside and (beside[1] or beside[2])
             if folder_of(name) in of_masks or (base and base in stems):
                 masks[name] = base if base in stems else stem
-        return masks
+        return masks if len(masks) < len(images) else {}
 
     def read_tables(self, names: list[str]) -> None:
         """Take what the tables say that list images."""
@@ -894,7 +894,7 @@ class Intake:
                        ) + f"; its columns are: {', '.join(table.shown)[:200]}"
             except TooLarge:
                 self.left_out["tables, too large to be looked into"] += 1
-            except (csv.Error, ValueError, AttributeError) as error:
+            except (csv.Error, ValueError, TypeError, AttributeError) as error:
                 why = f"no rows of columns ({error})"
             usable = table and table.path is not None and not re.search("(?i)submission", name)
             if self.table and not (usable and table.labels):
@@ -975,13 +975,10 @@ class Intake:
             self.refuse(f"{len(absent)} of the {len(absent) + len(here)} files that {table.name} "
                         f"lists are not there, the first is {min(absent)}; paths are relative to "
                         "it")
-        if absent:
-            self.left_out["listed in a table but not there"] += len(absent)
+        self.left_out.update({"listed in a table but not there": len(absent)} if absent else {})
         for image, entry in here.items():
-            there = self.found.get(image)
-            self.found[image] = entry if there is None else join(there, entry, False)
-        shown = {"patients": table.patient, "split": table.split}
-        for what, column in shown.items():
+            self.found[image] = join(self.found.get(image, entry), entry, False)
+        for what, column in (("patients", table.patient), ("split", table.split)):
             if column is not None:
                 self.whence[what][f"the column {table.shown[column]}"] = None
         self.whence["columns"] |= dict.fromkeys(filter(None, table.unused))
