@@ -222,7 +222,7 @@ class Source:
                     odd["cannot be read as images"].append(sample.key)
         why = "hold signed grey values; save them as 8 or 16 bits, by one rule for all" if (
             sum(low < 0 for low, _ in deep) > MAX_BAD_SHARE * len(deep)) else (
-            "are of one grey; was their conversion right?" if flat and all(flat) else "")
+            "are of one grey; was their conversion right?" if len(flat) > 7 and all(flat) else "")
         if why:
             raise UserError(f"--data {self.spec}: the images that were looked at {why}")
         self._bits = next((n for n in (10, 12, 14, 16) if all(high < 2**n for _, high in deep)),
@@ -1055,7 +1055,8 @@ class Intake:
             self.refuse(f"--normal {self.normal}: there is no {', '.join(sorted(strange))}; its "
                         f"words: {text or 'none'}")
         for word in words if self.given else ():
-            if re.match("normal|healthy|nofinding", squash(word)) and self.means(word) != "normal":
+            if re.fullmatch("normals?|healthy|nofindings?", squash(word)) and (
+                    self.means(word) != "normal"):
                 self.refuse(f"--normal {self.normal}: {word} means normal, too, does it not? Add "
                             f"it. Its words: {text}")
         self.name_patients()

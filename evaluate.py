@@ -794,15 +794,11 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
 
 def flow_of(r: Result) -> dict[str, str]:
     """What became of the images that were found: the account of the intake, and the splits."""
-    rows, bits = dict(flow(r.source)), r.run.config.grey_bits
-    if bits:
-        rows["grey"] = f"{bits} of 16 bits in use"
-    if not r.external:
-        splits = read_splits(r.run.folder / "split.csv")
-        rows |= {name: f"{len(splits.normals(name)):,} normal, "
-                 f"{len(getattr(splits, name)) - len(splits.normals(name)):,} abnormal"
-                 for name in SPLITS}
-    return rows
+    rows = dict(flow(r.source)) | {"careful": "; ".join(r.source.careful) or "nothing"}
+    splits = read_splits(r.run.folder / "split.csv")
+    return rows | ({} if r.external else {
+        name: f"{len(splits.normals(name)):,} normal of {len(getattr(splits, name)):,}"
+        for name in SPLITS})
 
 
 def relative(path: str | Path) -> str:
