@@ -531,7 +531,8 @@ PERSON = re.compile(r"(?i)(patient|person|pat|subject|subj|sub|case|pid|p|study|
 # OCT's, CheXpert's and MURA's, the NIH's, and such as patient7_3.png.
 NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
     r"(person\d+_(?P<finding>bacteria|virus)(?=_)|(?:NORMAL2-)?IM-\d+(?=-))[^/]*$",
-    r"[A-Z]+-(\d+)-\d+\.\w+$", r"(patient\d+)/", r"(\d{8})_\d{3}\.\w+$",
+    r"[A-Z]+-(\d+)-\d+\.\w+$", r"(\d{8})_\d{3}\.\w+$",
+    r"(?:.*/)?((?i:patient|pat|subject|subj|sub|case|person|p)[ _-]?\d+)/",
     r"((?i:patient|pat|subject|subj|sub|case|person)[ _-]?\d+)[ _-][^/]+$")]
 
 # Columns by their names without signs. Which is the path, and which the split, their content says.
@@ -1029,15 +1030,15 @@ class Intake:
             # A folder with a number, below the class or above it, is a patient's.
             rest = [] if level is None else ps[level + 1 :] + ps[common:level]
             places[folder] = kind, word, (
-                *persons, *(p for p in rest if re.search(r"\d", p)), "")[0]
-        named = {patient for *_, patient in places.values()}
+                *persons[-1:], *(p for p in rest if re.search(r"\d", p)), "")[0]
+        few = len({patient for *_, patient in places.values()}) < 5  # the parts of a set, or stages
         for image in self.images:
             kind, word, patient = places[folder_of(image)]
-            entry = [kind, (word,), word.lower(), patient if len(named) > 4 else "", "",
-                     split_of(folder_of(image))]  # few are the parts of a set, or stages
+            patient = "" if few and not PERSON.fullmatch(patient) else patient
+            entry = [kind, (word,), word.lower(), patient, "", split_of(folder_of(image))]
             self.found[image] = join(self.found.get(image, entry), entry, False)
-        if len(named) > 4:
-            self.whence["patients"]["the names of folders"] = None
+            if patient:
+                self.whence["patients"]["the names of folders"] = None
         self.by_folders = True
 
     def finish(self) -> None:
