@@ -83,7 +83,11 @@ class Config:
     # On what
     data: str = setting("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "
                         "kaggle:owner/name[/versions/N]")
+    normal: str = setting("", "words that mean normal in tables or folder names, parted by commas; "
+                          "all others then mean abnormal")
     samples: int | None = setting(None, "training images; default: all, 400 on the phantom", low=2)
+    grey_bits: int | None = setting(None, "bits in use of 16-bit images; default: found from them",
+                                    low=8, high=16)
     augment: bool = setting(True, "small random shifts, turns, scales, brightness and contrast")
     memory_limit_gb: float = setting(4.0, "most memory for images, those cached for later epochs "
                                      "included; what does not fit is read again", high=100_000)
