@@ -1292,7 +1292,7 @@ class FolderSource(Source):
                 continue
             known[real] = str(inside)
             folders[:] = sorted(d for d in folders if not d.startswith("."))
-            # No pipes and devices, which never end. A link to nothing is found unreadable later.
+            # No pipes and devices, which never end. Links to nothing are counted later.
             fit = [f for f in files if os.path.isfile(p := os.path.join(folder, f))
                    or not os.path.exists(p)]
             if len(fit) < len(files):
