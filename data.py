@@ -501,47 +501,45 @@ def draw_phantom(index: int, size: int = 128, seed: int = 0,
 # ----------------------------------------------------------------------------------------------
 # Intake: what the files of a folder or archive mean. It is read off names and tables; of the files
 # themselves only the first bytes, where an ending says nothing, and a few masks of normal images.
+#
+# Tables and folders say the same things of an image, see `Said`. What a word means is decided in
+# `meaning` alone, and what several of them say of one image in `join` alone.
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 OTHER_SUFFIXES = (".xml", ".json", ".npy", ".npz", ".zip", ".gz", ".xlsx", ".md", ".html", ".pdf",
                   ".py", ".ipynb", ".pt", ".mat", ".mp4", ".log", ".yaml")
 MOST_TABLES = 40  # that are looked into
-
-
-def one_of(text: str) -> dict[str, int]:
-    """The words of a text, each with its place."""
-    return {word: place for place, word in enumerate(text.split())}
-
-
-# Words are compared without case, spaces and signs. What is not in these lists is a finding.
-NORMAL_NAMES = one_of("normal normals good healthy health nofinding nofindings negative no false 0 "
-                      "control controls healthycontrol healthycontrols notumor notumour")
-ABNORMAL_NAMES = one_of("abnormal anomaly anomalous anomalies bad defect defective ungood positive "
-                        "yes true 1")
-# What says neither: not to be taken for a finding.
-UNKNOWN_NAMES = {"", *one_of("unknown unlabeled unlabelled uncertain todo none null nan na")}
-# Like normal, but not certain to mean it: --normal alone decides.
-LIKE_NORMAL = re.compile(
-    r"normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|pass|passed|"
-    r"unremarkable|unaffected|uninfected)\b|^(no|non|not|without|free)\b|^non(?!e)\w|"
-    r"^(n|nl|nor|norm|wnl|nil)$")
-NOT_NORMAL = re.compile(r"\ba ?normal|no good|(ab|non|not|un) ?(normal|healthy|good|ok|clea[rn])")
+# What a word means: the first of these that matches all of it, in lower case, with single spaces.
+MEANINGS = [(kind, re.compile(pattern)) for kind, pattern in (
+    ("unknown", "|unknown|unlabell?ed|uncertain|todo|none|null|nan|na"),
+    ("abnormal", "abnormal|anomal(y|ies|ous)|bad|defect(ive)?|ungood|positive|yes|true|1"),
+    ("normal", "normals?|good|healthy?|no ?findings?|no ?tumou?r|(healthy ?)?controls?|negative|"
+               "no|false|0"),
+    ("unlike normal", r".*(\ba ?normal|no good|(ab|non|not|un) ?(normal|healthy|good|ok|clea[rn])"
+                      ").*"),
+    # Like normal, but not certain to mean it: --normal alone decides.
+    ("unsure", r".*(normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|"
+               r"pass|passed|unremarkable|unaffected|uninfected)\b).*|(no|non|not|without|free)\b"
+               r".*|non(?!e)\w.*|n|nl|nor|norm|wnl|nil"))]
 SPLIT_NAMES = {name: split for split, names in {
-    "train": one_of("train training trainset"), "val": one_of("val valid validation valset dev"),
-    "test": one_of("test testing testset")}.items() for name in names}
-MASK_NAMES = one_of("mask masks gt label labels seg segs segmentation segmentations annotation "
-                    "annotations")
-NO_CLASS = one_of("pred preds prediction predictions result results heatmap heatmaps all output "
-                  "outputs overlay overlays sample samples example examples figure figures plots "
-                  "tmp temp backup old misc preview previews thumbnails inference submission demo "
-                  "trash excluded duplicates unused reconstructions")
+    "train": "train training trainset", "val": "val valid validation valset dev",
+    "test": "test testing testset"}.items() for name in names.split()}
 # What adds nothing to a name: normal_cases, chest_good, Training Set.
-FILLER = (r"(?:cases?|images?|imgs?|pictures?|photos?|pngs?|jpe?gs?|dicoms?|dcms?|bmps?|tiffs?|"
-          r"scans?|slices?|stud(?:y|ies)|patients?|subjects?|x ?rays?|radiographs?|chest|cxr|"
-          r"films?|frames?|class|folder|dir|data|dataset|set|split|group|batch|part|files?|lungs?|"
-          r"brains?|findings?)")
-PERSON = re.compile(r"(?i)(patient|person|pat|subject|subj|sub|case|pid|p|study|series|session|s)"
-                    r"[ _-]?\d+[a-z]?")
+FILLER = re.compile(
+    "(case|image|img|picture|photo|png|jpe?g|dicom|dcm|bmp|tiff?|scan|slice|patient|subject|xray|"
+    "ray|radiograph|film|frame|file|lung|brain|finding)s?|study|studies|x|chest|cxr|class|folder|"
+    "dir|data|dataset|set|split|group|batch|part")
+NUMBERED = {"class", "grade", "stage", "level", "type"}  # the number after it is the class
+NO_CLASS = set("pred preds prediction predictions result results heatmap heatmaps all output "
+               "outputs overlay overlays sample samples example examples figure figures plots tmp "
+               "temp backup old misc preview previews thumbnails inference submission demo trash "
+               "excluded duplicates unused reconstructions".split())
+MASK = "masks?|gt|labels?|segs?|segmentations?|annotations?|ground[ _-]?truth"
+MASK_FOLDER = re.compile(rf"({MASK})\b.*|.*\b({MASK})")
+MASK_FILE = re.compile(  # of the image beside which it lies
+    rf"(?:{MASK})[ _-]+(.+)|(.+?)[ _-]*(?:{MASK}|lesion|roi)(?:[ _-]?\d+)?")
+PERSON = re.compile(r"(?i)(?:patient|person|pat|subject|subj|sub|case|pid|p)[ _-]?\d+[a-z]?")
+VISIT = re.compile(r"(?i)(?:study|series|session|s)[ _-]?\d+[a-z]?")
 # Patients in the names of files, believed where every image of a set has such a name: Kermany's,
 # OCT's, CheXpert's and MURA's, the NIH's, and such as patient7_3.png.
 NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
@@ -550,22 +548,22 @@ NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
     r"(?:.*/)?((?i:patient|pat|subject|subj|sub|case|person|p)[ _-]?\d+)/",
     r"((?i:patient|pat|subject|subj|sub|case|person)[ _-]?\d+)[ _-][^/]+$")]
 
-# Columns by their names without signs. Which is the path, and which the split, their content says.
-LABELS = one_of("label labels class classname target diagnosis findinglabels findinglabel finding "
-                "findings category dx condition disease pathology groundtruth type")
-PATIENT = re.compile("(anon|anonymized)?(patient|subject|participant|person|case|pat)s?"
-                     "(id|ids|no|nr|num|number|name|key|code|identifier)?|mrn|pid|lesionid")
-VIEWS = one_of("view viewposition frontallateral appa projection")
-SIDE_VIEWS = one_of("l ll lat lateral axial coronal sagittal oblique")
-X_RAYS = one_of("xray cr dx")
-NOT_LABELS = one_of("sex gender age smoker survival")
-# Left, top, width, height, right and bottom of a box.
-BOXES = [*map(one_of, ("x xmin bboxx x0 left", "y ymin y0 top", "width w", "height h",
-                       "xmax x1 x2 right", "ymax y1 y2 bottom"))]
-YES, FLAGS = one_of("1 yes true"), {"", *one_of("1 yes true 0 no false -1")}
-MASK_NAME = re.compile(  # of the image beside which it lies
-    r"(?:masks?|gt|labels?|seg)[ _-]+(.+)|(.+?)[ _-]*(?:masks?|gt|seg|segmentation|labels?|"
-    r"ground[ _-]?truth|annotation|lesion|roi)(?:[ _-]?\d+)?")
+# Columns by their names without case, spaces and signs. The path and the split are known by values.
+LABELS = ("label labels class classname target diagnosis findinglabels findinglabel finding "
+          "findings category dx condition disease pathology groundtruth type abnormal anomaly "
+          "positive").split()
+COLUMNS = {name: re.compile(pattern) for name, pattern in {
+    "patient": "(anon|anonymized)?(patient|subject|participant|person|case|pat)s?(id|ids|no|nr|"
+               "num|number|name|key|code|identifier)?|mrn|pid|lesionid",
+    "view": "view|viewposition|frontallateral|appa|projection", "modality": "modality",
+    "mask": ".*(mask|segmentation).*", "no label": "sex|gender|age|smoker|survival",
+    "finding": "findings?|findinglabels?", "no path": "|unnamed0|index",
+    "left": "x|xmin|bboxx|x0|left", "top": "y|ymin|y0|top", "width": "width|w",
+    "height": "height|h", "right": "xmax|x1|x2|right", "bottom": "ymax|y1|y2|bottom"}.items()}
+SIDES = ("left", "top", "width", "height", "right", "bottom")  # of a box
+SIDE_VIEWS = {"l", "ll", "lat", "lateral", "axial", "coronal", "sagittal", "oblique"}
+X_RAYS = {"xray", "cr", "dx"}
+YES, FLAGS = {"1", "yes", "true"}, {"", "1", "yes", "true", "0", "no", "false", "-1"}
 DECIDE = "say which words mean normal with --normal WORD[,WORD]"
 A_CSV = "give a CSV with the first line path,label and then a line an image,"
 INSTEAD = {  # of what holds images, but is none
@@ -577,17 +575,18 @@ INSTEAD = {  # of what holds images, but is none
     ".zip": "; unpack the archive first", ".gz": "; unpack what ends in .gz first"}
 
 
-def spaced(text: str) -> str:
-    """A name in lower case, its words parted by single spaces."""
-    return re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()).strip()
-
-
 @functools.lru_cache(100_000)
-def squash(text: str) -> str:
-    """A word without case, spaces and signs; a number as short as it can be written."""
+def spaced(text: str) -> str:
+    """A name in lower case, its words and numbers parted by single spaces; 7.0 is 7."""
     if re.fullmatch(r"[+-]?\d+(\.0*)?", text.strip()):
         return str(int(float(text)))
-    return re.sub(r"[\W_]+", "", text.casefold())
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()
+    return " ".join(re.findall(r"\d+|[^\W\d_]+", text))
+
+
+def squash(text: str) -> str:
+    """A word without case, spaces and signs."""
+    return spaced(text).replace(" ", "")
 
 
 @functools.lru_cache(100_000)
@@ -595,33 +594,41 @@ def bare(text: str) -> tuple[str, str]:
     """The words of a folder or label that tell something, and the split that it names, or "".
 
     '0_Normal cases (1)' is ('normal', ''), 'train_images' is ('', 'train')."""
-    words, split = spaced(text), ""
-    for place in (r"^([a-z]+)(?: |$)", r"(?:^| )([a-z]+)$"):
-        if not split and (m := re.search(place, words)) and m[1] in SPLIT_NAMES:
-            split, words = SPLIT_NAMES[m[1]], re.sub(place, "", words)
-    plain = re.sub(r"^\d+ | \d+$|(?<=[a-z]{4})\d+$", "", words)
-    if re.search("[a-z]{4}", plain) and not re.search(r"\b(class|grade|stage|level|type)\b", plain):
-        words = plain  # without the number of a copy or place, but where the number is the class
-    if re.fullmatch(rf"({FILLER} ?)+\d*| ?", words) and not re.fullmatch(r"class ?\d+", words):
-        return "", split
-    return re.sub(rf"^({FILLER} )+(?=[a-z])|( {FILLER})+$", "", words), split
+    words, split = spaced(text).split(), ""
+    for end in (0, -1):
+        if words and not split and words[end] in SPLIT_NAMES:
+            split = SPLIT_NAMES[words.pop(end)]
+    telling = [w for w in words if not (FILLER.fullmatch(w) or w.isdigit())]
+    if not telling:  # 'class 1', and '1' alone, are classes; 'set 1' and 'images' are not
+        return " ".join(words if all(w.isdigit() or w == "class" for w in words) else ()), split
+    # The number of a copy or place goes, but not where the number is the class.
+    numbered = NUMBERED & {*words} or all(len(w) < 4 for w in telling)
+    def adds_nothing(word: str) -> bool:
+        return bool(FILLER.fullmatch(word)) or (word.isdigit() and not numbered)
+
+    while adds_nothing(words[-1]):
+        words.pop()
+    while adds_nothing(words[0]) and (words[0].isdigit() or not words[1].isdigit()):
+        words.pop(0)
+    return " ".join(words), split
 
 
 @functools.lru_cache(100_000)
 def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
     """What a label or folder says: normal, abnormal, unknown, or unsure if it is only like normal.
     given: the words of --normal; whatever else is labelled is abnormal then."""
-    words = bare(word)[0]
-    forms = {squash(word), squash(words)} if words else {squash(word)}
     if squash(word) in given:
         return "normal"
-    if forms & UNKNOWN_NAMES:
-        return "unknown"
-    if given or forms & ABNORMAL_NAMES.keys():
-        return "abnormal"
-    if forms & NORMAL_NAMES.keys():
-        return "normal"
-    return "unsure" if LIKE_NORMAL.search(words) and not NOT_NORMAL.search(words) else "abnormal"
+    forms = {spaced(word), bare(word)[0] or spaced(word)}
+    kind = next((kind for kind, pattern in MEANINGS if any(map(pattern.fullmatch, forms))), "")
+    return kind if kind == "unknown" or (kind in ("normal", "unsure") and not given) else "abnormal"
+
+
+def explicit(word: str, given: frozenset[str]) -> str:
+    """normal or abnormal, where a word says this itself and is no finding or number; else ""."""
+    kind = meaning(word, given)
+    return kind if len(squash(word)) > 3 and (
+        kind == "normal" or MEANINGS[1][1].fullmatch(bare(word)[0])) else ""
 
 
 def tokens(label: str) -> tuple[str, ...]:
@@ -643,6 +650,11 @@ def split_of(folder: str) -> str:
     return next((split for part in reversed(folder.split("/")) if (split := bare(part)[1])), "")
 
 
+def strictest(*splits: str) -> str:
+    """The one of several splits that keeps an image out of training."""
+    return max(splits, key=("", "train", "val", "test").index)
+
+
 def folder_of(name: str) -> str:
     """The folder of a file, "" at the top."""
     return name.rpartition("/")[0]
@@ -650,10 +662,40 @@ def folder_of(name: str) -> str:
 
 def is_mask_folder(path: str) -> bool:
     """Whether a folder is called masks, ground_truth, lung masks, test_labels or the like."""
-    words = re.sub(rf"\b({FILLER}|{'|'.join(SPLIT_NAMES)})\b", "", spaced(
-        path.rpartition("/")[2]).replace("ground truth", "gt").replace("groundtruth", "gt")).split()
-    return bool(words) and not {"with", "and"} & {*words} and (
-        words[0] in MASK_NAMES or words[-1] in MASK_NAMES)
+    words = [w for w in spaced(path.rpartition("/")[2]).split()
+             if not (FILLER.fullmatch(w) or w in SPLIT_NAMES)]
+    return not {"with", "and"} & {*words} and bool(MASK_FOLDER.fullmatch(" ".join(words)))
+
+
+@dataclass(slots=True)
+class Said:
+    """What a row of a table, or a folder, says of an image."""
+
+    kind: str  # a meaning, contradictory, "" if nothing is said, or why it is left out
+    words: tuple[str, ...]
+    patient: str = ""
+    view: str = ""
+    split: str = ""
+
+
+# From what gives way to what does not, where several things are said of an image.
+KINDS = ("", "normal", "unknown", "abnormal", "unsure", "contradictory", "tables disagree")
+
+
+def join(one: Said, other: Said, rows: bool) -> Said:
+    """What two rows of a table say of an image, or two tables, or a table and a folder.
+
+    By rows it is normal only if all say so, and of tables that differ none is believed."""
+    kinds = {one.kind, other.kind}
+    if rows and one.split != other.split:
+        kinds = {"listed in two splits"}
+    elif not rows and {"normal", "abnormal"} <= kinds:
+        kinds = {"tables disagree"}
+    elif not rows:
+        kinds = kinds - {"unknown", ""} or {one.kind}
+    kind = max(kinds, key=lambda k: KINDS.index(k) if k in KINDS else len(KINDS))
+    return Said(kind, tuple(dict.fromkeys(one.words + other.words)), one.patient or other.patient,
+                one.view or other.view, strictest(one.split, other.split))
 
 
 class Index:
@@ -661,11 +703,9 @@ class Index:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.names, self.by_stem = set(names), dict[str, str | list[str]]()
+        self.names, self.by_stem = set(names), defaultdict[str, list[str]](list)
         for name in names:
-            stem = self.stem(name)
-            there = self.by_stem.get(stem)
-            self.by_stem[stem] = name if there is None else [*self.named(stem), name]
+            self.by_stem[self.stem(name)].append(name)
 
     @staticmethod
     def stem(path: str) -> str:
@@ -677,33 +717,24 @@ class Index:
     def __contains__(self, text: str) -> bool:
         return bool(text) and self.stem(text.replace("\\", "/")) in self.by_stem
 
-    def named(self, stem: str) -> list[str]:
-        """All images of that stem."""
-        there = self.by_stem.get(stem, [])
-        return [there] if isinstance(there, str) else there
-
     def find(self, path: str, below: str) -> str:
         """The image, or "" if there is none, or no single one. below: the table's folder."""
         path = path.replace("\\", "/")
-        candidates = self.named(self.stem(path))
+        candidates = self.by_stem.get(self.stem(path), [])
         if "/" in path or len(candidates) > 1:
             for name in (posixpath.join(below, path), path):
                 if (name := posixpath.normpath(name)) in self.names:
                     return name
             parts, found = folder_of(path).lower().split("/")[::-1], defaultdict(list)
-            parts = [] if parts == [""] else parts
             for name in candidates:
-                pairs = zip(parts, folder_of(name).lower().split("/")[::-1], strict=False)
-                same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                there = folder_of(name).lower().split("/")[::-1]
+                same = len(os.path.commonprefix([parts, there]))
                 # Another prefix is not another split: train/1.png is never test/1.png.
-                if same == len(parts) or split_of(folder_of(path)) in (
-                        "", split_of(folder_of(name))):
+                if same in (len(parts), len(there)) or len(candidates) == 1 and split_of(
+                        folder_of(path)) in ("", split_of(folder_of(name))):
                     exact = name.lower().endswith(path.lower().rpartition("/")[2])
                     found[same, exact, name.startswith(f"{below}/")].append(name)
             candidates = found[max(found)] if found else []
-            if len({folder_of(name).rpartition("/")[2] for name in candidates}) == 1:
-                nearest = min(name.count("/") for name in candidates)  # a copy may lie deeper
-                candidates = [name for name in candidates if name.count("/") == nearest]
         return candidates[0] if len(candidates) == 1 else ""
 
 
@@ -712,15 +743,15 @@ class Table:
     record a line. csv.Error or ValueError if it is none."""
 
     def __init__(self, name: str, text: str, images: Index, given: frozenset[str]) -> None:
-        if text.lstrip().startswith("{"):  # JSON
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-            file = io.StringIO()
-            writer = csv.DictWriter(file, [*dict.fromkeys(itertools.chain(*records))])
-            writer.writeheader()
-            writer.writerows(records)
-            text = file.getvalue()
         self.name, self.given = name, given
         self.text = re.sub(r"\Asep=.\n", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+        if text.lstrip().startswith("{"):  # JSON
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            writer = csv.DictWriter(file := io.StringIO(), [*dict.fromkeys(
+                itertools.chain(*records))], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+            self.text = file.getvalue()
 
         def fit(separator: str) -> tuple[int, int]:
             first = [*itertools.islice(self.parsed(separator), 50)]
@@ -731,7 +762,7 @@ class Table:
         self.shown = next(self.parsed(self.separator), [])
         if any(cell in images and cell.lower().endswith(IMAGE_SUFFIXES) for cell in self.shown):
             self.first, self.shown = 0, [""] * len(self.shown)  # it has no header
-        self.columns = [re.sub(r"[^a-z0-9]", "", c.lower()) for c in self.shown]
+        self.columns = [*map(squash, self.shown)]
         values: list[Counter] = [Counter() for _ in self.columns]
         for row in self.rows():
             for counter, cell in zip(values, row, strict=False):
@@ -753,62 +784,59 @@ class Table:
     def find_columns(self, values: list[Counter], images: Index) -> None:
         """Tell by names and values which column is what; None for what there is not."""
         every = [i for i, cells in enumerate(values) if any(cells)]
-
-        def named(names: Iterable[str], free: Iterable[int] = every) -> int | None:
-            return next((i for name in names for i in free if self.columns[i] == name), None)
-
+        named = {role: [i for i in every if pattern.fullmatch(self.columns[i])]
+                 for role, pattern in COLUMNS.items()}
         best, self.path = 0.0, None
-        masks = [i for i in every if re.search("mask|segmentation", self.columns[i])]
         for i in every:
             matched = [v for v in values[i] if v in images]
             # Bare numbers are the names of images only where nearly all of them are.
             numbers = 2 * sum(map(str.isdigit, matched)) > len(matched)
             share = len(matched) / min(len(values[i]), len(images.names))
             rank = len(matched) * (0.5 if numbers else 1)
-            if (rank > best and share > (0.9 if numbers else 0.01) and i not in masks
-                    and not (self.first and self.columns[i] in ("", "unnamed0", "index"))):
+            if (rank > best and share > (0.9 if numbers else 0.01) and i not in named["mask"]
+                    and not (self.first and i in named["no path"])):
                 best, self.path = rank, i
         # Words of splits alone; or two of them among others, which then are refused.
         kinds = [{SPLIT_NAMES.get(squash(v)) for v in [*cells][:99] if v} for cells in values]
         self.split = next((i for i in every if i != self.path and (
             None not in kinds[i] or len(kinds[i]) > 2 or self.columns[i] == "split")), None)
-        self.patient = next((i for i in every if PATIENT.fullmatch(self.columns[i])), None)
-        self.modality = named(["modality"])
-        self.views = [i for i in map(named, zip(VIEWS)) if i is not None]
-        self.mask = next((i for i in masks if any("." in v for v in values[i])), None)
-        self.box = [named(names) for names in BOXES]
-        self.sides = [i for i in self.views if not {"l", "r"} <= {*map(squash, values[i])}]
-        self.xrays = self.modality is not None and any(
-            squash(v) in X_RAYS for v in values[self.modality])
+        self.role: dict[str, int | None] = {role: (found or [None])[0]
+                                            for role, found in named.items()}
+        self.role["mask"] = next((i for i in named["mask"] if any("." in v for v in values[i])),
+                                 None)
+        # Where there are both l and r, they are sides of the body.
+        self.views = [i for i in named["view"] if not {"l", "r"} <= {*map(squash, values[i])}]
+        self.xrays = any(squash(v) in X_RAYS for i in named["modality"] for v in values[i])
 
-        taken = {self.path, self.split, self.patient, self.modality, self.mask, *self.views,
-                 *self.box}
+        taken = {self.path, self.split, *named["view"], *(
+            i for role, i in self.role.items() if role not in ("no label", "finding", "no path"))}
         unused = [i for i in every if i not in taken]
-        free = [i for i in unused if self.columns[i] not in NOT_LABELS and not any(
+        free = [i for i in unused if i not in named["no label"] and not any(
             len(token) > 60 for v in values[i] for token in tokens(v))]  # sentences are no labels
         flags = [i for i in free if self.shown[i] and {*map(squash, values[i])} <= FLAGS]
         telling = [i for i in flags if meaning(self.shown[i], self.given) in ("normal", "unsure")]
+        # A column with the name of a label, better one that knows normal; else the only one that
+        # does.
+        called = [i for name in LABELS for i in free if self.columns[i] == name]
+        knows = [i for i in called if any(
+            judge(tokens(v), self.given) in ("normal", "unsure") for v in values[i])]
         spoken = [i for i in free if any(
             meaning(token, self.given) == "normal" and (self.given or len(squash(token)) > 5)
             for value in itertools.islice(values[i], 9999) for token in tokens(value))]
-        # A column with the name of a label, better one that knows normal; else the only one that
-        # does.
-        called = [i for name in (*LABELS, *ABNORMAL_NAMES) for i in free if self.columns[i] == name]
-        knows = [i for i in called if any(
-            judge(tokens(v), self.given) in ("normal", "unsure") for v in values[i])]
         label = (knows or (spoken if len(spoken) == 1 else called) or [None])[0]
         self.one_hot = bool(telling) and (label is None or label in telling)
-        self.labels = flags if self.one_hot else [label] if label is not None else []
-        self.finding = named(("finding", "findings", "findinglabels"), free)
-        self.unused = [self.shown[i] for i in unused if i not in (*self.labels, self.finding)]
-        self.tells = self.one_hot or any(judge(tokens(value), self.given) == "normal"
-                                         for i in self.labels for value in values[i])
+        self.labels = flags if self.one_hot else [] if label is None else [label]
+        if self.labels and not self.one_hot:  # a second one may say what is found
+            self.labels += [i for i in named["finding"] if i in free and i != label][:1]
+        self.unused = [self.shown[i] for i in unused if i not in self.labels]
 
-    def words_of(self, row: list[str]) -> tuple[str, ...]:
-        """What a row says of its image, in words."""
+    @functools.lru_cache(100_000)  # noqa: B019 (a table does not live long)
+    def words_of(self, cells: tuple[str, ...]) -> tuple[str, ...]:
+        """What the cells of the labels say of an image, in words."""
         if not self.one_hot:
-            return tokens(row[self.labels[0]])
-        said = {self.shown[i]: squash(row[i]) for i in self.labels}
+            return tokens(cells[0]) + tuple(word for cell in cells[1:] for word in tokens(cell)
+                                            if meaning(word, self.given) != "unknown")
+        said = {self.shown[i]: squash(cell) for i, cell in zip(self.labels, cells, strict=True)}
         words = tuple(name for name, value in said.items() if value in YES)
         if judge(words, self.given) == "normal":  # what is uncertain beside it contradicts it
             words += tuple(name for name, value in said.items() if value == "-1")
@@ -830,12 +858,11 @@ class Intake:
         self.means = functools.partial(meaning, given=self.given)
         self.left_out, self.unused = source.left_out, Counter[str]()
         self.facts = dict.fromkeys(("words", "patients", "split"), "")
-        # Image -> meaning, words, finding, patient, view, split.
-        self.found: dict[str, list] = {}
-        self.by_folders = False
+        self.found: dict[str, Said] = {}  # by images
+        self.by_name: dict[str, re.Match] = {}
         self.boxes: dict[str, list[Box]] = {}
         self.listed_masks: dict[str, list[str]] = {}
-        self.whence: dict[str, dict[str, None]] = {"patients": {}, "split": {}, "columns": {}}
+        self.whence = defaultdict[str, dict[str, None]](dict)  # of patients, splits ...: columns
         hidden = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/)")
         seen = [name for name in names if not hidden.search(name)]
         self.unused["hidden files"] = len(names) - len(seen)
@@ -844,10 +871,8 @@ class Intake:
         self.images = [n for n in images if n not in self.masks] if self.masks else images
         self.index = Index(self.images) if self.masks else self.files
         self.read_tables([table] if table else tables)
-        if any(entry[0] for entry in self.found.values()):
-            self.compare_with_folders()
-        else:
-            self.read_folders()
+        self.by_folders = not any(said.kind for said in self.found.values())
+        self.read_folders()
         self.finish()
 
     def refuse(self, text: str) -> NoReturn:
@@ -866,237 +891,207 @@ class Intake:
                 tables.append(name)
             else:
                 endings[ending if re.fullmatch(r"\.\w{1,8}", ending) else "no known ending"] += 1
-        tables.sort(key=lambda n: (n.count("/"), n))
-        endings.update(os.path.splitext(n)[1].lower() for n in tables[MOST_TABLES:])
-        self.unused.update({f"files ending in {ending}": n for ending, n in endings.items()})
         if not images:
             found = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(6))
             self.refuse(f"no images in it (looked for {', '.join(IMAGE_SUFFIXES)})"
                         + (f"; found: {found}" if found else "")
                         + next((text for e, text in INSTEAD.items() if e in endings), ""))
+        tables.sort(key=lambda n: (n.count("/"), n))
+        self.unused["tables more than are looked into"] = len(tables[MOST_TABLES:])
+        self.unused.update({f"files ending in {ending}": n for ending, n in endings.items()})
         return images, tables[:MOST_TABLES]
 
     def find_masks(self, images: list[str]) -> dict[str, str]:
         """Find the masks; each with the stem of the image that it belongs to."""
-        def above(folder: str) -> list[str]:
-            return [folder, *map(str, PurePosixPath(folder).parents)]
-
-        folders, below = Counter(map(folder_of, images)), Counter[str]()
-        for folder, count in folders.items():
-            below.update(dict.fromkeys(above(folder), count))
+        parts = {folder: folder.split("/") for folder in {*map(folder_of, images)}}
         # A folder that holds all images is no folder of masks, whatever it is called.
-        of_masks = {f for f in folders
-                    if any(is_mask_folder(a) and below[a] < len(images) for a in above(f))}
+        shared = len(os.path.commonprefix([*parts.values()]))
         stems, masks = {Index.stem(n) for n in images}, {}
         for name in images:
             stem = Index.stem(name)
-            beside = MASK_NAME.fullmatch(stem)
+            beside = MASK_FILE.fullmatch(stem)
             base = beside and (beside[1] or beside[2])
-            if folder_of(name) in of_masks or (base and base in stems):
+            inner = parts[folder_of(name)][shared:]
+            if (base and base in stems) or any(map(is_mask_folder, inner)):
                 masks[name] = base if base in stems else stem
         return masks if len(masks) < len(images) else {}
 
     def read_tables(self, names: list[str]) -> None:
         """Take what the tables say that list images."""
-        tables, of_no_use = list[Table](), list[str]()
-        self.without_label = ""
+        tables, self.why_not = list[Table](), dict[str, str]()
         for name in names:
-            table, why = None, "too much in it to be looked into"
             try:
                 table = Table(name, self.source.read_text(name), self.index, self.given)
-                why = ("no column path whose values are images that are there"
-                       if table.path is None else
-                       "no column label, nor another that says which images are normal"
-                       ) + f"; its columns are: {', '.join(table.shown)[:200]}"
+                submission = re.search("(?i)submission", name)
+                if table.path is not None and not submission:
+                    tables.append(table)
+                if table.path is None or not table.labels or submission:
+                    self.why_not[name] = (
+                        "no column path whose values are images that are there"
+                        if table.path is None else "no column label, nor another that says which "
+                        "images are normal") + f"; its columns are: {', '.join(table.shown)[:200]}"
             except TooLarge:
+                self.why_not[name] = "too much in it to be looked into"
                 self.left_out["tables, too large to be looked into"] += 1
             except (csv.Error, ValueError, TypeError, AttributeError) as error:
-                why = f"no rows of columns ({error})"
-            usable = table and table.path is not None and not re.search("(?i)submission", name)
-            if self.table and not (usable and table.labels):
-                self.refuse(f"{name} has {why}; {A_CSV} such as a.png,normal")
-            if usable:
-                tables.append(table)
-            else:
-                of_no_use.append(name)
-            if not table or (usable and not table.labels and len(table.shown) > 1):
-                self.without_label = f"; {name} has {why}"
-        self.unused[f"tables that list no images that are there ({', '.join(of_no_use[:3])}"
-                    f"{', ...' * (len(of_no_use) > 3)})"] = len(of_no_use)
-        # What tells normal from abnormal comes first: others add to it, or contradict it.
-        for table in sorted(tables, key=lambda t: (not t.labels, not t.tells)):
+                self.why_not[name] = f"no rows of columns ({error})"
+            if self.table and self.why_not:
+                self.refuse(f"{name} has {self.why_not[name]}; {A_CSV} such as a.png,normal")
+        bad = [name for name in self.why_not if name not in {table.name for table in tables}]
+        self.unused[f"tables that list no images that are there ({', '.join(bad[:3])}"
+                    f"{', ...' * (len(bad) > 3)})"] = len(bad)
+        for table in sorted(tables, key=lambda table: not table.labels):
             self.read_table(table)
 
     def read_table(self, table: Table) -> None:
         """Add what one table says of its images, in rows that may be several an image."""
-        named = {SPLIT_NAMES[w] for w in re.split(r"[\W_]+", Index.stem(table.name))
-                 if w in SPLIT_NAMES}
-        of_table = "" if {"train", "test"} <= named else max(named - {"val"}, default="") or (
-            "val" if named else "")
-        absent, here, judged = dict[str, None](), dict[str, list](), dict[tuple, tuple]()
+        named = {SPLIT_NAMES[w] for w in spaced(Index.stem(table.name)).split() if w in SPLIT_NAMES}
+        of_table = "" if {"train", "test"} <= named else max(named - {"val"} or named, default="")
+        absent, here, paths = set[str](), dict[str, Said](), dict[str, str]()
+
+        def cell(column: int | None) -> str:
+            return "" if column is None else sys.intern(row[column])
+
         for number, row in enumerate(table.rows(), 1 + table.first):
-            image = self.index.find(row[table.path], folder_of(table.name))
-            cells = tuple(row[i] for i in table.labels)
-            if cells not in judged:
-                words = table.words_of(row) if cells else ()
-                judged[cells] = words, judge(words, self.given) if cells else ""
-                for word in words if not (self.given or table.one_hot) else ():
-                    if re.fullmatch(r"[+-]?[\d.]+", word) and squash(word) not in ("0", "1"):
-                        self.refuse(f"{table.name} row {number}: label {word} is neither 0 "
-                                    f"(normal) nor 1 (abnormal); {DECIDE} (here perhaps 0)")
-            words, kind = judged[cells]
-
-            def cell(column: int | None, row: list[str] = row) -> str:
-                return "" if column is None else sys.intern(row[column])
-
-            if self.table and not (row[table.path] and words):
+            path, split = row[table.path], cell(table.split)
+            image = self.index.find(path, folder_of(table.name))
+            words = table.words_of(tuple(row[i] for i in table.labels)) if table.labels else ()
+            if self.table and not (path and words):
                 self.refuse(f"{table.name} row {number}: path or label is empty")
-            if not image:
-                absent[row[table.path]] = None
-                continue
-            finding = cell(table.finding)
-            if kind == "normal" and finding and judge(tokens(finding), self.given) == "abnormal":
-                kind, words = "contradictory", (*words, finding)
-            if table.xrays and squash(cell(table.modality)) not in X_RAYS:
-                kind = "not an X-ray"
-            elif any(squash(row[i]) in SIDE_VIEWS for i in table.sides):
-                kind = "not a frontal view"
-            if not finding and cells:
-                finding = "|".join(words) if table.one_hot else sys.intern(cells[0].strip("[]'\""))
-            split = cell(table.split)
-            if squash(split) not in SPLIT_NAMES and split:
+            if split and squash(split) not in SPLIT_NAMES:
                 self.refuse(f"{table.name} row {number}: {table.shown[table.split]} {split!r} is "
                             "not one of train, val, test")
-            split = SPLIT_NAMES.get(squash(split)) or strictest(
-                of_table, split_of(folder_of(image)))
-            patient = re.sub(r"\.0+$", "", cell(table.patient))
-            entry = [kind, words, finding, patient, cell(table.views[0] if table.views else None),
-                     split]
-            if image in here:
-                entry = join(here[image], entry, True)
-            here[image] = entry
-            if None not in table.box[:2]:
-                with contextlib.suppress(ValueError):  # an empty one: no lesion
-                    x, y, w, h, right, bottom = (float(cell(i) or "nan") for i in table.box)
-                    box = (x, y, x + w if right != right else right, y + h if bottom != bottom
-                           else bottom)
-                    # Those of the NIH are of images of 1024 x 1024 pixels.
-                    side = 1024 if table.columns[table.box[0]] == "bboxx" else 1
-                    if sum(box) == sum(box):  # all are there
-                        self.boxes.setdefault(image, []).append(
-                            (box[0] / side, box[1] / side, box[2] / side, box[3] / side))
-            if mask := cell(table.mask):
+            if not image:
+                absent.add(path)
+                continue
+            kind = judge(words, self.given) if table.labels else ""
+            if paths.setdefault(image, path) != path:
+                kind = "listed under two names"
+            elif table.xrays and squash(cell(table.role["modality"])) not in X_RAYS:
+                kind = "not an X-ray"
+            elif any(squash(row[i]) in SIDE_VIEWS for i in table.views):
+                kind = "not a frontal view"
+            patient = re.sub(r"\.0+$", "", cell(table.role["patient"]))
+            said = Said(kind, words, "" if meaning(patient) == "unknown" else patient, cell(table.role["view"]), SPLIT_NAMES.get(squash(split)) or strictest(
+                            of_table, split_of(folder_of(image))))
+            here[image] = join(here[image], said, True) if image in here else said
+            with contextlib.suppress(ValueError):  # an empty one: no lesion
+                x, y, w, h, right, bottom = (float(cell(table.role[side]) or "nan")
+                                             for side in SIDES)
+                box = (x, y, x + w if math.isnan(right) else right,
+                       y + h if math.isnan(bottom) else bottom)
+                if not math.isnan(sum(box)):  # those of the NIH are of 1024 x 1024 pixels
+                    scale = 1024 if "bboxx" in table.columns else 1
+                    self.boxes.setdefault(image, []).append(tuple(v / scale for v in box))
+            if mask := cell(table.role["mask"]):
                 self.listed_masks[image] = [self.files.find(mask, folder_of(table.name)) or mask]
         if absent and self.table:
             self.refuse(f"{len(absent)} of the {len(absent) + len(here)} files that {table.name} "
                         f"lists are not there, the first is {min(absent)}; paths are relative to "
                         "it")
-        self.left_out.update({"listed in a table but not there": len(absent)} if absent else {})
-        for image, entry in here.items():
-            self.found[image] = join(self.found.get(image, entry), entry, False)
-        for what, column in (("patients", table.patient), ("split", table.split)):
+        self.left_out["listed in a table but not there"] += len(absent)
+        for image, said in here.items():
+            self.found[image] = join(self.found.get(image, said), said, False)
+        for what, column in (("patients", table.role["patient"]), ("split", table.split)):
             if column is not None:
                 self.whence[what][f"the column {table.shown[column]}"] = None
         self.whence["columns"] |= dict.fromkeys(filter(None, table.unused))
 
-    def compare_with_folders(self) -> None:
-        """Mark where a table and the name of a folder differ, if such names tell both."""
-        said = {}
-        for folder in {*map(folder_of, self.found)}:
-            kinds = {self.means(part) for part in folder.split("/") if len(squash(part)) > 3 and (
-                self.means(part) == "normal" or squash(part) in ABNORMAL_NAMES)}
-            said[folder] = kinds.pop() if len(kinds) == 1 else ""
-        if {"normal", "abnormal"} <= {*said.values()}:
-            for image, entry in self.found.items():
-                if {said[folder_of(image)], entry[0]} == {"normal", "abnormal"}:
-                    entry[0] = "table and folder disagree"
-
     def read_folders(self) -> None:
         """Take an image's class from its folder: normal by its word, abnormal beside a normal one.
+        Where tables tell the class, mark images whose folders say the opposite.
 
         Folders of splits, of patients, and those that only hold (images, data) count for nothing.
         """
-        folders = {*map(folder_of, self.images)}
-        parts = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)]
-                 for f in folders}
-        shortest, longest = min(parts.values()), max(parts.values())
-        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(
-            shortest[:-1], longest[:-1], strict=False)))  # folders that hold all images
-        beside = {tuple(ps[:max(i for i, p in enumerate(ps) if self.means(p) == "normal")])
-                  for ps in parts.values() if any(self.means(p) == "normal" for p in ps)}
-        places: dict[str, tuple[str, str, str]] = {}  # folder -> meaning, word, patient
-        for folder, ps in parts.items():
-            level = next((i for i in range(len(ps) - 1, -1, -1) if tuple(ps[:i]) in beside), None)
-            bad = [i for i, p in enumerate(ps) if i >= common and squash(p) in ABNORMAL_NAMES]
-            if level is None and bad and not self.given:
-                level = bad[0]
-            word = ps[-1] if ps and level is None else "" if level is None else ps[level]
+        paths = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)
+                     and not VISIT.fullmatch(p)] for f in {*map(folder_of, self.images)}}
+        above = os.path.commonprefix([ps[:-1] for ps in paths.values()])  # they hold all images
+        above = [*itertools.takewhile(lambda p: self.means(p) != "normal", above)]
+        paths = {f: ps[len(above) :] for f, ps in paths.items()}
+        beside = {tuple(ps[: max(normal)]) for ps in paths.values()
+                  if (normal := [i for i, p in enumerate(ps) if self.means(p) == "normal"])}
+        places, plain = dict[str, Said](), dict[str, set[str]]()
+        for folder, ps in paths.items():
+            plain[folder] = {explicit(p, self.given) for p in ps} - {""}
+            level = [i for i in range(len(ps)) if tuple(ps[:i]) in beside] or [
+                i for i, p in enumerate(ps) if explicit(p, self.given) == "abnormal"]
+            word = ps[level[-1]] if level else "".join(ps[-1:])
             kind = self.means(word)
-            if any(squash(bare(p)[0]) in NO_CLASS for p in ps[common:]):
+            if any(squash(bare(p)[0]) in NO_CLASS for p in ps):
                 kind = f"in {folder}, which is no class"
-            elif level is None and kind != "unsure":
+            elif not level and kind != "unsure":
                 kind = f"in {folder or 'no folder'}, neither normal nor beside a normal folder"
             elif kind == "unknown":
                 kind = f"in a folder called {word}"
-            elif kind == "normal" and bad:
+            elif len(plain[folder]) > 1:
                 kind = f"in {folder}, which says normal and abnormal"
-            persons = [p for p in folder.split("/") if (m := PERSON.fullmatch(p))
-                       and m[1].lower() not in ("study", "series", "session", "s")]
             # A folder with a number, below the class or above it, is a patient's.
-            rest = [] if level is None else ps[level + 1 :] + ps[common:level]
-            places[folder] = kind, word, (
-                *persons[-1:], *(p for p in rest if re.search(r"\d", p)), "")[0]
-        few = len({patient for *_, patient in places.values()}) < 5  # the parts of a set, or stages
-        for image in self.images:
-            kind, word, patient = places[folder_of(image)]
-            patient = "" if few and not PERSON.fullmatch(patient) else patient
-            entry = [kind, (word,), word.lower(), patient, "", split_of(folder_of(image))]
-            self.found[image] = join(self.found.get(image, entry), entry, False)
-            if patient:
+            rest = ps[level[-1] + 1 :] + ps[: level[-1]] if level else []
+            patient = [*filter(PERSON.fullmatch, folder.split("/"))][-1:] + [
+                p for p in rest if re.search(r"\d", p)]
+            places[folder] = Said(kind, (word,), "".join(patient[:1]), "", split_of(folder))
+        few = len({said.patient for said in places.values()}) < 5  # the parts of a set, or stages
+        both = {"normal", "abnormal"} <= set().union(*plain.values())
+        for image in self.images if self.by_folders else self.found:
+            said = places[folder_of(image)]
+            if not self.by_folders:
+                if both and {self.found[image].kind} | plain[folder_of(image)] == {
+                        "normal", "abnormal"}:
+                    self.found[image].kind = "table and folder disagree"
+                continue
+            if few and not PERSON.fullmatch(said.patient):
+                said = dataclasses.replace(said, patient="")
+            self.found[image] = join(self.found.get(image, said), said, False)
+            if said.patient:
                 self.whence["patients"]["the names of folders"] = None
-        self.by_folders = True
 
     def finish(self) -> None:
         """Make the samples of what was found, and the account of it; or refuse."""
         entries = self.found.values()
-        words = Counter(word for entry in entries for word in entry[1] if entry[0] in KINDS)
+        words = Counter(word for said in entries for word in said.words if said.kind in KINDS)
         if not any(self.means(word) == "normal" for word in words):
-            words = Counter(word for entry in entries for word in entry[1] if word)
+            words = Counter(word for said in entries for word in said.words if word)
         text = ", ".join(f"{word} {n:,}" for word, n in words.most_common(12)) + (
             f" and {len(words) - 12} more" if len(words) > 12 else "")
         if unsure := [w for w in words if self.means(w) == "unsure"]:
             self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {DECIDE}, all others "
                         f"then are abnormal. Its words: {text}")
-        if strange := self.given - {squash(word) for word in words}:
+        if strange := self.given - {*map(squash, words)}:
             self.refuse(f"--normal {self.normal}: there is no {', '.join(sorted(strange))}; its "
                         f"words: {text or 'none'}")
-        for word in words if self.given else ():
-            if re.fullmatch("normals?|healthy|nofindings?", squash(word)) and (
-                    self.means(word) != "normal"):
+        for word in words:
+            if self.given and self.means(word) != "normal" and re.fullmatch(
+                    "normals?|healthy|nofindings?", squash(word)):
                 self.refuse(f"--normal {self.normal}: {word} means normal, too, does it not? Add "
                             f"it. Its words: {text}")
+            if not (self.given or self.by_folders) and re.fullmatch(r"[+-]?[\d.]+", word) and (
+                    squash(word) not in ("0", "1")):
+                self.refuse(f"label {word} is neither 0 (normal) nor 1 (abnormal); {DECIDE} (here "
+                            f"perhaps 0). Its words: {text}")
         self.name_patients()
         samples = []
         for image in sorted(self.found):
-            kind, said, finding, patient, view, split = self.found[image]
-            if kind in ("normal", "abnormal"):
-                label = NORMAL if kind == "normal" else ABNORMAL
-                samples.append(Sample(image, patient or image, label, finding if label else "",
-                                      view, split))
+            said = self.found[image]
+            if said.kind in ("normal", "abnormal"):
+                label = ABNORMAL if said.kind == "abnormal" else NORMAL
+                samples.append(Sample(image, said.patient or image, label, self.finding_of(image)
+                                      if label else "", said.view, said.split))
             else:
-                said = f": {' + '.join(sorted(said)[:4]) or 'no word'}" if kind in KINDS else ""
-                self.left_out[f"{kind or 'in a table that does not label them'}{said}"] += 1
+                what = f": {' + '.join(sorted(said.words)[:4]) or 'no word'}"
+                self.left_out[(said.kind or "in a table that does not label them") + (
+                    what if said.kind in KINDS[1:] else "")] += 1
         if self.table:  # what it does not list was not meant
             self.images = [*self.found]
-        elif not self.by_folders and len(self.images) > len(self.found):
+        elif len(self.images) > len(self.found):
             self.left_out["not listed in a table"] = len(self.images) - len(self.found)
         if not any(s.label == NORMAL for s in samples):
+            why = "; ".join(f"{name} has {why}" for name, why in [*self.why_not.items()][:2])
             unused = ", ".join(f"{n:,} {what}" for what, n in self.unused.items() if n)
             self.refuse(f"none of its {len(self.images)} images is known to be normal; "
                         + (f"its words: {text}; {DECIDE}; or " if words else
                            "no table or folder says what they are; ")
                         + f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
-                        + self.without_label + (f" (not used: {unused})" if unused else ""))
+                        + f"; {why}" * bool(why) + f" (not used: {unused})" * bool(unused))
         samples = self.drop_copies(samples)
         if not any(s.label == NORMAL for s in samples):
             self.refuse("no normal image is left, as identical files are labelled normal and "
@@ -1106,20 +1101,26 @@ class Intake:
         self.account(samples)
 
     def name_patients(self) -> None:
-        """Name the patient of each image, and say whence: column, folder or name of a file."""
-        for entry in self.found.values():
-            entry[3] = "" if squash(entry[3]) in UNKNOWN_NAMES else entry[3]
-        nobody = sum(not entry[3] for entry in self.found.values())
+        """Say whence the patients are known: column, folder, or else the names of all files."""
+        nobody = [image for image, said in self.found.items() if not said.patient]
         self.facts["patients"] = f"from {' and '.join(self.whence['patients'])}" + (
-            f"; {nobody:,} images name nobody, and count as a patient each" if nobody else "")
-        if nobody == len(self.found):
+            f"; {len(nobody):,} images name nobody, and count as a patient each" if nobody else "")
+        if len(nobody) == len(self.found):
             self.facts["patients"] = "not named: every image counts as a patient"
             for rule in NAME_RULES:
-                if self.found and all(matches := [*map(rule.search, self.found)]):
-                    self.facts["patients"] = "from the names of files"
-                    for match, entry in zip(matches, self.found.values(), strict=True):
-                        entry[3] = match[1]
-                        entry[2] = match.groupdict().get("finding") or entry[2]
+                matches = {image: match for image in nobody if (match := rule.search(image))}
+                if nobody and len(matches) == len(nobody):
+                    self.facts["patients"], self.by_name = "from the names of files", matches
+                    for image, match in matches.items():
+                        self.found[image].patient = match[1]
+
+    def finding_of(self, image: str) -> str:
+        """The kind of abnormality that a file's name, or else the words say of an image."""
+        match = self.by_name.get(image)
+        words = [w for w in self.found[image].words if self.means(w) == "abnormal"]
+        finding = "|".join([w for w in words if not MEANINGS[1][1].fullmatch(spaced(w))] or words)
+        return (match and match.groupdict().get("finding")) or (
+            finding.lower() if self.by_folders else finding)
 
     def drop_copies(self, samples: list[Sample]) -> list[Sample]:
         """Keep one of identical files, in test if one is there; none if their labels contradict.
@@ -1163,14 +1164,14 @@ class Intake:
         normals, masks = [], defaultdict[str, list[str]](list)
         for mask, stem in self.masks.items():
             folders, near = {*folder_of(mask).split("/")}, defaultdict(list)
-            for image in self.index.named(stem):
+            for image in self.index.by_stem.get(stem, ()):
                 if image in label:
                     near[len(folders & {*folder_of(image).split("/")})].append(image)
             best = near[max(near)] if near else []
-            best = [image for image in best if label[image] == ABNORMAL] or best
-            if len(best) == 1 and label[best[0]] == ABNORMAL:
-                masks[best[0]].append(mask)
-            elif best:
+            ill = [image for image in best if label[image] == ABNORMAL]
+            if len(ill) == 1:
+                masks[ill[0]].append(mask)
+            elif best and not ill:
                 normals.append(mask)
         if self.masks:
             self.facts["masks"] = (f"{len(self.masks):,} files, no images; "
@@ -1186,8 +1187,8 @@ class Intake:
     def account(self, samples: list[Sample]) -> None:
         """Write down what was found and used, and of what one must be careful."""
         source, facts = self.source, self.facts
-        words = Counter(word for s in samples for word in self.found[s.key][1])
         source.boxes = {s.key: self.boxes[s.key] for s in samples if s.key in self.boxes}
+        words = Counter(word for s in samples for word in self.found[s.key].words)
         ordered = sorted(words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))
         facts["words"] = "; ".join(f"{word or '(none)'} {n:,} -> {self.means(word)}"
                                    for word, n in ordered[:40]) + (
@@ -1196,49 +1197,21 @@ class Intake:
         facts["split"] = "none prescribed" if used <= {"train"} else (
             f"{', '.join(s for s in SPLITS if s in used)}: prescribed by "
             + " and ".join(self.whence["split"] or ["the names of tables and folders"]))
-        if source.boxes:
-            facts["boxes"] = f"{len(source.boxes):,} images"
+        facts["boxes"] = f"{len(source.boxes):,} images" if source.boxes else ""
         facts["not used"] = "; ".join([f"{n:,} {what}" for what, n in self.unused.items() if n] + [
             f"columns {', '.join(columns)}" for columns in [self.whence["columns"]] if columns])
         missing, careful = len(self.images) - len(samples), []
         if missing > len(self.images) / 10:
             careful.append(f"{missing:,} of the {len(self.images):,} images are not used; see why "
                            "above")
-        seen = {split_of(folder_of(n)) for n in self.images} | {e[5] for e in self.found.values()}
+        seen = {split_of(folder_of(n)) for n in self.images} | {
+            said.split for said in self.found.values()}
         careful += [f"no image of the {s} split can be used" for s in SPLITS if s in seen - used]
         if not any(s.label for s in samples):
             careful.append("no abnormal image can be used: there will be no AUROC" + (
                 "; do normal and abnormal images come from two places?" if missing else ""))
-        source.careful = careful
-        source.facts = facts
+        source.careful, source.facts = careful, {k: v for k, v in facts.items() if v}
         source.title = f"images {'in folders' if self.by_folders else 'listed in tables'}"
-
-
-# From what gives way to what does not, where several things are said of an image.
-KINDS = ("normal", "unknown", "abnormal", "unsure", "contradictory", "tables disagree")
-
-
-def strictest(*splits: str) -> str:
-    """The one of several splits that keeps an image out of training."""
-    return max(splits, key=("", "train", "val", "test").index)
-
-
-def join(one: list, other: list, rows: bool) -> list:
-    """What two rows of a table say of an image, or two tables, or a table and a folder.
-
-    By rows it is normal only if all say so, and of tables that differ none is believed."""
-    kinds = {one[0], other[0]} - ({""} if rows else {"", "unknown"})
-    if {"normal", "abnormal"} <= kinds and not rows:
-        kinds = {"tables disagree"}
-    if rows and one[5] != other[5]:
-        kinds = {"listed in two splits"}
-    kind = max(kinds, key=lambda k: KINDS.index(k) if k in KINDS else len(KINDS), default=one[0])
-    words = one[1] if one[1] == other[1] or (one[0] and kind == one[0] and not rows) else tuple(
-        dict.fromkeys(one[1] + other[1]))
-    finding = "|".join(dict.fromkeys(filter(None, (one[2], other[2])))) if rows else (
-        one[2] or other[2])
-    return [kind, words, finding, one[3] or other[3], one[4] or other[4],
-            strictest(one[5], other[5])]
 
 
 class FolderSource(Source):
@@ -1255,14 +1228,15 @@ class FolderSource(Source):
             page = re.search(r"kaggle\.com/(?:datasets/)?([\w.-]+/[\w.-]+)", spec)
             raise UserError(f"--data {spec}: there is nothing at {path.resolve()}; give a folder, "
                             f"a CSV, kaggle:{page[1] if page else 'owner/name'}, or synthetic")
-        self.root, table = path if path.is_dir() else path.parent, ""
-        if path.is_file():
-            table = path.name
-            if path.suffix.lower() not in TABLE_SUFFIXES:
-                raise UserError(
-                    f"--data {spec}: neither a folder nor a CSV file; unpack an archive first, "
-                    "and give a single image to evaluate.py with --image")
-        names = self._list_files(bool(table))
+        table = "" if path.is_dir() else path.name
+        if table and not (path.is_file() and path.suffix.lower() in TABLE_SUFFIXES):
+            raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
+                            "first, and give a single image to evaluate.py with --image")
+        self.root = path.parent if table else path
+        if not table and {"train.py", "evaluate.py", "config.py"} <= {*os.listdir(path)}:
+            raise UserError(f"--data {spec}: this is the program's own folder; put the images "
+                            "into one of their own, and name that")
+        names = self._list_files()
         if table:  # it may list what lies elsewhere
             listed = re.findall(r"(?:\.\./|[A-Z]:|/)[^,;\t|\"\n]*\.\w{3,5}", self.read_text(table))
             names = sorted({*names, *(os.path.normpath(n).replace(os.sep, "/") for n in listed
@@ -1270,16 +1244,12 @@ class FolderSource(Source):
         Intake(self, names, normal, table)
         self.title += f" in {self.root.resolve()}"
 
-    def _list_files(self, beside_table: bool) -> list[str]:
+    def _list_files(self) -> list[str]:
         """List all files below the folder, sorted, but those of runs and in hidden folders."""
         def refuse(e: OSError) -> None:
             raise UserError(f"--data {self.spec}: {e.filename} cannot be read ({e.strerror})")
 
-        if not beside_table and all((self.root / name).is_file()
-                                    for name in ("train.py", "evaluate.py", "config.py")):
-            raise UserError(f"--data {self.spec}: this is the program's own folder; put the images "
-                            "into one of their own, and name that")
-        names: list[str] = []
+        names = list[str]()
         known: dict[str, str] = {}  # a link may lead to a folder that was there already
         for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
             real, inside = os.path.realpath(folder), Path(folder).relative_to(self.root)
@@ -1288,23 +1258,21 @@ class FolderSource(Source):
             if real in known or is_run:  # runs of this program have pictures, too
                 self.left_out["folder of a run of this program" if is_run else
                               f"link, {inside}, to {known[real]}, which was read already"] += 1
-                folders[:] = []
+                folders.clear()
                 continue
             known[real] = str(inside)
             folders[:] = sorted(d for d in folders if not d.startswith("."))
-            # No pipes and devices, which never end. Links to nothing are counted later.
-            fit = [f for f in files if os.path.isfile(p := os.path.join(folder, f))
-                   or not os.path.exists(p)]
-            if len(fit) < len(files):
-                self.left_out["neither a file nor a folder"] += len(files) - len(fit)
-            names += [(inside / f).as_posix() for f in fit]
-        fit = sorted(filter(is_text, names))
-        if len(fit) < len(names):
-            self.left_out["with a name that is not UTF-8"] = len(names) - len(fit)
-        there = [name for name in fit if os.path.isfile(os.path.join(self.root, name))]
-        if len(there) < len(fit):
-            self.left_out["links to files that are not there"] = len(fit) - len(there)
-        return there
+            for file in files:
+                path = os.path.join(folder, file)
+                why = ("with a name that is not UTF-8" if not is_text(path) else
+                       "" if os.path.isfile(path) else
+                       "neither a file nor a folder" if os.path.exists(path) else  # pipes, devices
+                       "links to files that are not there")
+                if why:
+                    self.left_out[why] += 1
+                else:
+                    names.append((inside / file).as_posix())
+        return sorted(names)
 
     def read_file(self, name: str) -> bytes:
         with open(os.path.join(self.root, name), "rb") as f:  # joined faster than by pathlib
