@@ -1256,9 +1256,9 @@ class FolderSource(Source):
             raise UserError(f"--data {spec}: there is nothing at {path.resolve()}; give a folder, "
                             f"a CSV, kaggle:{page[1] if page else 'owner/name'}, or synthetic")
         self.root, table = path if path.is_dir() else path.parent, ""
-        if path.is_file():
+        if not path.is_dir():
             table = path.name
-            if path.suffix.lower() not in TABLE_SUFFIXES:
+            if path.suffix.lower() not in TABLE_SUFFIXES or not path.is_file():
                 raise UserError(
                     f"--data {spec}: neither a folder nor a CSV file; unpack an archive first, "
                     "and give a single image to evaluate.py with --image")
