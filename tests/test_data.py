@@ -98,7 +98,7 @@ def test_links_special_files_and_names_that_cannot_be_written_down_do_no_harm(
     with pytest.raises(UserError, match="neither a folder nor a CSV file"):
         FolderSource(str(tmp_path / "table.csv"))
     (tmp_path / "list.csv").write_text("path,label\nnormal/zero.png,0\n")
-    with pytest.raises(UserError, match=r"normal/zero\.png"):
+    with pytest.raises(UserError, match="no column path whose values are images that are there"):
         FolderSource(str(tmp_path / "list.csv"))
 
 
