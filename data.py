@@ -600,7 +600,8 @@ def bare(text: str) -> tuple[str, str]:
             split = SPLIT_NAMES[words.pop(end)]
     telling = [w for w in words if not (FILLER.fullmatch(w) or w.isdigit())]
     if not telling:  # 'class 1', and '1' alone, are classes; 'set 1' and 'images' are not
-        return " ".join(words if all(w.isdigit() or w == "class" for w in words) else ()), split
+        is_class = all(w.isdigit() or w == "class" for w in words) and words[-1:] != ["class"]
+        return " ".join(words if is_class else ()), split
     # The number of a copy or place goes, but not where the number is the class.
     numbered = NUMBERED & {*words} or all(len(w) < 4 for w in telling)
     def adds_nothing(word: str) -> bool:
@@ -625,10 +626,9 @@ def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
 
 
 def explicit(word: str, given: frozenset[str]) -> str:
-    """normal or abnormal, where a word says this itself and is no finding or number; else ""."""
+    """normal or abnormal, where a word says this itself and is the name of no finding; else ""."""
     kind = meaning(word, given)
-    return kind if len(squash(word)) > 3 and (
-        kind == "normal" or MEANINGS[1][1].fullmatch(bare(word)[0])) else ""
+    return kind if kind == "normal" or MEANINGS[1][1].fullmatch(spaced(word)) else ""
 
 
 def tokens(label: str) -> tuple[str, ...]:
@@ -989,7 +989,7 @@ class Intake:
             self.refuse(f"{len(absent)} of the {len(absent) + len(here)} files that {table.name} "
                         f"lists are not there, the first is {min(absent)}; paths are relative to "
                         "it")
-        self.left_out["listed in a table but not there"] += len(absent)
+        self.left_out.update({"listed in a table but not there": len(absent)} if absent else {})
         for image, said in here.items():
             self.found[image] = join(self.found.get(image, said), said, False)
         for what, column in (("patients", table.role["patient"]), ("split", table.split)):
@@ -1012,7 +1012,8 @@ class Intake:
                   if (normal := [i for i, p in enumerate(ps) if self.means(p) == "normal"])}
         places, plain = dict[str, Said](), dict[str, set[str]]()
         for folder, ps in paths.items():
-            plain[folder] = {explicit(p, self.given) for p in ps} - {""}
+            plain[folder] = {explicit(p, self.given) for p in ps
+                             if self.by_folders or len(squash(p)) > 3} - {""}
             level = [i for i in range(len(ps)) if tuple(ps[:i]) in beside] or [
                 i for i, p in enumerate(ps) if explicit(p, self.given) == "abnormal"]
             word = ps[level[-1]] if level else "".join(ps[-1:])
