@@ -32,7 +32,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -527,19 +527,18 @@ SPLIT_NAMES = {name: split for split, names in {
 # What adds nothing to a name: normal_cases, chest_good, Training Set.
 FILLER = re.compile(
     "(case|image|img|picture|photo|png|jpe?g|dicom|dcm|bmp|tiff?|scan|slice|patient|subject|xray|"
-    "ray|radiograph|film|frame|file|lung|brain|finding)s?|study|studies|x|chest|cxr|class|folder|"
-    "dir|data|dataset|set|split|group|batch|part")
+    "ray|radiograph|film|frame|file|lung|brain|finding|person|session)s?|study|studies|series|x|p|s|"
+    "pat|subj|sub|pid|chest|cxr|class|folder|dir|data|dataset|set|split|group|batch|part")
 NUMBERED = {"class", "grade", "stage", "level", "type"}  # the number after it is the class
-NO_CLASS = set("pred preds prediction predictions result results heatmap heatmaps all output "
-               "outputs overlay overlays sample samples example examples figure figures plots tmp "
-               "temp backup old misc preview previews thumbnails inference submission demo trash "
-               "excluded duplicates unused reconstructions".split())
+NO_CLASS = re.compile(
+    "(pred|prediction|result|heatmap|output|overlay|sample|example|figure|plot|preview|thumbnail|"
+    "duplicate|reconstruction)s?|all|tmp|temp|backup|old|misc|inference|submission|demo|trash|"
+    "excluded|unused")
 MASK = "masks?|gt|labels?|segs?|segmentations?|annotations?|ground[ _-]?truth"
 MASK_FOLDER = re.compile(rf"({MASK})\b.*|.*\b({MASK})")
 MASK_FILE = re.compile(  # of the image beside which it lies
     rf"(?:{MASK})[ _-]+(.+)|(.+?)[ _-]*(?:{MASK}|lesion|roi)(?:[ _-]?\d+)?")
 PERSON = re.compile(r"(?i)(?:patient|person|pat|subject|subj|sub|case|pid|p)[ _-]?\d+[a-z]?")
-VISIT = re.compile(r"(?i)(?:study|series|session|s)[ _-]?\d+[a-z]?")
 # Patients in the names of files, believed where every image of a set has such a name: Kermany's,
 # OCT's, CheXpert's and MURA's, the NIH's, and such as patient7_3.png.
 NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
@@ -560,7 +559,6 @@ COLUMNS = {name: re.compile(pattern) for name, pattern in {
     "finding": "findings?|findinglabels?", "no path": "|unnamed0|index",
     "left": "x|xmin|bboxx|x0|left", "top": "y|ymin|y0|top", "width": "width|w",
     "height": "height|h", "right": "xmax|x1|x2|right", "bottom": "ymax|y1|y2|bottom"}.items()}
-SIDES = ("left", "top", "width", "height", "right", "bottom")  # of a box
 SIDE_VIEWS = {"l", "ll", "lat", "lateral", "axial", "coronal", "sagittal", "oblique"}
 X_RAYS = {"xray", "cr", "dx"}
 YES, FLAGS = {"1", "yes", "true"}, {"", "1", "yes", "true", "0", "no", "false", "-1"}
@@ -625,12 +623,6 @@ def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
     return kind if kind == "unknown" or (kind in ("normal", "unsure") and not given) else "abnormal"
 
 
-def explicit(word: str, given: frozenset[str]) -> str:
-    """normal or abnormal, where a word says this itself and is the name of no finding; else ""."""
-    kind = meaning(word, given)
-    return kind if kind == "normal" or MEANINGS[1][1].fullmatch(spaced(word)) else ""
-
-
 def tokens(label: str) -> tuple[str, ...]:
     """The words of a label: one, or several joined by | , ; or written as a list."""
     return tuple(word for part in re.split(r"[|;,]", label) if (word := part.strip(" []{}()'\"")))
@@ -650,20 +642,14 @@ def split_of(folder: str) -> str:
     return next((split for part in reversed(folder.split("/")) if (split := bare(part)[1])), "")
 
 
-def strictest(*splits: str) -> str:
-    """The one of several splits that keeps an image out of training."""
-    return max(splits, key=("", "train", "val", "test").index)
-
-
 def folder_of(name: str) -> str:
     """The folder of a file, "" at the top."""
     return name.rpartition("/")[0]
 
 
-def is_mask_folder(path: str) -> bool:
+def is_mask_folder(name: str) -> bool:
     """Whether a folder is called masks, ground_truth, lung masks, test_labels or the like."""
-    words = [w for w in spaced(path.rpartition("/")[2]).split()
-             if not (FILLER.fullmatch(w) or w in SPLIT_NAMES)]
+    words = [w for w in spaced(name).split() if not (FILLER.fullmatch(w) or w in SPLIT_NAMES)]
     return not {"with", "and"} & {*words} and bool(MASK_FOLDER.fullmatch(" ".join(words)))
 
 
@@ -679,6 +665,7 @@ class Said:
 
 
 # From what gives way to what does not, where several things are said of an image.
+STRICT = ("", *SPLITS).index  # an image of test is not trained on
 KINDS = ("", "normal", "unknown", "abnormal", "unsure", "contradictory", "tables disagree")
 
 
@@ -695,7 +682,7 @@ def join(one: Said, other: Said, rows: bool) -> Said:
         kinds = kinds - {"unknown", ""} or {one.kind}
     kind = max(kinds, key=lambda k: KINDS.index(k) if k in KINDS else len(KINDS))
     return Said(kind, tuple(dict.fromkeys(one.words + other.words)), one.patient or other.patient,
-                one.view or other.view, strictest(one.split, other.split))
+                one.view or other.view, max(one.split, other.split, key=STRICT))
 
 
 class Index:
@@ -743,15 +730,16 @@ class Table:
     record a line. csv.Error or ValueError if it is none."""
 
     def __init__(self, name: str, text: str, images: Index, given: frozenset[str]) -> None:
-        self.name, self.given = name, given
-        self.text = re.sub(r"\Asep=.\n", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+        self.name, self.given, self.lines = name, given, re.split(r"\r\n?|\n", text)
         if text.lstrip().startswith("{"):  # JSON
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in self.lines if line.strip()]
             writer = csv.DictWriter(file := io.StringIO(), [*dict.fromkeys(
-                itertools.chain(*records))], lineterminator="\n")
+                itertools.chain(*records))])
             writer.writeheader()
             writer.writerows(records)
-            self.text = file.getvalue()
+            self.lines = file.getvalue().splitlines()
+        if self.lines[0].startswith("sep="):  # so Excel is told
+            del self.lines[0]
 
         def fit(separator: str) -> tuple[int, int]:
             first = [*itertools.islice(self.parsed(separator), 50)]
@@ -771,8 +759,7 @@ class Table:
 
     def parsed(self, separator: str) -> Iterator[list[str]]:
         """Its rows, parted so, without empty ones; one after the other, as there may be many."""
-        lines = (m[0] for m in re.finditer(r"[^\n]*\n|[^\n]+", self.text))
-        for row in csv.reader(lines, delimiter=separator, skipinitialspace=True):
+        for row in csv.reader(self.lines, delimiter=separator, skipinitialspace=True):
             if any(cells := [cell.strip() for cell in row]):
                 yield cells
 
@@ -845,6 +832,13 @@ class Table:
         return words
 
 
+def listing(parts: Iterable[str], most: int, between: str = "; ") -> str:
+    """Write down the first ones of many things, and how many others there are."""
+    parts = [*parts]
+    return between.join(parts[:most]) + (
+        f"{between}and {len(parts) - most:,} more" if len(parts) > most else "")
+
+
 class Intake:
     """What is in a place: fills a source's samples, masks, boxes, facts and what is left out.
 
@@ -868,11 +862,11 @@ class Intake:
         self.unused["hidden files"] = len(names) - len(seen)
         images, tables = self.sort_files(seen)
         self.masks, self.files = self.find_masks(images), Index(images)
-        self.images = [n for n in images if n not in self.masks] if self.masks else images
+        self.images = [n for n in images if n not in self.masks]
         self.index = Index(self.images) if self.masks else self.files
         self.read_tables([table] if table else tables)
         self.by_folders = not any(said.kind for said in self.found.values())
-        self.read_folders()
+        (self.read_folders if self.by_folders else self.compare_with_folders)()
         self.finish()
 
     def refuse(self, text: str) -> NoReturn:
@@ -918,28 +912,27 @@ class Intake:
 
     def read_tables(self, names: list[str]) -> None:
         """Take what the tables say that list images."""
-        tables, self.why_not = list[Table](), dict[str, str]()
+        tables = list[Table]()
         for name in names:
+            why = ""
             try:
                 table = Table(name, self.source.read_text(name), self.index, self.given)
-                submission = re.search("(?i)submission", name)
-                if table.path is not None and not submission:
+                if table.path is None or not table.labels:
+                    why = ("no column path whose values are images that are there"
+                           if table.path is None else "no column label, nor another that says "
+                           "which images are normal"
+                           ) + f"; its columns are: {', '.join(table.shown)[:200]}"
+                if table.path is not None and not re.search("(?i)submission", name):
                     tables.append(table)
-                if table.path is None or not table.labels or submission:
-                    self.why_not[name] = (
-                        "no column path whose values are images that are there"
-                        if table.path is None else "no column label, nor another that says which "
-                        "images are normal") + f"; its columns are: {', '.join(table.shown)[:200]}"
             except TooLarge:
-                self.why_not[name] = "too much in it to be looked into"
+                why = "too much in it to be looked into"
                 self.left_out["tables, too large to be looked into"] += 1
             except (csv.Error, ValueError, TypeError, AttributeError) as error:
-                self.why_not[name] = f"no rows of columns ({error})"
-            if self.table and self.why_not:
-                self.refuse(f"{name} has {self.why_not[name]}; {A_CSV} such as a.png,normal")
-        bad = [name for name in self.why_not if name not in {table.name for table in tables}]
-        self.unused[f"tables that list no images that are there ({', '.join(bad[:3])}"
-                    f"{', ...' * (len(bad) > 3)})"] = len(bad)
+                why = f"no rows of columns ({error})"
+            if self.table and why:
+                self.refuse(f"{name} has {why}; {A_CSV} such as a.png,normal")
+            self.unused[f"table: {name} has {why}"] += bool(why)
+        # What tells normal from abnormal comes first: others add to it, or contradict it.
         for table in sorted(tables, key=lambda table: not table.labels):
             self.read_table(table)
 
@@ -972,12 +965,13 @@ class Intake:
             elif any(squash(row[i]) in SIDE_VIEWS for i in table.views):
                 kind = "not a frontal view"
             patient = re.sub(r"\.0+$", "", cell(table.role["patient"]))
-            said = Said(kind, words, "" if meaning(patient) == "unknown" else patient, cell(table.role["view"]), SPLIT_NAMES.get(squash(split)) or strictest(
-                            of_table, split_of(folder_of(image))))
+            said = Said(kind, words, "" if meaning(patient) == "unknown" else patient, cell(table.role["view"]), SPLIT_NAMES.get(squash(split)) or max(
+                            of_table, split_of(folder_of(image)), key=STRICT))
             here[image] = join(here[image], said, True) if image in here else said
             with contextlib.suppress(ValueError):  # an empty one: no lesion
                 x, y, w, h, right, bottom = (float(cell(table.role[side]) or "nan")
-                                             for side in SIDES)
+                                             for side in ("left", "top", "width", "height",
+                                                          "right", "bottom"))
                 box = (x, y, x + w if math.isnan(right) else right,
                        y + h if math.isnan(bottom) else bottom)
                 if not math.isnan(sum(box)):  # those of the NIH are of 1024 x 1024 pixels
@@ -995,36 +989,36 @@ class Intake:
         for what, column in (("patients", table.role["patient"]), ("split", table.split)):
             if column is not None:
                 self.whence[what][f"the column {table.shown[column]}"] = None
-        self.whence["columns"] |= dict.fromkeys(filter(None, table.unused))
+        if any(table.unused):
+            self.unused[f"columns of {table.name}: {', '.join(filter(None, table.unused))}"] = len(
+                table.unused)
 
     def read_folders(self) -> None:
         """Take an image's class from its folder: normal by its word, abnormal beside a normal one.
-        Where tables tell the class, mark images whose folders say the opposite.
 
         Folders of splits, of patients, and those that only hold (images, data) count for nothing.
         """
-        paths = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)
-                     and not VISIT.fullmatch(p)] for f in {*map(folder_of, self.images)}}
+        paths = {f: [p for p in f.split("/") if bare(p)[0]] for f in {*map(folder_of, self.images)}}
         above = os.path.commonprefix([ps[:-1] for ps in paths.values()])  # they hold all images
         above = [*itertools.takewhile(lambda p: self.means(p) != "normal", above)]
         paths = {f: ps[len(above) :] for f, ps in paths.items()}
-        beside = {tuple(ps[: max(normal)]) for ps in paths.values()
-                  if (normal := [i for i, p in enumerate(ps) if self.means(p) == "normal"])}
-        places, plain = dict[str, Said](), dict[str, set[str]]()
+        kinds = {f: ["abnormal" if MEANINGS[1][1].fullmatch(spaced(p)) else self.means(p)
+                     .replace("abnormal", "") for p in ps] for f, ps in paths.items()}
+        beside = {tuple(ps[: max(i for i, kind in enumerate(kinds[f]) if kind == "normal")])
+                  for f, ps in paths.items() if "normal" in kinds[f]}
+        places = dict[str, Said]()
         for folder, ps in paths.items():
-            plain[folder] = {explicit(p, self.given) for p in ps
-                             if self.by_folders or len(squash(p)) > 3} - {""}
             level = [i for i in range(len(ps)) if tuple(ps[:i]) in beside] or [
-                i for i, p in enumerate(ps) if explicit(p, self.given) == "abnormal"]
+                i for i, kind in enumerate(kinds[folder]) if kind == "abnormal"]
             word = ps[level[-1]] if level else "".join(ps[-1:])
             kind = self.means(word)
-            if any(squash(bare(p)[0]) in NO_CLASS for p in ps):
+            if any(NO_CLASS.fullmatch(bare(p)[0]) for p in ps):
                 kind = f"in {folder}, which is no class"
             elif not level and kind != "unsure":
                 kind = f"in {folder or 'no folder'}, neither normal nor beside a normal folder"
             elif kind == "unknown":
                 kind = f"in a folder called {word}"
-            elif len(plain[folder]) > 1:
+            elif {"normal", "abnormal"} <= {*kinds[folder]}:
                 kind = f"in {folder}, which says normal and abnormal"
             # A folder with a number, below the class or above it, is a patient's.
             rest = ps[level[-1] + 1 :] + ps[: level[-1]] if level else []
@@ -1032,67 +1026,77 @@ class Intake:
                 p for p in rest if re.search(r"\d", p)]
             places[folder] = Said(kind, (word,), "".join(patient[:1]), "", split_of(folder))
         few = len({said.patient for said in places.values()}) < 5  # the parts of a set, or stages
-        both = {"normal", "abnormal"} <= set().union(*plain.values())
-        for image in self.images if self.by_folders else self.found:
+        for image in self.images:
             said = places[folder_of(image)]
-            if not self.by_folders:
-                if both and {self.found[image].kind} | plain[folder_of(image)] == {
-                        "normal", "abnormal"}:
-                    self.found[image].kind = "table and folder disagree"
-                continue
             if few and not PERSON.fullmatch(said.patient):
                 said = dataclasses.replace(said, patient="")
             self.found[image] = join(self.found.get(image, said), said, False)
             if said.patient:
                 self.whence["patients"]["the names of folders"] = None
 
+    def compare_with_folders(self) -> None:
+        """Mark where a table and the name of a folder differ, if such names tell both."""
+        said = {f: {self.means(p) for p in f.split("/") if len(squash(p)) > 3 and (
+            self.means(p) == "normal" or MEANINGS[1][1].fullmatch(spaced(p)))}
+            for f in {*map(folder_of, self.found)}}
+        both = {"normal", "abnormal"}
+        for image, entry in self.found.items():
+            if both == {entry.kind} | said[folder_of(image)] and both <= set().union(*said.values()):
+                entry.kind = "table and folder disagree"
+
+    def check_words(self) -> str:
+        """Write down the words that were found. UserError if one of them must be decided on."""
+        def count(kinds: Iterable[str]) -> Counter[str]:
+            return Counter(word for said in self.found.values() for word in said.words
+                           if word and said.kind in kinds)
+
+        words = count(KINDS)
+        if not any(self.means(word) == "normal" for word in words):
+            words = count({said.kind for said in self.found.values()})
+        text = listing((f"{word} {n:,}" for word, n in words.most_common()), 12, ", ")
+        why = ""
+        if strange := self.given - {*map(squash, words)}:
+            why = f"there is no {', '.join(sorted(strange))}"
+        for word in words:
+            kind, short = self.means(word), squash(word)
+            if kind == "unsure":
+                why = f"{word} may mean normal or not; {DECIDE}, all others then are abnormal"
+            elif self.given and kind != "normal" and re.fullmatch(
+                    "normals?|healthy|nofindings?", short):
+                why = f"{word} means normal, too, does it not? Add it"
+            elif not (self.given or self.by_folders) and re.fullmatch(r"[+-]?[\d.]+", word) and (
+                    short not in ("0", "1")):
+                why = f"label {word} is neither 0 (normal) nor 1 (abnormal); {DECIDE}, perhaps 0"
+        if why:
+            self.refuse(f"{self.normal and f'--normal {self.normal}: '}{why}; its words: "
+                        f"{text or 'none'}")
+        return text
+
     def finish(self) -> None:
         """Make the samples of what was found, and the account of it; or refuse."""
-        entries = self.found.values()
-        words = Counter(word for said in entries for word in said.words if said.kind in KINDS)
-        if not any(self.means(word) == "normal" for word in words):
-            words = Counter(word for said in entries for word in said.words if word)
-        text = ", ".join(f"{word} {n:,}" for word, n in words.most_common(12)) + (
-            f" and {len(words) - 12} more" if len(words) > 12 else "")
-        if unsure := [w for w in words if self.means(w) == "unsure"]:
-            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {DECIDE}, all others "
-                        f"then are abnormal. Its words: {text}")
-        if strange := self.given - {*map(squash, words)}:
-            self.refuse(f"--normal {self.normal}: there is no {', '.join(sorted(strange))}; its "
-                        f"words: {text or 'none'}")
-        for word in words:
-            if self.given and self.means(word) != "normal" and re.fullmatch(
-                    "normals?|healthy|nofindings?", squash(word)):
-                self.refuse(f"--normal {self.normal}: {word} means normal, too, does it not? Add "
-                            f"it. Its words: {text}")
-            if not (self.given or self.by_folders) and re.fullmatch(r"[+-]?[\d.]+", word) and (
-                    squash(word) not in ("0", "1")):
-                self.refuse(f"label {word} is neither 0 (normal) nor 1 (abnormal); {DECIDE} (here "
-                            f"perhaps 0). Its words: {text}")
+        text = self.check_words()
         self.name_patients()
         samples = []
         for image in sorted(self.found):
             said = self.found[image]
             if said.kind in ("normal", "abnormal"):
-                label = ABNORMAL if said.kind == "abnormal" else NORMAL
-                samples.append(Sample(image, said.patient or image, label, self.finding_of(image)
-                                      if label else "", said.view, said.split))
+                samples.append(Sample(image, said.patient or image, int(said.kind == "abnormal"),
+                                      self.finding_of(image), said.view, said.split))
             else:
-                what = f": {' + '.join(sorted(said.words)[:4]) or 'no word'}"
-                self.left_out[(said.kind or "in a table that does not label them") + (
-                    what if said.kind in KINDS[1:] else "")] += 1
+                words = f": {' + '.join(sorted(said.words)[:4]) or 'no word'}"
+                self.left_out[(said.kind or "in a table that does not label them")
+                              + words * (said.kind in KINDS[1:])] += 1
         if self.table:  # what it does not list was not meant
             self.images = [*self.found]
         elif len(self.images) > len(self.found):
             self.left_out["not listed in a table"] = len(self.images) - len(self.found)
+        self.facts["not used"] = listing((f"{n:,} {what}" for what, n in self.unused.items() if n), 8)
         if not any(s.label == NORMAL for s in samples):
-            why = "; ".join(f"{name} has {why}" for name, why in [*self.why_not.items()][:2])
-            unused = ", ".join(f"{n:,} {what}" for what, n in self.unused.items() if n)
             self.refuse(f"none of its {len(self.images)} images is known to be normal; "
-                        + (f"its words: {text}; {DECIDE}; or " if words else
+                        + (f"its words: {text}; {DECIDE}; or " if text else
                            "no table or folder says what they are; ")
                         + f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
-                        + f"; {why}" * bool(why) + f" (not used: {unused})" * bool(unused))
+                        f" (not used: {self.facts['not used'] or 'nothing'})")
         samples = self.drop_copies(samples)
         if not any(s.label == NORMAL for s in samples):
             self.refuse("no normal image is left, as identical files are labelled normal and "
@@ -1117,11 +1121,11 @@ class Intake:
 
     def finding_of(self, image: str) -> str:
         """The kind of abnormality that a file's name, or else the words say of an image."""
-        match = self.by_name.get(image)
+        if image in self.by_name and (of_name := self.by_name[image].groupdict().get("finding")):
+            return of_name
         words = [w for w in self.found[image].words if self.means(w) == "abnormal"]
         finding = "|".join([w for w in words if not MEANINGS[1][1].fullmatch(spaced(w))] or words)
-        return (match and match.groupdict().get("finding")) or (
-            finding.lower() if self.by_folders else finding)
+        return finding.lower() if self.by_folders else finding
 
     def drop_copies(self, samples: list[Sample]) -> list[Sample]:
         """Keep one of identical files, in test if one is there; none if their labels contradict.
@@ -1130,30 +1134,28 @@ class Intake:
         were sets published, and nothing leaks. Only files of equal size, alike at a glance, are
         read.
         """
-        groups = [samples]
+        alike = {0: samples}
         for mark in (self.source.file_bytes, self.source.glance, self.source.digest):
-            parts = []
-            for group in groups:
-                by_mark = defaultdict(list)
+            found = defaultdict[Any, list[Sample]](list)
+            for before, group in alike.items():
                 for s in group:
                     with contextlib.suppress(OSError, BadImage):
-                        by_mark[mark(s)].append(s)
-                by_mark.pop(0, None)  # their size is not known
-                parts += [part for part in by_mark.values() if len(part) > 1]
-            groups = parts
+                        found[before, mark(s)].append(s)
+            alike = {key: group for key, group in found.items() if len(group) > 1 and key[1] != 0}
         gone, stay = dict[str, str](), 0
-        for group in groups:
+        for group in alike.values():
             best = min(group, key=lambda s: (s.split != "test", s.split != "val",
                                              s.key.count("/"), s.key))
             for s in group:
-                beside = (folder_of(s.key), s.split) == (folder_of(best.key), best.split)
                 if len({other.label for other in group}) > 1:
                     gone[s.key] = "identical, with labels that contradict"
-                elif beside and s.patient != s.key and (
-                        s.patient == best.patient or s.split == "test"):
-                    stay += s is not best
                 elif s is not best:
-                    gone[s.key] = "identical to another image"
+                    beside = (folder_of(s.key), s.split) == (folder_of(best.key), best.split)
+                    if beside and s.patient != s.key and (
+                            s.patient == best.patient or s.split == "test"):
+                        stay += 1
+                    else:
+                        gone[s.key] = "identical to another image"
         self.left_out.update(gone.values())
         if stay:
             self.facts["identical"] = f"{stay:,} of the same patient or in one test folder, kept"
@@ -1191,16 +1193,13 @@ class Intake:
         source.boxes = {s.key: self.boxes[s.key] for s in samples if s.key in self.boxes}
         words = Counter(word for s in samples for word in self.found[s.key].words)
         ordered = sorted(words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))
-        facts["words"] = "; ".join(f"{word or '(none)'} {n:,} -> {self.means(word)}"
-                                   for word, n in ordered[:40]) + (
-            f"; and {len(words) - 40} more" if len(words) > 40 else "")
+        facts["words"] = listing((f"{word or '(none)'} {n:,} -> {self.means(word)}"
+                                  for word, n in ordered), 40)
         used = {s.split for s in samples} - {""}
         facts["split"] = "none prescribed" if used <= {"train"} else (
             f"{', '.join(s for s in SPLITS if s in used)}: prescribed by "
             + " and ".join(self.whence["split"] or ["the names of tables and folders"]))
         facts["boxes"] = f"{len(source.boxes):,} images" if source.boxes else ""
-        facts["not used"] = "; ".join([f"{n:,} {what}" for what, n in self.unused.items() if n] + [
-            f"columns {', '.join(columns)}" for columns in [self.whence["columns"]] if columns])
         missing, careful = len(self.images) - len(samples), []
         if missing > len(self.images) / 10:
             careful.append(f"{missing:,} of the {len(self.images):,} images are not used; see why "
@@ -1882,10 +1881,7 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
 
 def flow(source: Source) -> list[tuple[str, str]]:
     """What was found in a source, what it was taken for, and what was left out and why."""
-    reasons = source.left_out.most_common()
-    left_out = "; ".join(f"{count:,} {why}" for why, count in reasons[:15]) + (
-        f"; {sum(n for _, n in reasons[15:]):,} for {len(reasons) - 15} other reasons"
-        if len(reasons) > 15 else "")
+    left_out = listing((f"{n:,} {why}" for why, n in source.left_out.most_common()), 15)
     return [(name, text) for name, text in {**source.facts, "left out": left_out}.items() if text]
 
 

@@ -134,7 +134,7 @@ CASES: dict[str, tuple] = {
     "prescribed column": (IMG, listed(",image,Label,Dataset_type,age", "{},{}.png,LABEL",
                                       *("Normal,TRAIN,1", "Normal,TRAIN,1", "Normal,TEST,1",
                                         "Mass,TEST,1", "Mass,TRAIN,1")), "", "3/2",
-                          "prescribed by the column Dataset_type", "columns age"),
+                          "prescribed by the column Dataset_type", "columns of list.csv: age"),
     "semicolons": (IMG, {"l.csv": "\ufeff" + rows("path|;label|;patient", "img/{}.png|;LABEL|;P",
                                                   *ZERO, separator=";", end="\r\n")}, "", "3/2",
                    "from the column patient"),
