@@ -510,17 +510,17 @@ OTHER_SUFFIXES = (".xml", ".json", ".npy", ".npz", ".zip", ".gz", ".xlsx", ".md"
                   ".py", ".ipynb", ".pt", ".mat", ".mp4", ".log", ".yaml")
 MOST_TABLES = 40  # that are looked into
 # What a word means: the first of these that matches all of it, in lower case, with single spaces.
-MEANINGS = [(kind, re.compile(pattern)) for kind, pattern in (
-    ("unknown", "|unknown|unlabell?ed|uncertain|todo|none|null|nan|na"),
-    ("abnormal", "abnormal|anomal(y|ies|ous)|bad|defect(ive)?|ungood|positive|yes|true|1"),
-    ("normal", "normals?|good|healthy?|no ?findings?|no ?tumou?r|(healthy ?)?controls?|negative|"
-               "no|false|0"),
-    ("unlike normal", r".*(\ba ?normal|no good|(ab|non|not|un) ?(normal|healthy|good|ok|clea[rn])"
-                      ").*"),
+# Any other one is the name of a finding.
+MEANINGS = {kind: re.compile(pattern) for kind, pattern in {
+    "unknown": "|unknown|unlabell?ed|uncertain|todo|none|null|nan|na",
+    "abnormal": "anomal(y|ies|ous)|bad|defect(ive)?|ungood|positive|yes|true|1|"
+                r".*(\ba ?normal|no good|(ab|non|not|un) ?(normal|healthy|good|ok|clea[rn])).*",
+    "normal": "normals?|good|healthy?|no ?findings?|no ?tumou?r|(healthy ?)?controls?|negative|"
+              "no|false|0",
     # Like normal, but not certain to mean it: --normal alone decides.
-    ("unsure", r".*(normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|"
-               r"pass|passed|unremarkable|unaffected|uninfected)\b).*|(no|non|not|without|free)\b"
-               r".*|non(?!e)\w.*|n|nl|nor|norm|wnl|nil"))]
+    "unsure": r".*(normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|"
+              r"pass|passed|unremarkable|unaffected|uninfected)\b).*|(no|non|not|without|free)\b"
+              r".*|non(?!e)\w.*|n|nl|nor|norm|wnl|nil"}.items()}
 SPLIT_NAMES = {name: split for split, names in {
     "train": "train training trainset", "val": "val valid validation valset dev",
     "test": "test testing testset"}.items() for name in names.split()}
@@ -619,8 +619,13 @@ def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
     if squash(word) in given:
         return "normal"
     forms = {spaced(word), bare(word)[0] or spaced(word)}
-    kind = next((kind for kind, pattern in MEANINGS if any(map(pattern.fullmatch, forms))), "")
-    return kind if kind == "unknown" or (kind in ("normal", "unsure") and not given) else "abnormal"
+    kind = next((k for k, pattern in MEANINGS.items() if any(map(pattern.fullmatch, forms))), "")
+    return kind if kind == "unknown" or (kind and not given) else "abnormal"
+
+
+def names_nothing(word: str) -> bool:
+    """Whether a word says abnormal, and not what is found."""
+    return bool(MEANINGS["abnormal"].fullmatch(spaced(word)))
 
 
 def tokens(label: str) -> tuple[str, ...]:
@@ -662,6 +667,7 @@ class Said:
     patient: str = ""
     view: str = ""
     split: str = ""
+    finding: str = ""  # where the name of a file tells it
 
 
 # From what gives way to what does not, where several things are said of an image.
@@ -853,7 +859,6 @@ class Intake:
         self.left_out, self.unused = source.left_out, Counter[str]()
         self.facts = dict.fromkeys(("words", "patients", "split"), "")
         self.found: dict[str, Said] = {}  # by images
-        self.by_name: dict[str, re.Match] = {}
         self.boxes: dict[str, list[Box]] = {}
         self.listed_masks: dict[str, list[str]] = {}
         self.whence = defaultdict[str, dict[str, None]](dict)  # of patients, splits ...: columns
@@ -866,7 +871,7 @@ class Intake:
         self.index = Index(self.images) if self.masks else self.files
         self.read_tables([table] if table else tables)
         self.by_folders = not any(said.kind for said in self.found.values())
-        (self.read_folders if self.by_folders else self.compare_with_folders)()
+        self.read_folders()
         self.finish()
 
     def refuse(self, text: str) -> NoReturn:
@@ -917,11 +922,10 @@ class Intake:
             why = ""
             try:
                 table = Table(name, self.source.read_text(name), self.index, self.given)
-                if table.path is None or not table.labels:
-                    why = ("no column path whose values are images that are there"
-                           if table.path is None else "no column label, nor another that says "
-                           "which images are normal"
-                           ) + f"; its columns are: {', '.join(table.shown)[:200]}"
+                lacks = ("path whose values are images that are there" if table.path is None else
+                         "" if table.labels else "label, nor another that says which are normal")
+                why = lacks and (f"no column {lacks}; its columns are: "
+                                 f"{', '.join(table.shown)[:200]}")
                 if table.path is not None and not re.search("(?i)submission", name):
                     tables.append(table)
             except TooLarge:
@@ -995,6 +999,7 @@ class Intake:
 
     def read_folders(self) -> None:
         """Take an image's class from its folder: normal by its word, abnormal beside a normal one.
+        Where tables tell the class, mark images whose folders say the opposite.
 
         Folders of splits, of patients, and those that only hold (images, data) count for nothing.
         """
@@ -1002,8 +1007,8 @@ class Intake:
         above = os.path.commonprefix([ps[:-1] for ps in paths.values()])  # they hold all images
         above = [*itertools.takewhile(lambda p: self.means(p) != "normal", above)]
         paths = {f: ps[len(above) :] for f, ps in paths.items()}
-        kinds = {f: ["abnormal" if MEANINGS[1][1].fullmatch(spaced(p)) else self.means(p)
-                     .replace("abnormal", "") for p in ps] for f, ps in paths.items()}
+        kinds = {f: ["abnormal" if names_nothing(p) else self.means(p).replace("abnormal", "")
+                     if self.by_folders or len(squash(p)) > 3 else "" for p in ps] for f, ps in paths.items()}
         beside = {tuple(ps[: max(i for i, kind in enumerate(kinds[f]) if kind == "normal")])
                   for f, ps in paths.items() if "normal" in kinds[f]}
         places = dict[str, Said]()
@@ -1026,7 +1031,12 @@ class Intake:
                 p for p in rest if re.search(r"\d", p)]
             places[folder] = Said(kind, (word,), "".join(patient[:1]), "", split_of(folder))
         few = len({said.patient for said in places.values()}) < 5  # the parts of a set, or stages
-        for image in self.images:
+        both = {"normal", "abnormal"}
+        tell = both <= set().union(*kinds.values())
+        for image, said in self.found.items() if not self.by_folders else ():
+            if tell and both == {said.kind} | both.intersection(kinds[folder_of(image)]):
+                said.kind = "table and folder disagree"
+        for image in self.images if self.by_folders else ():
             said = places[folder_of(image)]
             if few and not PERSON.fullmatch(said.patient):
                 said = dataclasses.replace(said, patient="")
@@ -1034,30 +1044,16 @@ class Intake:
             if said.patient:
                 self.whence["patients"]["the names of folders"] = None
 
-    def compare_with_folders(self) -> None:
-        """Mark where a table and the name of a folder differ, if such names tell both."""
-        said = {f: {self.means(p) for p in f.split("/") if len(squash(p)) > 3 and (
-            self.means(p) == "normal" or MEANINGS[1][1].fullmatch(spaced(p)))}
-            for f in {*map(folder_of, self.found)}}
-        both = {"normal", "abnormal"}
-        for image, entry in self.found.items():
-            if both == {entry.kind} | said[folder_of(image)] and both <= set().union(*said.values()):
-                entry.kind = "table and folder disagree"
-
     def check_words(self) -> str:
         """Write down the words that were found. UserError if one of them must be decided on."""
-        def count(kinds: Iterable[str]) -> Counter[str]:
-            return Counter(word for said in self.found.values() for word in said.words
-                           if word and said.kind in kinds)
-
-        words = count(KINDS)
-        if not any(self.means(word) == "normal" for word in words):
-            words = count({said.kind for said in self.found.values()})
+        entries = [said for said in self.found.values() if said.kind in KINDS]
+        if not any(self.means(word) == "normal" for said in entries for word in said.words):
+            entries = [*self.found.values()]
+        words = Counter(word for said in entries for word in said.words if word)
         text = listing((f"{word} {n:,}" for word, n in words.most_common()), 12, ", ")
-        why = ""
-        if strange := self.given - {*map(squash, words)}:
-            why = f"there is no {', '.join(sorted(strange))}"
-        for word in words:
+        why = (f"there is no {', '.join(strange)}"
+               if (strange := sorted(self.given - {*map(squash, words)})) else "")
+        for word in words if not why else ():
             kind, short = self.means(word), squash(word)
             if kind == "unsure":
                 why = f"{word} may mean normal or not; {DECIDE}, all others then are abnormal"
@@ -1068,7 +1064,7 @@ class Intake:
                     short not in ("0", "1")):
                 why = f"label {word} is neither 0 (normal) nor 1 (abnormal); {DECIDE}, perhaps 0"
         if why:
-            self.refuse(f"{self.normal and f'--normal {self.normal}: '}{why}; its words: "
+            self.refuse(f"{f'--normal {self.normal}: ' * bool(self.normal)}{why}; its words: "
                         f"{text or 'none'}")
         return text
 
@@ -1081,7 +1077,8 @@ class Intake:
             said = self.found[image]
             if said.kind in ("normal", "abnormal"):
                 samples.append(Sample(image, said.patient or image, int(said.kind == "abnormal"),
-                                      self.finding_of(image), said.view, said.split))
+                                      self.finding_of(said) if said.kind == "abnormal" else "",
+                                      said.view, said.split))
             else:
                 words = f": {' + '.join(sorted(said.words)[:4]) or 'no word'}"
                 self.left_out[(said.kind or "in a table that does not label them")
@@ -1113,19 +1110,17 @@ class Intake:
         if len(nobody) == len(self.found):
             self.facts["patients"] = "not named: every image counts as a patient"
             for rule in NAME_RULES:
-                matches = {image: match for image in nobody if (match := rule.search(image))}
-                if nobody and len(matches) == len(nobody):
-                    self.facts["patients"], self.by_name = "from the names of files", matches
-                    for image, match in matches.items():
-                        self.found[image].patient = match[1]
+                if nobody and all(map(rule.search, nobody)):
+                    self.facts["patients"] = "from the names of files"
+                    for image in nobody:
+                        match, said = rule.search(image), self.found[image]
+                        said.patient, said.finding = match[1], match.groupdict().get("finding", "")
 
-    def finding_of(self, image: str) -> str:
-        """The kind of abnormality that a file's name, or else the words say of an image."""
-        if image in self.by_name and (of_name := self.by_name[image].groupdict().get("finding")):
-            return of_name
-        words = [w for w in self.found[image].words if self.means(w) == "abnormal"]
-        finding = "|".join([w for w in words if not MEANINGS[1][1].fullmatch(spaced(w))] or words)
-        return finding.lower() if self.by_folders else finding
+    def finding_of(self, said: Said) -> str:
+        """The kind of abnormality, by the name of a file, or else by words."""
+        words = [word for word in said.words if self.means(word) == "abnormal"]
+        finding = "|".join([w for w in words if not names_nothing(w)] or words)
+        return said.finding or (finding.lower() if self.by_folders else finding)
 
     def drop_copies(self, samples: list[Sample]) -> list[Sample]:
         """Keep one of identical files, in test if one is there; none if their labels contradict.

@@ -170,7 +170,7 @@ CASES: dict[str, tuple] = {
                                    "0,1"), "nv", "2/3"),
     "turned round": (IMG, listed("image,normal", "{},LABEL", *ZERO), "", "2/3"),
     "many grades": (IMG, listed("path,label", "{}.png,LABEL", *"01234"), "", "refused",
-                    "label 2 is neither"),
+                    "label 4 is neither"),
     "folder against table": ("normal/{}.png*3 abnormal/a{}.png*2", listed(
         "path,label", "LABEL", "normal/0.png,1", "normal/1.png,0", "normal/2.png,0",
         "abnormal/a0.png,1", "abnormal/a1.png,1"), "", "2/2", "1 table and folder disagree"),
