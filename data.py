@@ -521,6 +521,7 @@ MEANINGS = {kind: re.compile(pattern) for kind, pattern in {
     "unsure": r".*(normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|"
               r"pass|passed|unremarkable|unaffected|uninfected)\b).*|(no|non|not|without|free)\b"
               r".*|non(?!e)\w.*|n|nl|nor|norm|wnl|nil"}.items()}
+says_abnormal = MEANINGS["abnormal"].fullmatch  # and not what is found
 SPLIT_NAMES = {name: split for split, names in {
     "train": "train training trainset", "val": "val valid validation valset dev",
     "test": "test testing testset"}.items() for name in names.split()}
@@ -550,7 +551,7 @@ NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
 # Columns by their names without case, spaces and signs. The path and the split are known by values.
 LABELS = ("label labels class classname target diagnosis findinglabels findinglabel finding "
           "findings category dx condition disease pathology groundtruth type abnormal anomaly "
-          "positive").split()
+          "positive")
 COLUMNS = {name: re.compile(pattern) for name, pattern in {
     "patient": "(anon|anonymized)?(patient|subject|participant|person|case|pat)s?(id|ids|no|nr|"
                "num|number|name|key|code|identifier)?|mrn|pid|lesionid",
@@ -623,17 +624,13 @@ def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
     return kind if kind == "unknown" or (kind and not given) else "abnormal"
 
 
-def names_nothing(word: str) -> bool:
-    """Whether a word says abnormal, and not what is found."""
-    return bool(MEANINGS["abnormal"].fullmatch(spaced(word)))
-
-
 def tokens(label: str) -> tuple[str, ...]:
     """The words of a label: one, or several joined by | , ; or written as a list."""
     return tuple(word for part in re.split(r"[|;,]", label) if (word := part.strip(" []{}()'\"")))
 
 
-def judge(words: Iterable[str], given: frozenset[str]) -> str:
+@functools.lru_cache(100_000)
+def judge(words: tuple[str, ...], given: frozenset[str]) -> str:
     """What words say together: a meaning, or contradictory."""
     found = {meaning(word, given) for word in words} or {"unknown"}
     if found == {"abnormal", "unknown"}:
@@ -645,6 +642,12 @@ def judge(words: Iterable[str], given: frozenset[str]) -> str:
 def split_of(folder: str) -> str:
     """The split that a folder's path names, the innermost part that does; "" if none does."""
     return next((split for part in reversed(folder.split("/")) if (split := bare(part)[1])), "")
+
+
+def in_common(paths: Iterable[list[str]]) -> list[str]:
+    """The folders at the beginning of all paths."""
+    levels = zip(*paths, strict=False)
+    return [names[0] for names in itertools.takewhile(lambda names: len({*names}) == 1, levels)]
 
 
 def folder_of(name: str) -> str:
@@ -721,10 +724,10 @@ class Index:
             parts, found = folder_of(path).lower().split("/")[::-1], defaultdict(list)
             for name in candidates:
                 there = folder_of(name).lower().split("/")[::-1]
-                same = len(os.path.commonprefix([parts, there]))
+                same = len(in_common([parts, there]))
                 # Another prefix is not another split: train/1.png is never test/1.png.
-                if same in (len(parts), len(there)) or len(candidates) == 1 and split_of(
-                        folder_of(path)) in ("", split_of(folder_of(name))):
+                if same in (len(parts), len(there)) or (len(candidates) == 1 and split_of(
+                        folder_of(path)) in ("", split_of(folder_of(name)))):
                     exact = name.lower().endswith(path.lower().rpartition("/")[2])
                     found[same, exact, name.startswith(f"{below}/")].append(name)
             candidates = found[max(found)] if found else []
@@ -799,6 +802,8 @@ class Table:
                                  None)
         # Where there are both l and r, they are sides of the body.
         self.views = [i for i in named["view"] if not {"l", "r"} <= {*map(squash, values[i])}]
+        self.sides = ("left", "top", *(("right", "bottom") if named["right"] else
+                                       ("width", "height")))
         self.xrays = any(squash(v) in X_RAYS for i in named["modality"] for v in values[i])
 
         taken = {self.path, self.split, *named["view"], *(
@@ -810,7 +815,7 @@ class Table:
         telling = [i for i in flags if meaning(self.shown[i], self.given) in ("normal", "unsure")]
         # A column with the name of a label, better one that knows normal; else the only one that
         # does.
-        called = [i for name in LABELS for i in free if self.columns[i] == name]
+        called = [i for name in LABELS.split() for i in free if self.columns[i] == name]
         knows = [i for i in called if any(
             judge(tokens(v), self.given) in ("normal", "unsure") for v in values[i])]
         spoken = [i for i in free if any(
@@ -904,7 +909,7 @@ class Intake:
         """Find the masks; each with the stem of the image that it belongs to."""
         parts = {folder: folder.split("/") for folder in {*map(folder_of, images)}}
         # A folder that holds all images is no folder of masks, whatever it is called.
-        shared = len(os.path.commonprefix([*parts.values()]))
+        shared = len(in_common(parts.values()))
         stems, masks = {Index.stem(n) for n in images}, {}
         for name in images:
             stem = Index.stem(name)
@@ -962,25 +967,26 @@ class Intake:
                 absent.add(path)
                 continue
             kind = judge(words, self.given) if table.labels else ""
-            if paths.setdefault(image, path) != path:
+            if re.search(r"[/\\]", path) and paths.setdefault(image, path) != path:
                 kind = "listed under two names"
             elif table.xrays and squash(cell(table.role["modality"])) not in X_RAYS:
                 kind = "not an X-ray"
             elif any(squash(row[i]) in SIDE_VIEWS for i in table.views):
                 kind = "not a frontal view"
             patient = re.sub(r"\.0+$", "", cell(table.role["patient"]))
-            said = Said(kind, words, "" if meaning(patient) == "unknown" else patient, cell(table.role["view"]), SPLIT_NAMES.get(squash(split)) or max(
+            nobody = MEANINGS["unknown"].fullmatch(spaced(patient))
+            said = Said(kind, words, "" if nobody else sys.intern(patient), cell(table.role["view"]), SPLIT_NAMES.get(squash(split)) or max(
                             of_table, split_of(folder_of(image)), key=STRICT))
             here[image] = join(here[image], said, True) if image in here else said
             with contextlib.suppress(ValueError):  # an empty one: no lesion
-                x, y, w, h, right, bottom = (float(cell(table.role[side]) or "nan")
-                                             for side in ("left", "top", "width", "height",
-                                                          "right", "bottom"))
-                box = (x, y, x + w if math.isnan(right) else right,
-                       y + h if math.isnan(bottom) else bottom)
-                if not math.isnan(sum(box)):  # those of the NIH are of 1024 x 1024 pixels
-                    scale = 1024 if "bboxx" in table.columns else 1
-                    self.boxes.setdefault(image, []).append(tuple(v / scale for v in box))
+                x, y, right, bottom = (float(cell(table.role[side])) for side in table.sides)
+                if "width" in table.sides:
+                    right, bottom = x + right, y + bottom
+                # Those of the NIH are of images of 1024 x 1024 pixels.
+                scale = 1024 if "bboxx" in table.columns else 1
+                if not math.isnan(x + y + right + bottom):
+                    self.boxes.setdefault(image, []).append(
+                        (x / scale, y / scale, right / scale, bottom / scale))
             if mask := cell(table.role["mask"]):
                 self.listed_masks[image] = [self.files.find(mask, folder_of(table.name)) or mask]
         if absent and self.table:
@@ -1004,11 +1010,13 @@ class Intake:
         Folders of splits, of patients, and those that only hold (images, data) count for nothing.
         """
         paths = {f: [p for p in f.split("/") if bare(p)[0]] for f in {*map(folder_of, self.images)}}
-        above = os.path.commonprefix([ps[:-1] for ps in paths.values()])  # they hold all images
-        above = [*itertools.takewhile(lambda p: self.means(p) != "normal", above)]
-        paths = {f: ps[len(above) :] for f, ps in paths.items()}
-        kinds = {f: ["abnormal" if names_nothing(p) else self.means(p).replace("abnormal", "")
-                     if self.by_folders or len(squash(p)) > 3 else "" for p in ps] for f, ps in paths.items()}
+        for part in in_common(ps[:-1] for ps in paths.values()):  # it holds all images
+            if self.means(part) == "normal":
+                break
+            paths = {f: ps[1:] for f, ps in paths.items()}
+        kinds = {f: ["" if len(squash(p)) < 4 and not self.by_folders else "abnormal" if
+                     says_abnormal(spaced(p)) else self.means(p).replace("abnormal", "") for p in ps]
+                 for f, ps in paths.items()}
         beside = {tuple(ps[: max(i for i, kind in enumerate(kinds[f]) if kind == "normal")])
                   for f, ps in paths.items() if "normal" in kinds[f]}
         places = dict[str, Said]()
@@ -1087,7 +1095,8 @@ class Intake:
             self.images = [*self.found]
         elif len(self.images) > len(self.found):
             self.left_out["not listed in a table"] = len(self.images) - len(self.found)
-        self.facts["not used"] = listing((f"{n:,} {what}" for what, n in self.unused.items() if n), 8)
+        self.facts["not used"] = listing(
+            (f"{n:,} {what}" for what, n in self.unused.items() if n), 8)
         if not any(s.label == NORMAL for s in samples):
             self.refuse(f"none of its {len(self.images)} images is known to be normal; "
                         + (f"its words: {text}; {DECIDE}; or " if text else
@@ -1119,7 +1128,7 @@ class Intake:
     def finding_of(self, said: Said) -> str:
         """The kind of abnormality, by the name of a file, or else by words."""
         words = [word for word in said.words if self.means(word) == "abnormal"]
-        finding = "|".join([w for w in words if not names_nothing(w)] or words)
+        finding = "|".join([w for w in words if not says_abnormal(spaced(w))] or words)
         return said.finding or (finding.lower() if self.by_folders else finding)
 
     def drop_copies(self, samples: list[Sample]) -> list[Sample]:
@@ -1137,23 +1146,19 @@ class Intake:
                     with contextlib.suppress(OSError, BadImage):
                         found[before, mark(s)].append(s)
             alike = {key: group for key, group in found.items() if len(group) > 1 and key[1] != 0}
-        gone, stay = dict[str, str](), 0
+        gone = dict[str, str]()
         for group in alike.values():
             best = min(group, key=lambda s: (s.split != "test", s.split != "val",
                                              s.key.count("/"), s.key))
             for s in group:
                 if len({other.label for other in group}) > 1:
                     gone[s.key] = "identical, with labels that contradict"
-                elif s is not best:
-                    beside = (folder_of(s.key), s.split) == (folder_of(best.key), best.split)
-                    if beside and s.patient != s.key and (
-                            s.patient == best.patient or s.split == "test"):
-                        stay += 1
-                    else:
-                        gone[s.key] = "identical to another image"
+                elif s is not best and not (
+                        (folder_of(s.key), s.split) == (folder_of(best.key), best.split)
+                        and s.patient != s.key
+                        and (s.patient == best.patient or s.split == "test")):
+                    gone[s.key] = "identical to another image"
         self.left_out.update(gone.values())
-        if stay:
-            self.facts["identical"] = f"{stay:,} of the same patient or in one test folder, kept"
         return [s for s in samples if s.key not in gone]
 
     def pair_masks(self, label: dict[str, int]) -> None:
@@ -1161,15 +1166,14 @@ class Intake:
         of organs, unless these are black."""
         normals, masks = [], defaultdict[str, list[str]](list)
         for mask, stem in self.masks.items():
-            folders, near = {*folder_of(mask).split("/")}, defaultdict(list)
-            for image in self.index.by_stem.get(stem, ()):
-                if image in label:
-                    near[len(folders & {*folder_of(image).split("/")})].append(image)
-            best = near[max(near)] if near else []
-            ill = [image for image in best if label[image] == ABNORMAL]
+            images = [image for image in self.index.by_stem.get(stem, ()) if image in label]
+            folders = [{*folder_of(image).split("/")} for image in images]
+            shared = [len(names & {*folder_of(mask).split("/")}) for names in folders]
+            near = [image for image, n in zip(images, shared, strict=True) if n == max(shared)]
+            ill = [image for image in near if label[image] == ABNORMAL]
             if len(ill) == 1:
                 masks[ill[0]].append(mask)
-            elif best and not ill:
+            elif near and not ill:
                 normals.append(mask)
         if self.masks:
             self.facts["masks"] = (f"{len(self.masks):,} files, no images; "
@@ -1228,7 +1232,7 @@ class FolderSource(Source):
             raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
                             "first, and give a single image to evaluate.py with --image")
         self.root = path.parent if table else path
-        if not table and {"train.py", "evaluate.py", "config.py"} <= {*os.listdir(path)}:
+        if not table and all(map(os.path.isfile, (path / "train.py", path / "evaluate.py"))):
             raise UserError(f"--data {spec}: this is the program's own folder; put the images "
                             "into one of their own, and name that")
         names = self._list_files()
@@ -1258,15 +1262,15 @@ class FolderSource(Source):
             known[real] = str(inside)
             folders[:] = sorted(d for d in folders if not d.startswith("."))
             for file in files:
-                path = os.path.join(folder, file)
-                why = ("with a name that is not UTF-8" if not is_text(path) else
+                name, path = (inside / file).as_posix(), os.path.join(folder, file)
+                why = ("with a name that is not UTF-8" if not is_text(name) else
                        "" if os.path.isfile(path) else
                        "neither a file nor a folder" if os.path.exists(path) else  # pipes, devices
                        "links to files that are not there")
                 if why:
                     self.left_out[why] += 1
                 else:
-                    names.append((inside / file).as_posix())
+                    names.append(name)
         return sorted(names)
 
     def read_file(self, name: str) -> bytes:
