@@ -975,8 +975,10 @@ class Intake:
                 kind = "not a frontal view"
             patient = re.sub(r"\.0+$", "", cell(table.role["patient"]))
             nobody = MEANINGS["unknown"].fullmatch(spaced(patient))
-            said = Said(kind, words, "" if nobody else sys.intern(patient), cell(table.role["view"]), SPLIT_NAMES.get(squash(split)) or max(
-                            of_table, split_of(folder_of(image)), key=STRICT))
+            split = SPLIT_NAMES.get(squash(split)) or max(
+                of_table, split_of(folder_of(image)), key=STRICT)
+            said = Said(kind, words, "" if nobody else sys.intern(patient),
+                        cell(table.role["view"]), split)
             here[image] = join(here[image], said, True) if image in here else said
             with contextlib.suppress(ValueError):  # an empty one: no lesion
                 x, y, right, bottom = (float(cell(table.role[side])) for side in table.sides)
@@ -1009,14 +1011,21 @@ class Intake:
 
         Folders of splits, of patients, and those that only hold (images, data) count for nothing.
         """
-        paths = {f: [p for p in f.split("/") if bare(p)[0]] for f in {*map(folder_of, self.images)}}
+        paths = {f: [p for p in f.split("/") if bare(p)[0] and (len(squash(p)) > 3
+                     or self.by_folders)] for f in {*map(folder_of, self.images)}}
         for part in in_common(ps[:-1] for ps in paths.values()):  # it holds all images
             if self.means(part) == "normal":
                 break
             paths = {f: ps[1:] for f, ps in paths.items()}
-        kinds = {f: ["" if len(squash(p)) < 4 and not self.by_folders else "abnormal" if
-                     says_abnormal(spaced(p)) else self.means(p).replace("abnormal", "") for p in ps]
-                 for f, ps in paths.items()}
+        both, kinds = {"normal", "abnormal"}, {f: [
+            kind if (kind := self.means(p)) == "normal" or says_abnormal(spaced(p)) else ""
+            for p in ps] for f, ps in paths.items()}
+        if not self.by_folders:
+            tell = both <= set().union(*kinds.values())
+            for image, said in self.found.items():
+                if tell and both == {said.kind, *kinds[folder_of(image)]} - {""}:
+                    said.kind = "table and folder disagree"
+            return
         beside = {tuple(ps[: max(i for i, kind in enumerate(kinds[f]) if kind == "normal")])
                   for f, ps in paths.items() if "normal" in kinds[f]}
         places = dict[str, Said]()
@@ -1031,7 +1040,7 @@ class Intake:
                 kind = f"in {folder or 'no folder'}, neither normal nor beside a normal folder"
             elif kind == "unknown":
                 kind = f"in a folder called {word}"
-            elif {"normal", "abnormal"} <= {*kinds[folder]}:
+            elif both <= {*kinds[folder]}:
                 kind = f"in {folder}, which says normal and abnormal"
             # A folder with a number, below the class or above it, is a patient's.
             rest = ps[level[-1] + 1 :] + ps[: level[-1]] if level else []
@@ -1039,12 +1048,7 @@ class Intake:
                 p for p in rest if re.search(r"\d", p)]
             places[folder] = Said(kind, (word,), "".join(patient[:1]), "", split_of(folder))
         few = len({said.patient for said in places.values()}) < 5  # the parts of a set, or stages
-        both = {"normal", "abnormal"}
-        tell = both <= set().union(*kinds.values())
-        for image, said in self.found.items() if not self.by_folders else ():
-            if tell and both == {said.kind} | both.intersection(kinds[folder_of(image)]):
-                said.kind = "table and folder disagree"
-        for image in self.images if self.by_folders else ():
+        for image in self.images:
             said = places[folder_of(image)]
             if few and not PERSON.fullmatch(said.patient):
                 said = dataclasses.replace(said, patient="")
