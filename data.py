@@ -721,15 +721,18 @@ class Index:
             for name in (posixpath.join(below, path), path):
                 if (name := posixpath.normpath(name)) in self.names:
                     return name
-            parts, found = folder_of(path).lower().split("/")[::-1], defaultdict(list)
+            def above(name: str) -> list[str]:
+                return [part for part in folder_of(name).lower().split("/")[::-1] if part]
+
+            found = defaultdict(list)
             for name in candidates:
-                there = folder_of(name).lower().split("/")[::-1]
-                same = len(in_common([parts, there]))
+                pairs = [*zip(above(path), above(name), strict=False)]
                 # Another prefix is not another split: train/1.png is never test/1.png.
-                if same in (len(parts), len(there)) or (len(candidates) == 1 and split_of(
-                        folder_of(path)) in ("", split_of(folder_of(name)))):
+                if all(one == other for one, other in pairs) or (
+                        len(candidates) == 1
+                        and split_of(folder_of(path)) in ("", split_of(folder_of(name)))):
                     exact = name.lower().endswith(path.lower().rpartition("/")[2])
-                    found[same, exact, name.startswith(f"{below}/")].append(name)
+                    found[len(pairs), exact, name.startswith(f"{below}/")].append(name)
             candidates = found[max(found)] if found else []
         return candidates[0] if len(candidates) == 1 else ""
 
@@ -1858,9 +1861,8 @@ def read_splits(file: Path) -> Splits:
     return Splits(**parts, notes=[])
 
 
-def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
-    """split_samples for the configuration; UserError if there are too few normals to learn from.
-    Of several processes the first one, which prints the notes, looks for identical files."""
+def split_for_training(source: Source, config: Config) -> Splits:
+    """split_samples for the configuration; UserError if there are too few normals to learn from."""
     normals = len(_normals(source.samples))
     if normals < MIN_NORMALS:
         raise UserError(
@@ -1875,10 +1877,9 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
     if config.batch_size > len(splits.train):
         splits.notes.append(f"--batch-size {config.batch_size}: more than there are training "
                             "images, which all make one step")
-    for name in ("test", "val"):
-        if len({s.label for s in getattr(splits, name)}) == 1 and name == "test":
-            only = "normal" if getattr(splits, name)[0].label == NORMAL else "abnormal"
-            splits.notes.append(f"all images of the test split are {only}: no AUROC can be given")
+    if len({s.label for s in splits.test}) == 1:
+        only = "normal" if splits.test[0].label == NORMAL else "abnormal"
+        splits.notes.append(f"all images of the test split are {only}: no AUROC can be given")
     return splits
 
 
@@ -2303,7 +2304,7 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
     been opened already.
     """
     source = source or open_source(config)
-    splits = split_for_training(source, config, rank)
+    splits = split_for_training(source, config)
     # Ranks on one machine share its memory. Test images are seen once: they need not be cached.
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     make = partial(ImageStream, source, image_size=config.image_size,

@@ -176,6 +176,12 @@ CASES: dict[str, tuple] = {
         "abnormal/a0.png,1", "abnormal/a1.png,1"), "", "2/2", "1 table and folder disagree"),
     "another split": ("train/0.png test/1.png", listed("path,label", "LABEL", "test/0.png,0",
                                                        "test/1.png,0"), "", "1/0"),
+    "one name in two folders": ("train/a/{}.png*4 test/a/{}.png*2", {
+        "train/l.csv": "id,label\n0,normal\n1,normal\n2,normal\n3,Mass\n",
+        "test/l.csv": "id,label\n0,normal\n1,Mass\n"}, "", "4/2", "train, test: prescribed"),
+    "two files of one name": ("a/0.png b/1.png", listed(
+        "path,label", "LABEL", "a/0.png,0", "x/b/1.png,1", "y/b/1.png,0"), "", "1/0",
+        "1 listed under two names"),
     "two columns": (IMG, listed("path,a,b", "{}.png,LABEL,LABEL"), "", "refused",
                     "no column says|a, b"),
     "patients with spaces": (IMG, listed("path,label,Patient ID", "{}.png,LABEL", "0,7", "0,7.0",

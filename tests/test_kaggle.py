@@ -330,7 +330,7 @@ def test_a_large_table_that_is_not_needed_is_left_alone(
     source = opened(kaggle, images(40, **{"pixels.csv": b"1,2\n" * 500}))
     assert len(source.samples) == 40 and kaggle.calls["file"] == 0
     assert source.left_out == {"tables, too large to be looked into": 1}
-    with pytest.raises(UserError, match=r"none .*normal.*; labels.csv has too much in it"):
+    with pytest.raises(UserError, match=r"none .*normal.*.*labels.csv has too much in it"):
         opened(kaggle, {"a/1.png": png(1), "labels.csv": b"1,2\n" * 500})
 
 
