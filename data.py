@@ -1014,8 +1014,9 @@ class Intake:
 
         Folders of splits, of patients, and those that only hold (images, data) count for nothing.
         """
-        paths = {f: [p for p in f.split("/") if bare(p)[0] and (len(squash(p)) > 3
-                     or self.by_folders)] for f in {*map(folder_of, self.images)}}
+        paths = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)
+                     and (self.by_folders or len(squash(p)) > 3)]
+                 for f in {*map(folder_of, self.images)}}
         for part in in_common(ps[:-1] for ps in paths.values()):  # it holds all images
             if self.means(part) == "normal":
                 break
