@@ -603,6 +603,7 @@ def bare(text: str) -> tuple[str, str]:
         return " ".join(words if is_class else ()), split
     # The number of a copy or place goes, but not where the number is the class.
     numbered = NUMBERED & {*words} or all(len(w) < 4 for w in telling)
+
     def adds_nothing(word: str) -> bool:
         return bool(FILLER.fullmatch(word)) or (word.isdigit() and not numbered)
 
@@ -695,8 +696,7 @@ def join(one: Said, other: Said, rows: bool) -> Said:
 
 
 class Index:
-    """Finds the image that a table means: with or without folder, ending, or with another prefix.
-    """
+    """Finds the image that a table means, with or without folder, ending, or another prefix."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names, self.by_stem = set(names), defaultdict[str, list[str]](list)
@@ -745,10 +745,9 @@ class Table:
         self.name, self.given, self.lines = name, given, re.split(r"\r\n?|\n", text)
         if text.lstrip().startswith("{"):  # JSON
             records = [json.loads(line) for line in self.lines if line.strip()]
-            writer = csv.DictWriter(file := io.StringIO(), [*dict.fromkeys(
-                itertools.chain(*records))])
-            writer.writeheader()
-            writer.writerows(records)
+            header = [*dict.fromkeys(itertools.chain(*records))]
+            csv.writer(file := io.StringIO()).writerows(
+                [header, *([record.get(name, "") for name in header] for record in records)])
             self.lines = file.getvalue().splitlines()
         if self.lines[0].startswith("sep="):  # so Excel is told
             del self.lines[0]
@@ -831,7 +830,6 @@ class Table:
             self.labels += [i for i in named["finding"] if i in free and i != label][:1]
         self.unused = [self.shown[i] for i in unused if i not in self.labels]
 
-    @functools.lru_cache(100_000)  # noqa: B019 (a table does not live long)
     def words_of(self, cells: tuple[str, ...]) -> tuple[str, ...]:
         """What the cells of the labels say of an image, in words."""
         if not self.one_hot:
@@ -953,6 +951,7 @@ class Intake:
         named = {SPLIT_NAMES[w] for w in spaced(Index.stem(table.name)).split() if w in SPLIT_NAMES}
         of_table = "" if {"train", "test"} <= named else max(named - {"val"} or named, default="")
         absent, here, paths = set[str](), dict[str, Said](), dict[str, str]()
+        words_of = functools.lru_cache(100_000)(table.words_of)
 
         def cell(column: int | None) -> str:
             return "" if column is None else sys.intern(row[column])
@@ -960,7 +959,7 @@ class Intake:
         for number, row in enumerate(table.rows(), 1 + table.first):
             path, split = row[table.path], cell(table.split)
             image = self.index.find(path, folder_of(table.name))
-            words = table.words_of(tuple(row[i] for i in table.labels)) if table.labels else ()
+            words = words_of(tuple(row[i] for i in table.labels)) if table.labels else ()
             if self.table and not (path and words):
                 self.refuse(f"{table.name} row {number}: path or label is empty")
             if split and squash(split) not in SPLIT_NAMES:
