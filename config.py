@@ -85,6 +85,8 @@ class Config:
     width: int = setting(64, "channels of the first level; smaller is faster and weaker", low=1)
     dropout: float = setting(0.0, "dropout while training; the objective's corruptions are enough",
                              low=0, high=0.9)
+    reader_steps: int = setting(800, "steps in which each reader, which gives the scores, is "
+                                "trained after the model", low=1)
 
     # On what
     data: str = setting("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "

@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         help="val: choose settings there, never on test (default: test)")
     add("--samples", type=int, metavar="N",
         help="at most N images, drawn evenly from both labels (default: all)")
-    add("--scorer", metavar="NAME", help="fused, zscore, peak, texture, haze, trace, mse, ssim, or "
+    add("--scorer", metavar="NAME", help="reader, full_reader, zscore, mse, ssim, or "
         "all for a table of every one (default: fused)")
     add("--image", metavar="PATH", help="score this image, or every image in this folder, instead "
         "of testing")
@@ -99,11 +99,13 @@ from config import FIELDS, MODELS, Config, flag, load_config, log, on_screen
 from data import (
     ABNORMAL, IMAGE_SUFFIXES, NORMAL, ImageStream, KaggleSource, Sample, Source, is_text,
     open_source, read_splits)
-from models import DEFAULT_SCORER, READ_AT_ONCE, SCORERS, AnomalyScorer, Output, Setup, map_name
+from models import (
+    BASELINE, DEFAULT_SCORER, READ_AT_ONCE, SCORERS, AnomalyScorer, Output, Setup)
 
 RESAMPLES = 1000
 NAMES = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+UNTRAINED = "untrained"
 PEAK_TOLERANCE = 0.03  # of the image side: how far beside a lesion a map's peak may lie
 # Pixels are counted by their map value, for an AUROC to four digits in 20,000 ranges.
 PIXEL_BOUNDS = np.concatenate([[0], np.geomspace(1e-6, 1e4, 20_000), [np.inf]])
@@ -127,6 +129,7 @@ class TrainedRun:
     config: Config
     model: nn.Module
     scorer: AnomalyScorer
+    untrained: AnomalyScorer  # the same of this network before training, as a baseline
     setup: Setup
     fingerprint: str  # of the data it was trained on
     made_with: str  # versions, device and precision of its training
@@ -142,17 +145,16 @@ class TrainedRun:
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        found = [(output.reconstruction, maps, scores[scorer]) for output, scores, maps in (
-            self.score(part, scorer) for part in x.split(8 * READ_AT_ONCE))]
+        check_scorer(scorer)
+        found = [(output.reconstruction, maps[scorer], scores[scorer]) for output, scores, maps in (
+            self.score(part) for part in x.split(8 * READ_AT_ONCE))]
         return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
     @torch.no_grad()
-    def score(self, images: Tensor, map_by: str = DEFAULT_SCORER,
-              ) -> tuple[Output, dict[str, Tensor], Tensor]:
-        """Score uint8 images [n,1,H,W]: (Output, scores [n] by every scorer, anomaly maps [n,1,H,W]
-        by `map_by`). Those of an image do not depend on the other images."""
-        check_scorer(map_by)
-        return models.score_images(self.model, self.scorer, images, self.setup, map_by)
+    def score(self, images: Tensor) -> tuple[Output, dict[str, Tensor], dict[str, Tensor]]:
+        """Score uint8 images [n,1,H,W]: (Output, scores [n], anomaly maps [n,1,H,W]), the last two
+        by every scorer. Those of an image do not depend on the other images."""
+        return models.score_images(self.model, self.scorer, images, self.setup)
 
     def stream(self, source: Source, samples: list[Sample], batch_size: int = READ_AT_ONCE,
                stop_on_bad: bool = False) -> ImageStream:
@@ -197,21 +199,20 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
                         "now)")
     where, _ = models.choose_device(device)
     setup = Setup(where, models.choose_precision(config.precision, where)[0])
-    model, scorer = models.create_model(config.model, config), AnomalyScorer()
+    model, scorer, untrained = (
+        models.create_model(config.model, config), AnomalyScorer(), AnomalyScorer())
     model.load_state_dict(state["model"])
-    scorer.load_state_dict(state["scorer"])
+    scorer.load_state_dict(state["scorer"], where)
+    untrained.load_state_dict(state["untrained"], where)
     name, own = NAMES[config.model], folder.resolve().name
     if own != config.model:
         name += f" ({own if len(own) <= 24 else f'{own[:8]}...{own[-13:]}'})"
     if state["precision"] != setup.precision:
         log.warning(f"note      {folder} was calibrated in {state['precision']} and scores in "
                     f"{setup.precision} here: scores differ a little")
-    if not scorer.discriminant.any():
-        log.warning(f"note      lesions drawn on images hardly change what {folder} reconstructs: "
-                    "its score trace is 0, and fused is made of the other three; after longer "
-                    "training that may change")
     made_with = [*map(" ".join, state["versions"].items()), state["device"], state["precision"]]
-    return TrainedRun(folder, name, config, setup.place(model).eval(), scorer, setup,
+    return TrainedRun(folder, name, config, setup.place(model).eval(), scorer,
+                      untrained, setup,
                       state["data_fingerprint"], ", ".join(made_with))
 
 
@@ -321,7 +322,8 @@ class TrivialScores:
         self.pca = None
         if reference is not None:
             flat = reference.reshape(len(reference), -1) / np.float32(255)
-            self.mean = flat.mean(0)
+            self.mean, logs = flat.mean(0), self.log_contrast(reference)
+            self.usual, self.spread = logs.mean(0), logs.std(0).clamp(min=0.05)
             self.pca = PCA(min(32, len(flat) - 1), random_state=0).fit(flat)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -332,10 +334,16 @@ class TrivialScores:
         scores = {"mean intensity": flat.mean(1), "standard deviation": flat.std(1),
                   "local contrast": rows.mean((1, 2)) + columns.mean((1, 2))}
         if self.pca:
+            haze = (self.usual - self.log_contrast(images)) / self.spread
             back = self.pca.inverse_transform(self.pca.transform(flat))
             scores |= {"distance to mean normal": np.square(flat - self.mean).mean(1),
-                       "PCA reconstruction error": np.square(flat - back).mean(1)}
+                       "PCA reconstruction error": np.square(flat - back).mean(1),
+                       "haze": haze.mean((1, 2, 3)).numpy()}
         return scores
+
+    def log_contrast(self, images: np.ndarray) -> Tensor:
+        """What detail uint8 images [B,1,H,W] have around each place: [B,1,H,W]."""
+        return models.log_contrast(torch.from_numpy(images) / 255, 1 / 8)
 
 
 def samples_to_score(run: TrainedRun, source: Source, split: str,
@@ -416,6 +424,7 @@ class Result:
     # What score_samples finds.
     scored: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> scores [n]
     trivial: dict[str, np.ndarray] = field(default_factory=dict)  # in their better direction
+    baselines: dict[str, np.ndarray] = field(default_factory=dict)  # scores by other readers
     bad: dict[str, str] = field(default_factory=dict)  # images that could not be read, and why
     # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
     # sum, and its share of the image's area, which is what a map that knows nothing would give.
@@ -482,21 +491,25 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
 
 def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     """Score the images with every scorer, and note which of them could be read."""
-    # Several batches of READ_AT_ONCE, so that what is read twice fills some; fewer of large images.
+    # Several batches of READ_AT_ONCE; fewer of large images.
     several = max(1, min(8, 8 * 128**2 // r.run.config.image_size**2))
     stream = r.run.stream(r.source, r.samples, several * READ_AT_ONCE, stop_on_bad=True)
     found: list[dict[str, np.ndarray]] = []
     order: list[int] = []
+    untrained = replace(r.run, model=models.untrained_model(r.run.config, r.run.setup).eval(),
+                        scorer=r.run.untrained)
     # Inside, the weights that autocast has cast are kept, instead of being cast for each batch
     # anew: of the full-sized Reversed AE these are 270 million numbers.
     with (train.progress(len(r.samples), f"scoring with {r.run.name}") as bar,
           r.run.setup.autocast(), models.no_autocast(r.run.setup.device)):
         for images, positions in stream:
-            _, scores, maps = r.run.score(images, r.scorer)
-            found.append({k: scores[k].numpy() for k in SCORERS}
+            _, scores, maps = r.run.score(images)
+            _, of_untrained, _ = untrained.score(images)
+            found.append({k: scores[k].numpy() for k in (*SCORERS, BASELINE)}
+                         | {UNTRAINED: of_untrained[DEFAULT_SCORER].numpy()}
                          | (trivial(images.numpy()) if trivial else {}))
             order += positions.tolist()
-            for map_, i in zip(maps[:, 0].cpu().numpy(), positions.tolist(), strict=True):
+            for map_, i in zip(maps[r.scorer][:, 0].cpu().numpy(), positions.tolist(), strict=True):
                 if (mask := r.mask(r.samples[i])) is not None:
                     locate(r, map_, mask)
             bar.update(len(images))
@@ -508,8 +521,9 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     r.scored = {k: every.pop(k) for k in SCORERS}
     if not all(np.isfinite(v).all() for v in r.scored.values()):
         raise UserError(f"{r.run.folder}: its scores are not finite numbers; train it again")
+    r.baselines = {name: every.pop(key) for name, key in (
+        ("a reader of the image alone", BASELINE), ("the same network untrained", UNTRAINED))}
     if trivial:
-        every["haze"] = r.scored["haze"]  # no model has a part in it
         is_ap = np.array([s.view.startswith("AP") for s in r.samples], dtype=float)
         if 0 < is_ap.sum() < len(is_ap):
             every["is it an AP view"] = is_ap
@@ -600,7 +614,8 @@ def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str,
         "model": r.run.config.model, "seed": r.run.config.seed, "unreadable": r.bad,
         "left_out": dict(r.source.left_out)}
     if metrics["auroc"] is not None:
-        drawn = {k: weighted_metrics(v, r.labels, weights)[0] for k, v in r.trivial.items()}
+        drawn = {k: weighted_metrics(v, r.labels, weights)[0]
+                 for k, v in (r.trivial | r.baselines).items()}
         metrics |= {"baselines": {k: float(values[0]) for k, values in drawn.items()},
                     "baselines_ci": {k: interval(values[1:]) for k, values in drawn.items()}}
     if every_scorer:
@@ -706,14 +721,19 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[str]:
-    """Compare each pair of models, and each model with the best trivial score, in sentences."""
+    """Compare each pair of models, and each model with the best trivial score, a reader of the
+    image alone, and itself untrained, in sentences."""
     first = next(iter(groups.values()))[0]
     if not (baselines := first.metrics.get("baselines")):
         return []
     every = [(name, np.array([r.scores for r in group])) for name, group in groups.items()]
-    best = max(baselines, key=baselines.get)
-    alone = (f"{best[0].upper()}{best[1:]} alone", first.trivial[best])
-    pairs = [*itertools.combinations(every, 2), *((alone, model) for model in every)]
+    best = max(first.trivial, key=baselines.get)
+    pairs = [*itertools.combinations(every, 2)]
+    for (name, scores), group in zip(every, groups.values(), strict=True):
+        pairs += [((f"{best[0].upper()}{best[1:]} alone", first.trivial[best]), (name, scores)),
+                  *(((f"{other[0].upper()}{other[1:]}", np.array([r.baselines[other]
+                                                                 for r in group])), (name, scores))
+                    for other in group[0].baselines)]
     return [verdict(a, b, *paired_difference(one, two, first.labels, weights))
             for (a, one), (b, two) in pairs]
 
@@ -884,9 +904,13 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
                 "", "seeds", "mean", "standard deviation", "lowest", "highest"], [
                 [name, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
                 for name, x in aurocs.items() if len(x) > 1]))
-        tables.append(Table("Trivial scores, which need no model, each in its better direction", [
-            "", "AUROC (95 % interval)"], [[name, decimal(x, first["baselines_ci"][name])]
-                                           for name, x in first["baselines"].items()]))
+        compared = [(name + f" ({r.run.name})" * (name in r.baselines), x,
+                     r.metrics["baselines_ci"][name]) for r in tested
+                    for name, x in r.metrics["baselines"].items()
+                    if r is tested[0] or name in r.baselines]
+        tables.append(Table("Baselines: trivial scores, each in its better direction, and readers "
+                            "of other things", ["", "AUROC (95 % interval)"],
+                            [[name, decimal(x, ends)] for name, x, ends in compared]))
     for kind in ("finding", "view"):
         if known := first.get(key := f"auroc_by_{kind}"):
             tables.append(Table(f"AUROC by {kind}", ["", "images", *names], [
@@ -927,6 +951,10 @@ def training_cost(run: TrainedRun) -> dict[str, float | None]:
 SIDE, GAP, LINE = 1.6, 0.08, 0.16  # inches: a tile's side, between tiles, a line of text
 
 
+UNITS = {"reader": "how much looks\nlike a lesion", "full_reader": "how much looks\nlike a lesion",
+         "zscore": "residual (standard deviations\nof training normals)"}
+
+
 class Tile(NamedTuple):
     """A picture in a grid, a text above it, and an anomaly map and a lesion's outline over it."""
 
@@ -945,9 +973,9 @@ class Row(NamedTuple):
 
 @matplotlib.style.context({"text.parse_math": False}, after_reset=True)  # a $ in a name is a $
 def save_picture(file: Path, title: str, rows: Sequence[Row] = (), scorer: str = "",
-                 top: float | None = None, tested: Sequence[Result] = ()) -> None:
+                 top: float = 1.0, tested: Sequence[Result] = ()) -> None:
     """Save a picture, whatever the user's settings of matplotlib: ROC curves and scores of tests,
-    and below them rows of tiles. top: where the maps' colours end; by default almost all do."""
+    and below them rows of tiles. top: where the maps' colours end, the same in all pictures."""
     columns = max((len(row.tiles) for row in rows), default=3)
     wide = max(columns * (SIDE + GAP) + 1.9, 4.2 * (1 + len(tested)) * bool(tested))
     title = "\n".join(textwrap.fill(line, int(12 * wide)) for line in title.split("\n"))
@@ -968,9 +996,8 @@ def height_of(row: Row) -> float:
     return SIDE + GAP + LINE * max(t.above.count("\n") + bool(t.above) for t in row.tiles)
 
 
-def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None) -> None:
+def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float) -> None:
     """Draw rows of tiles in one coordinate system of inches: far faster than one for each."""
-    top = top or map_top([t.map for row in rows for t in row.tiles if t.map is not None])
     axes, bottom = figure.subplots(), 0.0
     for row in rows:
         bottom += height_of(row)
@@ -990,14 +1017,10 @@ def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None) 
     axes.set(xlim=(0, max(len(row.tiles) for row in rows) * (SIDE + GAP)), ylim=(bottom, 0),
              aspect="equal")
     axes.axis("off")
-    unit = "\n(standard deviations\nof training normals)" * (map_name(scorer) in models.Z_MAPS)
-    figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=axes, extend="max", pad=0.02,
-                    label=map_name(scorer) + unit, shrink=min(1, 2.5 / bottom), aspect=15)
-
-
-def map_top(maps: Sequence[np.ndarray]) -> float:
-    """Choose the upper end of the colour scale of maps that are shown beside each other."""
-    return max(float(np.quantile(np.concatenate([m.ravel() for m in maps]), 0.998)), 1e-6)
+    label = UNITS.get(scorer, scorer)
+    figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=axes, label=label, pad=0.02,
+                    extend="neither" if "reader" in scorer else "max",
+                    shrink=min(1, 2.5 / bottom), aspect=15)
 
 
 def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
@@ -1046,8 +1069,8 @@ def tiles_of(r: Result, images: Tensor, positions: Iterable[int] = (),
              above: Sequence[str] = ()) -> list[list[Tile]]:
     """Make tiles of uint8 images [n,1,H,W]: of each the image, with a text above, the
     reconstructions, and the map, with the lesions of tested images at these positions."""
-    output, _, maps = r.run.score(images, r.scorer)
-    views = torch.cat([output.images, output.reconstructions, maps], 1).cpu().numpy()
+    output, _, maps = r.run.score(images)
+    views = torch.cat([output.images, output.reconstructions, maps[r.scorer]], 1).cpu().numpy()
     masks = [r.mask(r.samples[i]) for i in positions]
     return [[Tile(image, text or ""), *map(Tile, backs), Tile(image, "", map_, mask)]
             for (image, *backs, map_), mask, text in itertools.zip_longest(views, masks, above)]
@@ -1068,7 +1091,8 @@ def draw_cases(r: Result, file: Path, title: str, *groups: dict[int, str]) -> No
             f"{text}\n{describe_sample(r.samples[i])}\nscore {r.scores[i]:.3g}"
             for i, text in group.items()]), strict=True)
         rows += [Row("image", images), Row("reconstruction", backs), Row("anomaly map", maps)]
-    save_picture(file, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer)
+    save_picture(file, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer,
+                 r.run.scorer.map_tops[r.scorer])
 
 
 def draw_healing(r: Result, file: Path) -> None:
@@ -1086,9 +1110,8 @@ def draw_healing(r: Result, file: Path) -> None:
     titles = ["image", "what the model sees", "reconstruction", "the same, without skips"]
     rows[0] = Row("normal, corrupted", [*(tile._replace(above=text) for tile, text in zip(
         others, titles, strict=False)), last._replace(above="map")])
-    # The colours end where the least of the maps does: corruptions are stronger than findings.
     save_picture(file, f"{r.run.name}, objective {config.objective}", rows, r.scorer,
-                 min(map_top([row.tiles[-1].map]) for row in rows))
+                 r.run.scorer.map_tops[r.scorer])
 
 
 def draw_comparison(tested: list[Result], file: Path) -> None:
@@ -1109,7 +1132,8 @@ def draw_comparison(tested: list[Result], file: Path) -> None:
             row += [back._replace(above=name), map_._replace(above=score)]
     save_picture(file, f"{first.metrics['n_normal']} normal and {first.metrics['n_abnormal']} "
                  f"abnormal images, tested on {first.about}",
-                 list(map(Row, cases.values(), rows)), first.scorer, tested=tested)
+                 list(map(Row, cases.values(), rows)), first.scorer,
+                 max(r.run.scorer.map_tops[r.scorer] for r in tested), tested)
 
 
 PAGE = Template("""<!doctype html>
@@ -1196,30 +1220,29 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
         threshold = trained.scorer.threshold(scorer, 0.95)
-        # Where the colours end at least, so that a normal image does not glow: at twice the score
-        # that 95 % of normal images stay under, of zscore's map the score `peak`.
-        like_map = "peak" if map_name(scorer) == "zscore" else scorer
-        usual = 2 * trained.scorer.threshold(like_map, 0.95)
-        stems = distinct_stems([s.key for s in source.samples])
+        stems, side = distinct_stems([s.key for s in source.samples]), trained.config.image_size
         stream = trained.stream(source, source.samples)
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
-                    output, scores, maps = trained.score(images, scorer)
-                    views = torch.cat([output.images, output.reconstruction, maps], 1).cpu().numpy()
+                    output, scores, maps = trained.score(images)
+                    views = torch.cat([output.images, output.reconstruction, maps[scorer]],
+                                      1).cpu().numpy()
                     for i, score, percentile, (seen, back, map_) in zip(
                             positions.tolist(), scores[scorer].tolist(), trained.scorer.percentile(
                                 scorer, scores[scorer]).tolist(), views, strict=True):
                         rows.append({"image": source.samples[i].key, "score": round(score, 6),
                                      "percentile_among_normals": round(percentile, 1),
                                      "threshold": round(threshold, 6),
-                                     "verdict": "abnormal" if score > threshold else "normal"})
+                                     "verdict": "abnormal" if score > threshold else "normal",
+                                     "peak_x": round((map_.argmax() % side + 0.5) / side, 3),
+                                     "peak_y": round((map_.argmax() // side + 0.5) / side, 3)})
                         np.save(folder / f"{stems[i]}_map.npy", map_)
                         tiles = [Tile(seen, "input"), Tile(back, "reconstruction"),
                                  Tile(seen, "anomaly map", map_)]
                         save_picture(folder / f"{stems[i]}_heatmap.png",
                                      f"{TOLD.format(**rows[-1])} ({trained.name})",
-                                     [Row("", tiles)], scorer, max(float(map_.max()), usual))
+                                     [Row("", tiles)], scorer, trained.scorer.map_tops[scorer])
                         bar.update(1)
         finally:  # also when it was interrupted
             if rows:

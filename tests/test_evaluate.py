@@ -199,6 +199,9 @@ def test_a_peak_counts_in_the_lesion_or_just_beside_it_by_lesion_size() -> None:
         "lesion_area": pytest.approx(0.1325), "peak_tolerance": ev.PEAK_TOLERANCE}
 
 
+READERS_OF_OTHERS = ("a reader of the image alone", "the same network untrained")
+
+
 def test_maps_are_held_against_the_boxes_of_nih(runs: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "nih"
     write_images(folder / "images", 8)
@@ -230,20 +233,22 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     assert saved["auroc"] == metrics["auroc"] and set(saved) >= {
         "average_precision", "sensitivity_at_90_specificity", "reconstruction_mse",
         "reconstruction_ssim", "specificity_at_threshold", "data"}
-    assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "fused")
+    assert (saved["n_normal"], saved["n_abnormal"], saved["scorer"]) == (100, 100, "reader")
     assert not saved["external"]
     # The figures must follow from the scores in the table beside them.
     rows = rows_of(folder / "scores.csv")
-    labels, scores, haze, percentiles = (np.array([float(r[k]) for r in rows]) for k in (
-        "label", "fused", "haze", "fused_percentile"))
+    labels, scores, percentiles = (np.array([float(r[k]) for r in rows]) for k in (
+        "label", "reader", "reader_percentile"))
     assert roc_auc_score(labels, scores) == pytest.approx(saved["auroc"], abs=1e-3)
-    threshold = ev.load_run(runs[0]).scorer.threshold("fused", 0.95)
+    threshold = ev.load_run(runs[0]).scorer.threshold("reader", 0.95)
     assert saved["threshold"] == threshold
     for value, (low, high) in ((saved["auroc"], saved["auroc_ci"]), *(
             (value, saved["baselines_ci"][name]) for name, value in saved["baselines"].items())):
-        assert low < value < high and value >= 0.5
-    best = roc_auc_score(labels, haze)  # which needs no model
-    assert saved["baselines"]["haze"] == pytest.approx(max(best, 1 - best), abs=1e-4)
+        assert low < value < high
+    for name, value in saved["baselines"].items():
+        assert value >= 0.5 or name in READERS_OF_OTHERS  # each in its better direction
+    assert set(saved["baselines"]) > {"haze", "local contrast", *READERS_OF_OTHERS}
+    assert all(f"{name[0].upper()}{name[1:]}" in text for name in READERS_OF_OTHERS)
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
     reached, (low, high) = saved["specificity_at_threshold"], saved["specificity_ci"]
@@ -325,7 +330,7 @@ def test_two_runs_are_compared_on_the_same_images(
         return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
 
     for name, saved in zip(("U-Net", "Reversed AE"), results, strict=True):
-        for title, m in ((name, saved), (f"{name}, peak", saved["scorers"]["peak"])):
+        for title, m in ((name, saved), (f"{name}, zscore", saved["scorers"]["zscore"])):
             row = next(row for row in page.rows if row[0] == title)
             assert row[1:5] == [
                 told(m["auroc"], m["auroc_ci"]),
@@ -334,7 +339,8 @@ def test_two_runs_are_compared_on_the_same_images(
             assert row[5].startswith(f"{100 * m['specificity_at_threshold']:.1f} % (")
             assert re.search(r"  +".join(map(re.escape, row)), text)  # the same on the screen
     for name, value in results[0]["baselines"].items():
-        assert [name, told(value, results[0]["baselines_ci"][name])] in page.rows
+        title = name + " (U-Net)" * (name in READERS_OF_OTHERS)
+        assert [title, told(value, results[0]["baselines_ci"][name])] in page.rows
     assert ["nodule", "20", *(f"{r['auroc_by_finding']['nodule']['auroc']:.3f}"
                               for r in results)] in page.rows
     assert len(page.pictures) == 1 + 2 * 4  # the comparison; examples, worst, healing, curves
@@ -390,7 +396,8 @@ def test_seeds_of_a_model_are_averaged_and_compared_as_one(
     over_seeds = ["U-Net", "2", *(f"{x:.3f}" for x in (one, *spread))]
     assert over_seeds in page.rows and re.search(r" +".join(over_seeds), text)
     verdicts = re.findall(r".* scores \d\.\d{3} higher than .*", text)
-    assert [" alone" in v for v in verdicts] == [False, True, True]
+    others = re.compile(r"alone|untrained")
+    assert [bool(others.search(v)) for v in verdicts] == [False, *[True] * 6]
     assert f"scores {abs(one - two):.3f} higher than" in verdicts[0]
     assert all(v in page.text for v in verdicts)
     assert "U-Net and Reversed AE, compared" in page.text
@@ -547,27 +554,29 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
     images, out, run = tmp_path / "new", tmp_path / "out", ev.load_run(runs[0])
     shutil.copytree(xrays / "abnormal", images)
     (images / "broken.png").write_bytes(b"x")
-    rows, text = ev.predict(runs[0], images, out, "texture"), capsys.readouterr().out
+    rows, text = ev.predict(runs[0], images, out, "zscore"), capsys.readouterr().out
     assert "skipped   broken.png" in text and "Not a diagnosis" in text and len(rows) == 12
-    threshold = run.scorer.threshold("texture", 0.95)
+    threshold = run.scorer.threshold("zscore", 0.95)
     for row in rows:
         assert row["verdict"] == ("abnormal" if row["score"] > threshold else "normal")
         map_ = np.load(out / row["image"].replace(".png", "_map.npy"))
         assert map_.shape == (32, 32) and map_.dtype == np.float32
+        assert map_[int(32 * row["peak_y"]), int(32 * row["peak_x"])] == map_.max()
         assert (out / row["image"].replace(".", "_heatmap.")).exists()
     assert [r["image"] for r in rows_of(out / "predictions.csv")] == [r["image"] for r in rows]
     image = images / rows[3]["image"]
-    assert ev.predict(runs[0], image, scorer="texture") == rows[3:4]
-    peak = tmp_path / "peak"  # the same by the command
-    flags = ["--image", str(image), "--out", str(peak), "--scorer", "peak", "--device", "cpu"]
+    assert ev.predict(runs[0], image, scorer="zscore") == rows[3:4]
+    other = tmp_path / "other"  # the same by the command
+    flags = ["--image", str(image), "--out", str(other), "--scorer", "reader", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(runs[0]), *flags])
     ev.main()
-    (row,) = rows_of(peak / "predictions.csv")
+    (row,) = rows_of(other / "predictions.csv")
     pixels = torch.from_numpy(decode_image(image.read_bytes(), 32).copy())[None, None]
-    _, scores, maps = run.score(pixels, "zscore")
-    for score, scorer in ((row["score"], "peak"), (rows[3]["score"], "texture")):
-        assert float(score) == pytest.approx(float(scores[scorer]), rel=1e-6)  # saved rounded
-    assert np.array_equal(np.load(peak / f"{image.stem}_map.npy"), maps[0, 0].numpy())
+    _, scores, maps = run.score(pixels)
+    for score, scorer in ((row["score"], "reader"), (rows[3]["score"], "zscore")):
+        assert float(score) == pytest.approx(float(scores[scorer]), abs=1e-6)  # saved rounded
+    saved = np.load(other / f"{image.stem}_map.npy")
+    assert np.array_equal(saved, maps["reader"][0, 0].numpy())
     # Another prediction does not replace the earlier one.
     ev.predict(runs[0], image, scorer="mse")
     for folder in ("predictions", "predictions-2"):
@@ -577,11 +586,12 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
 def test_arrays_give_reconstructions_maps_and_scores(runs: list[Path]) -> None:
     run = ev.load_run(runs[0])
     images = np.stack([draw_phantom(i, 32)[0] for i in range(70)])[:, None]
-    reconstruction, anomaly_map, score = run(images, "peak")
+    reconstruction, anomaly_map, score = run(images, "zscore")
     assert reconstruction.shape == anomaly_map.shape == images.shape and score.shape == (70,)
-    _, scores, maps = run.score(torch.from_numpy(images[:3]), "peak")
-    assert np.array_equal(score[:3], scores["peak"]) and np.array_equal(anomaly_map[:3], maps)
-    again = run(torch.from_numpy(images[:3]).float() / 255, "peak")
+    _, scores, maps = run.score(torch.from_numpy(images[:3]))
+    assert np.array_equal(score[:3], scores["zscore"])
+    assert np.array_equal(anomaly_map[:3], maps["zscore"])
+    again = run(torch.from_numpy(images[:3]).float() / 255, "zscore")
     assert np.array_equal(again[2], score[:3])
     for wrong in (images[0], images[:0], images[..., 1:], images / 100 + 1, images.astype(int)):
         with pytest.raises(UserError, match=r"^images: \[n,1,32,32\] in uint8, or float in"):
@@ -625,17 +635,17 @@ def test_scores_in_bf16_are_close_and_do_not_depend_on_the_other_images(
     run.setup = Setup(run.setup.device, "bf16")
     run.model = run.setup.place(run.model)
     _, scores, maps = run.score(images)
-    assert not torch.equal(exact_map, maps)
-    assert (maps - exact_map).abs().max() < 0.2  # standard deviations of training normals
-    for name in ("zscore", "peak", "mse"):
+    assert not torch.equal(exact_map["zscore"], maps["zscore"])
+    assert (maps["zscore"] - exact_map["zscore"]).abs().max() < 0.4  # standard deviations
+    for name in ("reader", "zscore", "mse"):
         spread = run.scorer.normal_scores[name].std()
         assert (scores[name] - exact[name]).abs().max() < 0.2 * spread, name
     with run.setup.autocast(), models.no_autocast(run.setup.device):  # as while testing
         inside = run.score(images)[1]
     for group in ([0], [20, 3], list(range(19, 2, -1))):
         _, their_scores, their_maps = run.score(images[group])
-        assert torch.equal(their_maps, maps[group])
         assert all(torch.equal(their_scores[k], scores[k][group])
+                   and torch.equal(their_maps[k], maps[k][group])
                    and torch.equal(inside[k], scores[k]) for k in SCORERS)
 
 
@@ -645,8 +655,8 @@ def test_an_image_gets_the_same_score_at_calibration_in_a_test_and_alone(
     rows = [r for r in rows_of(runs[1] / "eval/xrays/scores.csv") if r["label"] == "1"]
     for row in rows[::5]:
         (alone,) = ev.predict(runs[1], xrays / row["key"])
-        assert alone["score"] == pytest.approx(float(row["fused"]), rel=1e-5)
-        assert alone["percentile_among_normals"] == float(row["fused_percentile"])
+        assert alone["score"] == pytest.approx(float(row["reader"]), abs=1e-6)
+        assert alone["percentile_among_normals"] == float(row["reader_percentile"])
     run, normals = ev.load_run(runs[1]), read_splits(runs[1] / "split.csv").normals("val")
     ev.score_samples(t := ev.Result(run, ev.open_source(run.config), normals))
     for name in SCORERS:
@@ -716,16 +726,9 @@ def test_what_only_tells_of_training_may_be_damaged(
     assert (folder / "eval/synthetic/report.html").exists()
 
 
-def test_an_unfinished_run_is_not_evaluated_and_one_without_traces_says_so(
-        runs: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unfinished_run_is_not_evaluated(runs: list[Path], tmp_path: Path) -> None:
     state, folder = load_checkpoint(runs[0] / "best.pt"), tmp_path / "first"
     folder.mkdir()
-    for weight in (0, 1):
-        scorer = state["scorer"] | {"discriminant": weight + 0 * state["scorer"]["discriminant"]}
-        save_checkpoint(state | {"scorer": scorer}, folder / "best.pt")
-        caplog.clear()
-        ev.load_run(folder)
-        assert ("lesions drawn on images hardly change what" in caplog.text) == (weight == 0)
     save_checkpoint(state | {"scorer": None}, folder / "best.pt")
     with pytest.raises(UserError, match=r"training has not finished.*--resume"):
         ev.evaluate(folder)
