@@ -20,20 +20,15 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
+import importlib
 import io
 import json
 import logging
-import math
 import os
 import shlex
-import shutil
-import signal
 import traceback
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 MODELS = ("unet", "reversed_ae")
@@ -41,12 +36,17 @@ OBJECTIVES = ("heal", "denoise", "plain")
 log = logging.getLogger("imgae_dx")  # what the program tells; `on_screen` shows it
 
 
-class OneLine:
-    """An exception that a notebook shows as its message alone: IPython asks it what to show."""
+class OneLine(BaseException):
+    """An exception that is shown as its message alone: by `run_command`, and in a notebook, since
+    IPython asks it what to show. status: the exit code of the program that it ends."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
 
     def _render_traceback_(self) -> list[str]:
         # The notebook keeps the last error, and with it the frames, and in these a whole model.
-        traceback.clear_frames(self.__traceback__)  # type: ignore[attr-defined]
+        traceback.clear_frames(self.__traceback__)
         return [str(self)]
 
 
@@ -57,92 +57,70 @@ class UserError(OneLine, Exception):
 class GracefulExit(OneLine, KeyboardInterrupt):
     """Training was asked to end by a signal, and all is saved. The message says how to go on."""
 
-    def __init__(self, message: str, signal_number: int = 2) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
-
-def setting(default: object, help: str, choices: tuple = (), low: float | None = None,
-            high: float | None = None) -> typing.Any:
+def setting(default: object, help: str, choices: tuple[str, ...] = (), low: float = 0,
+            high: float = sys.float_info.max) -> typing.Any:
     """A dataclass field with what its flag needs: help, legal values, inclusive bounds."""
     meta = {"help": help, "choices": choices, "low": low, "high": high}
-    return field(default=default, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a training run. Illegal values raise UserError."""
 
     # What is trained
     model: str = setting("unet", "which autoencoder; both trains one after the other",
                          (*MODELS, "both"))
-    objective: str = setting("heal", "heal: restore a normal image from noise, opacities and "
-                             "foreign patches; denoise: from coarse noise alone; plain: reproduce "
-                             "the input", OBJECTIVES)
-    image_size: int = setting(128, "side of the square images in pixels; a multiple of 16",
-                              low=16, high=1024)
+    objective: str = setting("heal", "heal: undo noise, opacities and foreign patches; denoise: "
+                             "undo coarse noise; plain: reproduce the input", OBJECTIVES)
+    image_size: int = setting(128, "side of the images in pixels, a multiple of 16", low=16,
+                              high=1024)
     latent_dim: int = setting(512, "numbers in the latent", low=1)
     width: int = setting(64, "channels of the first level; smaller is faster and weaker", low=1)
-    dropout: float = setting(0.0, "dropout while training; the objective's corruptions are enough",
-                             low=0, high=0.9)
+    dropout: float = setting(0.0, "dropout while training", high=0.9)
     reader_steps: int = setting(800, "steps in which each reader, which gives the scores, is "
                                 "trained after the model", low=1)
 
     # On what
     data: str = setting("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "
                         "kaggle:owner/name[/versions/N]")
-    samples: int | None = setting(None, "normal training images; default: all, 400 on the phantom",
-                                  low=2)
+    samples: int | None = setting(None, "training images; default: all, 400 on the phantom", low=2)
     augment: bool = setting(True, "small random shifts, turns, scales, brightness and contrast")
-    memory_limit_gb: float = setting(4.0, "most memory for images: being read, decoded, waiting, "
-                                     "and cached for later epochs; what does not fit is read "
-                                     "again", low=0, high=100_000)
+    memory_limit_gb: float = setting(4.0, "most memory for images, those cached for later epochs "
+                                     "included; what does not fit is read again", high=100_000)
 
     # How
-    epochs: int | None = setting(None, "passes over the training images in total, earlier ones "
-                                 "of a resumed run included; default: 20, 3 on the phantom", low=1)
+    epochs: int | None = setting(None, "passes over the images, those before a --resume included; "
+                                 "default: 20, 3 on the phantom", low=1)
     batch_size: int = setting(8, "images in a training step, over all processes", low=2)
-    micro_batch: int | None = setting(None, "images that a process takes at a time, gradients "
-                                      "accumulated; default: 8 (U-Net) or 16 on a CPU, else all; "
-                                      "halved when memory runs out", low=1)
-    learning_rate: float = setting(1e-3, "peak learning rate", low=1e-12)
-    schedule: str = setting("cosine", "learning rate after warm-up: falling to 2 %% by the last of "
-                            "the epochs asked for at the first start, or constant",
-                            ("cosine", "constant"))
+    micro_batch: int | None = setting(None, "images at a time, halved when memory runs out; "
+                                      "default: 8 (U-Net) or 16 on a CPU, else all", low=1)
+    learning_rate: float = setting(1e-3, "peak learning rate; it warms up, and falls to 2 %% by "
+                                   "the last of the epochs first asked for", low=1e-12)
     optimizer: str = setting("lean_adam", "lean_adam: Adam that keeps little state of very large "
                              "matrices; the others are PyTorch's own",
                              ("lean_adam", "adam", "adamw", "sgd"))
-    patience: int = setting(10, "stop after this many epochs without a better validation loss",
-                            low=1)
-    min_delta: float = setting(0.0, "what a validation loss must fall by to count as better", low=0)
-    seed: int = setting(0, "seed of everything random but the split by patients", low=0,
-                        high=2**31 - 1)
-    seeds: int = setting(1, "train so many times, with seeds from --seed on: how far do results "
-                         "depend on it?", low=1, high=100)
+    patience: int = setting(10, "stop after so many epochs without a better one", low=1)
+    min_delta: float = setting(0.0, "what a validation loss must fall by to count as better")
+    seed: int = setting(0, "seed of everything random but the split by patients", high=2**31 - 1)
+    seeds: int = setting(1, "train so many times, with seeds from --seed on", low=1, high=100)
     device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "auto: bf16 where the hardware gains by it, fp16 on older "
                              "CUDA devices, else fp32", ("auto", "fp32", "bf16", "fp16"))
-    compile: bool = setting(False, "compile the model with torch.compile: a slow start, then "
-                            "perhaps faster steps")
-    deterministic: bool = setting(False, "on CUDA, use only algorithms that give the same bits "
-                                  "every time; slower (the CPU always does)")
+    compile: bool = setting(False, "compile the model with torch.compile")
+    deterministic: bool = setting(False, "on CUDA, give the same bits every time, if more slowly")
 
     # Where to, and from where
-    output_dir: str = setting("runs", "parent of the run folders, which are named after the model "
-                              "and, but for seed 0, the seed")
-    checkpoint_minutes: float = setting(5.0, "how often last.pt is written within an epoch", low=0)
+    output_dir: str = setting("runs", "parent of the run folders, such as unet and unet-seed1")
+    checkpoint_minutes: float = setting(5.0, "how often last.pt is written within an epoch")
     resume: str | None = setting(None, "continue the run folder's last.pt, or that of PATH")
-    reuse: bool = setting(False, "leave a finished run of the same settings as it is, and resume "
-                          "an unfinished one")
+    reuse: bool = setting(False, "leave finished runs of the same settings alone, resume others")
     wandb: bool = setting(False, "also send every row of log.csv to Weights & Biases")
-    wandb_project: str = setting("imgae-dx", "its project there")
+    check: bool = setting(False, "train nothing: say whether it would work, and how long it takes")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), flag(f.name)))
-        # No shell has done so where make, a file or --resume=~/runs gives it.
-        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
-        object.__setattr__(self, "resume", self.resume and os.path.expanduser(self.resume))
+        vars(self).update(checked(vars(self), flag))
 
     @property
     def memory_bytes(self) -> int:
@@ -158,62 +136,59 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def kind_of(name: str) -> type:
-    """The type of a setting's values, None aside."""
-    hint: typing.Any = FIELDS[name].type
-    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+def checked(values: Mapping[str, typing.Any],
+            where: Callable[[str], str]) -> dict[str, typing.Any]:
+    """The settings, texts converted to their types. UserError that says where(name) one is wrong,
+    and what is legal."""
+    found = {}
+    for name, value in values.items():
+        if name not in FIELDS:
+            raise UserError(f"{where(name)}: no such setting; {closest(name, FIELDS)}")
+        f = FIELDS[name]
+        kind = (typing.get_args(f.type) or (f.type,))[0]  # of int | None, int
+        choices, low, high = (f.metadata[key] for key in ("choices", "low", "high"))
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                # No shell has replaced ~ in make's words, in a file or in --resume=~/runs.
+                value = (kind(os.path.expanduser(value)) if kind is not bool else
+                         ("0", "false", "1", "true").index(value.lower()) > 1)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind is str and fits:  # neither torch nor tables and pictures take other paths
+            fits = value.encode(errors="ignore").decode() == value
+        if fits and (value in choices if choices else kind is str or low <= value <= high):
+            found[name] = kind(value)
+        elif value is None and f.default is None:
+            found[name] = None
+        else:
+            span = f" from {low:g} " + (f"to {high:g}" if high < sys.float_info.max else "on")
+            legal = {str: "a text in UTF-8", bool: "true or false", int: "a whole number" + span,
+                     float: "a number" + span}[kind]
+            raise UserError(f"{where(name)}: {value!r} is not "
+                            + ("one of " + ", ".join(choices) if choices else legal))
+    return found
 
 
-def checked(name: str, value: typing.Any, where: str) -> typing.Any:
-    """The value, in the setting's own type. UserError that says what is legal."""
-    kind: typing.Any = kind_of(name)
-    choices, low, high = (FIELDS[name].metadata[key] for key in ("choices", "low", "high"))
-    if value is None and FIELDS[name].default is None:
-        return None
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 1e300 else math.inf
-    wrong = (type(value) is not kind or (choices and value not in choices)
-             or (kind is float and not math.isfinite(value))
-             or (low is not None and value < low) or (high is not None and value > high))
-    if not wrong:
-        return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-    for bound, limit in (("at least", low), ("at most", high)):
-        if limit is not None:
-            words += f"{' and' if ' of ' in words else ' of'} {bound} {limit:g}"
-    legal = "one of " + ", ".join(choices) if choices else words
-    raise UserError(f"{where}: {value!r} is not {legal}")
-
-
-def known(name: str, where: str, shown: Callable[[str], str] = str) -> str:
-    """The name, if there is a setting of that name. UserError with the closest one otherwise."""
-    if name in FIELDS:
-        return name
-    close = difflib.get_close_matches(name, FIELDS, 1)
-    hint = f"; did you mean {shown(close[0])}?" if close else (
-        "; --help lists them (is this of another version?)")
-    raise UserError(f"{where}: there is no setting {shown(name)}{hint}")
-
-
-def read_config_file(path: str | Path) -> dict[str, typing.Any]:
-    """The settings in a JSON file, names and values checked. UserError that names file and key."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"--config {path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: a table of settings is wanted")
-    return {known(k, f"--config {path}"): checked(k, v, f"--config {path}: {k}")
-            for k, v in values.items()}
+def closest(name: str, names: Collection[str]) -> str:
+    """What to say of a name that is not one of those: the closest of them."""
+    close = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {close[0]}?" if close else "train.py --help lists what there is"
 
 
 def load_config(path: str | Path) -> Config:
-    """The Config in a JSON file, or in a run folder's config.json. A missing setting is its
-    default."""
-    path = Path(path)
-    return Config(**read_config_file(path / "config.json" if path.is_dir() else path))
+    """The Config in a JSON file, or in a run folder's config.json; what is missing there is its
+    default. UserError that names file and setting."""
+    return Config(**read_config_file(path))
+
+
+def read_config_file(path: str | Path) -> dict[str, typing.Any]:
+    """The settings that are in such a file."""
+    path = Path(path, "config.json") if Path(path).is_dir() else Path(path)
+    try:
+        values = {**json.loads(path.read_text(encoding="utf-8-sig"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--config {path}: no readable table of settings in JSON ({error})"
+                        ) from None
+    return checked(values, lambda name: f"--config {path}: {name}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -227,214 +202,134 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def values(self, argv: list[str] | None) -> dict[str, typing.Any]:
-        """The values of the arguments; argv defaults to the command line. UserError if one is not
-        known, with the closest flag."""
-        values, rest = self.parse_known_args(command_line() if argv is None else argv)
+        """The values of argv, by default of the command line. UserError as of `error`."""
+        values, rest = self.parse_known_args(argv)
         if rest:
-            names = [s for action in self._actions for s in action.option_strings]
-            close = difflib.get_close_matches(rest[0].split("=")[0], names, 1)
-            raise UserError(f"unknown argument {rest[0]!r}; " + (
-                f"did you mean {close[0]}?" if close else
-                "--help lists the flags, and a name with spaces needs quotes"))
+            raise UserError(f"unknown argument {rest[0]!r} (a name with spaces needs quotes); "
+                            + closest(rest[0], self._option_string_actions))
         return vars(values)
-
-
-def in_notebook() -> bool:
-    """Whether this runs in the kernel of a notebook."""
-    return sys.argv[0].endswith(("ipykernel_launcher.py", "colab_kernel_launcher.py"))
-
-
-def command_line() -> list[str]:
-    """sys.argv's flags; none in a notebook cell, where argv belongs to the kernel."""
-    return [] if in_notebook() else sys.argv[1:]
-
-
-def train_parser(description: str) -> Parser:
-    """The parser of train.py: a flag for every setting, and --config and --check."""
-    parser = Parser("train.py", description)
-    parser.add_argument("--config", metavar="FILE", help="settings from a JSON file")
-    parser.add_argument("--check", action="store_true", help="train nothing: say whether training "
-                        "with the other flags would work, and how long it would take")
-    for name, f in FIELDS.items():
-        kind, default = kind_of(name), "" if f.default is None else f" (default: {f.default})"
-        about: dict[str, typing.Any] = {"dest": name, "default": argparse.SUPPRESS,
-                                        "help": f.metadata["help"] + default}
-        if kind is bool:
-            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, **about)
-        elif name == "resume":
-            parser.add_argument(flag(name), nargs="?", const="auto", metavar="PATH", **about)
-        else:
-            shown = "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else (
-                {int: "N", float: "X", str: "TEXT"}[kind])
-            parser.add_argument(flag(name), type=kind, metavar=shown, **about)
-    return parser
 
 
 def parse_config(argv: list[str] | None = None, description: str = "",
                  environ: Mapping[str, str] = os.environ) -> Config:
-    """Config from flags, environment, --config file and defaults, the strongest first.
-
-    With --resume, what the resumed run was trained with stands in for the defaults.
-    """
-    parser = train_parser(description)
+    """Config from flags, environment, --config file and defaults, the strongest first. With
+    --resume, what the resumed run was trained with stands in for the defaults. UserError."""
+    parser = Parser("train.py", description)
+    parser.add_argument("--config", metavar="FILE", type=read_config_file, default={},
+                        help="settings from a JSON file")
+    parser.argument_default = argparse.SUPPRESS
+    for name, f in FIELDS.items():
+        about = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        more: dict[str, typing.Any] = {"metavar": "|".join(f.metadata["choices"]) or None}
+        if f.type is bool:
+            more = {"action": argparse.BooleanOptionalAction}
+        elif name == "resume":
+            more = {"nargs": "?", "const": "auto", "metavar": "PATH"}
+        parser.add_argument(flag(name), help=about, **more)
     flags = parser.values(argv)
-    del flags["check"]  # no setting, but what train.py does with them
-    file = flags.pop("config")
-    layers = read_config_file(file) if file else {}
-    for key, text in environ.items():
-        if key.startswith("IMGAE_") and text:
-            name = known(key[6:].lower(), f"environment {key}", lambda n: "IMGAE_" + n.upper())
-            words = [flag(name), text]
-            if kind_of(name) is bool:
-                on = {"1": True, "true": True, "0": False, "false": False}.get(text.lower())
-                checked(name, text if on is None else on, f"environment {key}")
-                words = [flag(name) if on else flag(f"no_{name}")]
-            try:
-                layers[name] = vars(parser.parse_args(words))[name]
-            except UserError as error:
-                raise UserError(f"environment {key}: {error}") from None
-    layers |= flags
+    layers = flags.pop("config") | checked(
+        {key[6:].lower(): text for key, text in environ.items()
+         if key.startswith("IMGAE_") and text},
+        lambda name: f"environment IMGAE_{name.upper()}") | flags
     asked = Config(**layers)
-    if asked.resume:
-        if asked.resume != "auto" and "output_dir" in flags:
-            raise UserError(f"--resume {asked.resume}: goes on in that folder; leave out "
-                            "--output-dir")
-        found = resumed_settings(asked)
-        if not found and asked.resume == "auto" and "data" not in layers:
-            raise UserError(f"--resume: there is no run in {run_folder(asked)}; name its "
-                            "--output-dir and --seed, or give --data to start one there")
-        layers = found | layers
+    if not asked.resume:
+        return asked
+    folder, named = run_folder(asked), asked.resume != "auto"
+    if named and (asked.model == "both" or asked.seeds > 1 or "output_dir" in flags):
+        raise UserError(f"--resume {asked.resume}: a path belongs to one run, which goes on there; "
+                        "leave out --output-dir, --seeds and --model both, or the path")
+    if (folder / "config.json").is_file():
+        layers = read_config_file(folder) | {"output_dir": asked.output_dir} | layers
+    elif not named and "data" not in layers:
+        raise UserError(f"--resume: there is no run in {folder}; name its --output-dir and --seed, "
+                        "or give --data to start one there")
     return Config(**layers)
 
 
 def run_folder(config: Config) -> Path:
     """Where a run lies: <output_dir>/<model>, or <output_dir>/<model>-seed<N> unless N is 0; with
-    --resume PATH, there."""
+    --resume PATH, there. Of several runs it is that of the first."""
     if config.resume not in (None, "auto"):
         path = Path(config.resume)
-        return path.parent if path.suffix == ".pt" else path
-    name = config.model + (f"-seed{config.seed}" if config.seed else "")
-    return Path(config.output_dir) / name
-
-
-def resumed_settings(config: Config) -> dict[str, typing.Any]:
-    """The settings of the run that `config.resume` points at; {} if there is none to be found."""
-    several = config.model == "both" or config.seeds > 1
-    if several and config.resume != "auto":
-        raise UserError(f"--resume {config.resume}: a path belongs to one run; with --model both "
-                        "or --seeds give --resume alone")
-    folder = run_folder(replace(config, model=MODELS[0]) if config.model == "both" else config)
-    if not (folder / "config.json").is_file():
-        return {}
-    settings = read_config_file(folder / "config.json")
-    return {k: v for k, v in settings.items() if k not in ("resume", "reuse", "output_dir", "model")
-            or (k == "model" and config.model != "both")}
+        return path.parent if path.name == "last.pt" else path
+    model = MODELS[0] if config.model == "both" else config.model
+    return Path(config.output_dir) / (model + (f"-seed{config.seed}" if config.seed else ""))
 
 
 # ----------------------------------------------------------------------------------------------
 # Running a script
 
 
-class _Screen(logging.Handler):
-    """Shows what is logged as plain lines, above a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(record.getMessage())
-        sys.stdout.flush()
-
-
-class _Forgiving:
-    """A stream that drops what it cannot write: a closed terminal, a reader that has gone, or a
-    full disk behind it must not stop the work."""
-
-    def __init__(self, stream: typing.Any) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> typing.Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write the text, or drop it."""
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Hand over what is buffered; nowhere, if that fails, so that no error comes at exit."""
-        try:
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+def command(script: str) -> str:
+    """What to type to start train.py or evaluate.py with the Python that runs this."""
+    if sys.argv[0].endswith("kernel_launcher.py"):  # in a notebook
+        return f"!python {script}"
+    python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    return f"{shlex.quote(python)} {script}"
 
 
 @contextlib.contextmanager
 def on_screen() -> Iterator[None]:
-    """Show what is logged on the screen while inside."""
-    if any(isinstance(handler, _Screen) for handler in log.handlers):  # one, also when nested
-        yield
-        return
-    screen, before = _Screen(), (log.level, log.propagate)
+    """Show what is logged (not for debugging) on the screen while inside."""
+    from tqdm import tqdm
+
+    screen = logging.Handler(logging.INFO)
+    # A name may hold a terminal's commands.
+    screen.emit = lambda r: tqdm.write("".join(  # type: ignore
+        c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in r.getMessage()))
     log.addHandler(screen)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     try:
         yield
     finally:
         log.removeHandler(screen)
-        log.level, log.propagate = before
+        log.setLevel(logging.NOTSET)
+        log.propagate = True
 
 
-def require_packages() -> None:
-    """UserError that says what to type if a package is missing. Ctrl-C while these are imported
-    then ends the program at once, without a traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    needed = ("torch", "numpy", "PIL", "requests", "scipy", "sklearn", "matplotlib", "tqdm")
-    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
-        folder = Path(sys.argv[0]).parent
-        raise UserError(f"{sys.executable} lacks {', '.join(missing)}; run make setup, then "
-                        f"{folder / '.venv/bin/python'} {shlex.join(sys.argv)}; or "
-                        f"{sys.executable} -m pip install -r {folder / 'requirements.txt'}")
+class _Forgiving(io.FileIO):
+    """A file that drops what it cannot write: a closed terminal, a reader that has gone, or a full
+    disk behind the output must not stop the work."""
+
+    def write(self, data: typing.Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
-def command(script: str) -> str:
-    """What to type to start train.py or evaluate.py with the Python that runs this."""
-    if in_notebook():
-        return f"!python {script}"
-    python = Path(sys.executable)
-    active = shutil.which("python") == str(python.with_name("python"))
-    return f"{'python' if active else shlex.quote(os.path.relpath(python))} {script}"
-
-
-def run_command(main: Callable[[], object], prog: str, when_interrupted: str = "") -> int:
-    """Run a script's main and give its exit code: a UserError is one line on stderr and 2."""
-    # There is no stream where it was closed before Python started.
-    streams = [stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-               for stream in (sys.stdout, sys.stderr)]
-    for stream in streams:
-        if isinstance(stream, io.TextIOWrapper):  # a file's name must not be what ends a run
-            stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = map(_Forgiving, streams)  # type: ignore[assignment]
-    rank, status, message = os.environ.get("RANK", "0"), 0, ""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def load(module: str) -> typing.Any:
+    """Import train or evaluate, after the flags were read: a mistake in these, and --help, need no
+    torch. UserError that says what to type if a package is missing."""
+    # Threads that wait leave their core to others. Two programs of spinning ones nearly stop.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with on_screen():
-            main()
-    except UserError as error:  # one of several processes says which it is
-        status, message = 2, f"{'' if rank == '0' else f'(process {rank}) '}{error}"
-    except GracefulExit as error:
-        status, message = 128 + error.signal_number, str(error) if rank == "0" else ""
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{sys.executable} lacks {error.name}; run make setup and start this with "
+                        f".venv/bin/python, or run {sys.executable} -m pip install -r "
+                        "requirements.txt") from None
+
+
+def run_command(main: Callable[[], object], prog: str) -> int:
+    """Run a script's main and give its exit code: a UserError is one line on stderr and 2."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)  # None if it was closed before
+        with contextlib.suppress(io.UnsupportedOperation):  # a test's is no file
+            number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+            file = io.BufferedWriter(_Forgiving(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(file, stream and stream.encoding,
+                                                "backslashreplace", line_buffering=True))
+    try:
+        main()
+        return 0
+    except OneLine as error:
+        status, message = error.status, str(error)
     except KeyboardInterrupt:
-        status, message = 130, f"interrupted{when_interrupted}"
+        status, message = 130, "interrupted"
     except OSError as error:  # a full disk, a folder that may not be written ...
         status, message = 2, f"{error.filename or 'file'}: {error.strerror or error}"
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = streams
-    if message:
-        with contextlib.suppress(OSError):
-            print(f"{prog}: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # one of several processes says which it is
+    print(f"{prog}: {message if rank == '0' else f'(process {rank}) {message}'}", file=sys.stderr)
     return status

@@ -49,6 +49,8 @@ NORMAL, ABNORMAL = 0, 1
 SPLITS = ("train", "val", "test")
 MIN_NORMALS = 50  # fewer cannot teach a model what is normal
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".tif", ".tiff", ".dcm")
+# What Pillow may open. Others run programs, or hold images of other sizes than they say.
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "GIF", "WEBP")
 # A larger image is a mistake or an attack, never a radiograph. Pillow warns of the same ones.
 MAX_PIXELS = 89_478_485
 SHUFFLE_GROUP, SHUFFLE_WINDOW = 16, 512  # images; see epoch_order
@@ -109,7 +111,8 @@ class Source:
         if not (name := self.masks.get(sample.key)):
             return inside if sample.key in self.boxes else None
         try:
-            with Image.open(io.BytesIO(self.read_file(name))) as image:
+            with Image.open(io.BytesIO(self.read_file(name)), formats=FORMATS) as image:
+                _check_pixels(image.width, image.height)
                 mask = image.convert("L").point(lambda grey: 255 * (grey > 0))
         except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
             raise UserError(f"--data {self.spec}: {name} is no readable mask ({error})") from None
@@ -124,8 +127,8 @@ class Source:
         """A few bytes that are equal for equal files of one size. OSError."""
         return b""
 
-    def digest(self, sample: Sample) -> bytes:
-        """A digest that is equal for equal files of one size alone. OSError if there is none."""
+    def digest(self, sample: Sample) -> int:
+        """The file's CRC-32. OSError if it cannot be had."""
         raise OSError
 
     def blocks(self, samples: list[Sample]) -> np.ndarray:
@@ -148,11 +151,23 @@ class Source:
                 yield sample, error
 
     def fingerprint(self) -> str:
-        """A digest of names, patients, labels and prescribed splits, wherever the data lies."""
-        digest = hashlib.blake2b(digest_size=8)
+        """A digest of names, patients, labels and prescribed splits, one of the files' sizes, and
+        where they can be had one of a few files' content, wherever the data lies. See same_data."""
+        names, sizes, some = (hashlib.blake2b(digest_size=n) for n in (8, 4, 4))
         for s in self.samples:
-            digest.update(f"{s.key}\t{s.patient}\t{s.label}\t{s.split}\n".encode())
-        return digest.hexdigest()
+            names.update(f"{s.key}\t{s.patient}\t{s.label}\t{s.split}\n".encode())
+            sizes.update(b"%d " % self.file_bytes(s))
+        known = f"{names.hexdigest()}-{sizes.hexdigest()}"
+        with contextlib.suppress(OSError):
+            for s in self.samples[:: len(self.samples) // 16 + 1]:
+                some.update(b"%d " % self.digest(s))
+            known += f"-{some.hexdigest()}"
+        return known
+
+
+def same_data(one: str, other: str) -> bool:
+    """Whether two fingerprints agree in all that both of them know."""
+    return all(x == y for x, y in zip(one.split("-"), other.split("-"), strict=False))
 
 
 def open_source(config: Config) -> Source:
@@ -427,7 +442,7 @@ class FolderSource(Source):
         self.root = path if path.is_dir() else path.parent
         if path.is_dir():
             layout = recognise_layout(self._list_files(), self.read_text, spec, self.left_out)
-        elif path.suffix.lower() == ".csv":
+        elif path.suffix.lower() == ".csv" and path.is_file():
             layout = read_csv_of_paths(path.name, self.read_text, spec,
                                        lambda name: (self.root / name).is_file())
         else:
@@ -455,7 +470,9 @@ class FolderSource(Source):
                 continue
             known.add(real)
             folders[:] = sorted(d for d in folders if not d.startswith("."))
-            names += [(inside / f).as_posix() for f in files if not f.startswith(".")]
+            # No pipes and devices, which never end. A link to nothing is found unreadable later.
+            names += [(inside / f).as_posix() for f in files if not f.startswith(".") and (
+                os.path.isfile(p := os.path.join(folder, f)) or not os.path.exists(p))]
         fit = sorted(filter(is_text, names))
         if len(fit) < len(names):
             self.left_out["with a name that is not UTF-8"] = len(names) - len(fit)
@@ -476,12 +493,12 @@ class FolderSource(Source):
             f.seek(self.file_bytes(sample) // 2)
             return f.read(1024)
 
-    def digest(self, sample: Sample) -> bytes:
-        digest = hashlib.blake2b(digest_size=16)
+    def digest(self, sample: Sample) -> int:
+        crc = 0
         with open(self.root / sample.key, "rb") as f:  # a piece at a time: it may be large
             while piece := f.read(CHUNK):
-                digest.update(piece)
-        return digest.digest()
+                crc = zlib.crc32(piece, crc)
+        return crc
 
 
 def is_text(name: str) -> bool:
@@ -761,6 +778,8 @@ def kaggle_credentials() -> dict[str, str]:
     if not all(re.fullmatch("[!-~]+", value) for value in found.values()):  # plain characters
         raise UserError("no Kaggle credentials found"
                         + (f", nor usable ones in {file}" if file else "") + KAGGLE_HELP)
+    if file and os.name == "posix" and file.stat().st_mode & 0o077:
+        log.warning(f"careful   others may read {file}; forbid it: chmod 600 {file}")
     return found
 
 
@@ -977,8 +996,8 @@ class KaggleSource(Source):
     def file_bytes(self, sample: Sample) -> int:
         return self.member(sample.key).size
 
-    def digest(self, sample: Sample) -> bytes:
-        return self.member(sample.key).crc.to_bytes(4, "little")
+    def digest(self, sample: Sample) -> int:
+        return self.member(sample.key).crc
 
     def read_file(self, name: str) -> bytes:
         if self.member(name).size > LARGEST_FILE:
@@ -1062,7 +1081,7 @@ class KaggleFilesSource(KaggleSource):
     Slower, and Kaggle limits the number of calls; for small sets.
     """
 
-    blocks = Source.blocks
+    blocks, digest = Source.blocks, Source.digest
 
     def list_members(self) -> None:
         token = None
@@ -1070,8 +1089,7 @@ class KaggleFilesSource(KaggleSource):
             page = self.remote.retry(NEVER, self.remote.call, "list_dataset_files", pageSize=200,
                                      pageToken=token or "")
             for f in page.dataset_files or []:  # CHUNK: what `_download` holds beyond the file
-                crc = len(self.members)  # is not known: none is to look like a copy of another
-                self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, crc, 0)
+                self.members[f.name] = MEMBER.pack(0, CHUNK, 0, f.total_bytes, 0, 0)
             token = page.next_page_token or ""
 
     def fetch(self, samples: list[Sample],
@@ -1322,15 +1340,18 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) ->
     if bytes(data[128:132]) == b"DICM":
         return _decode_dicom(data, size, hold)
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_pixels(image.width, image.height)
+        tags = getattr(image, "tag_v2", {})  # a TIFF's tile is decoded whole
+        area = max(image.width * image.height, tags.get(322, 0) * tags.get(323, 0))
         # A progressive JPEG holds its coefficients at full size, whatever is decoded of it.
         more = 2 * len(image.getbands()) * image.width * image.height * bool(
             image.info.get("progressive"))
         image.draft(None, (2 * size, 2 * size))
         # Bytes a pixel: decoded, and what the conversions below make of it.
-        depth = {"L": 2, "1": 3}.get(image.mode, 20 if image.mode[0] in "IF" else 12)
-        with hold(image.width * image.height * depth + more):
+        deep = image.mode[0] in "IF" or image.format == "WEBP"
+        depth = {"L": 2, "1": 3}.get(image.mode, 20 if deep else 12)
+        with hold(area * depth + more):
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "F":
                 raise BadImage("floating-point grey values, whose range is not known")
@@ -1372,10 +1393,16 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
     except ImportError:
         raise UserError("DICOM images need pydicom 3: pip install 'pydicom>=3'") from None
     try:
-        dicom = pydicom.dcmread(io.BytesIO(data))
-        _check_pixels(dicom.Columns, dicom.Rows)
-        planes = int(dicom.get("NumberOfFrames") or 1) * int(dicom.get("SamplesPerPixel") or 1)
-        with hold(dicom.Rows * dicom.Columns * planes * 24):  # float64 on the way
+        packed = _inflated(data)
+        with hold(3 * packed):
+            head = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+        _check_pixels(head.Columns, head.Rows)
+        planes = int(head.get("NumberOfFrames") or 1) * int(head.get("SamplesPerPixel") or 1)
+        # There may be more of them than the header says.
+        pixels = max(head.Rows * head.Columns * planes,
+                     8 * max(packed, len(data)) // head.BitsAllocated)
+        with hold(24 * pixels + 3 * packed):  # float64 on the way
+            dicom = pydicom.dcmread(io.BytesIO(data))
             values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
             kind = dicom.PhotometricInterpretation
             if values.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2"):
@@ -1390,6 +1417,19 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
         raise
     except Exception as error:  # pydicom answers damage with nearly every kind of error
         raise BadImage(f"DICOM: {' '.join(str(error).split())}") from None
+
+
+def _inflated(data: bytes) -> int:
+    """Bytes that a DICOM file is inflated to when it is opened; 0 if it is not deflated."""
+    from pydicom.filereader import read_dataset
+
+    file, inflater, count = io.BytesIO(data), zlib.decompressobj(-15), 0
+    file.seek(132)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+    if meta.get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99":
+        while not inflater.eof and (piece := inflater.unconsumed_tail or file.read(CHUNK)):
+            count += len(inflater.decompress(piece, BLOCK))
+    return count
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1516,27 +1556,10 @@ class ImageStream(IterableDataset):
         n = len(self.samples)
         return math.ceil(n / self.batch_size) if self.seed is None else n // self.batch_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose which epoch's order the next iteration takes, from its beginning."""
-        self.epoch, self.next_batch, self._start = epoch, 0, 0
-
-    def state_dict(self) -> dict[str, object]:
-        """Where the stream is: enough to go on in exactly the same order."""
-        return {"epoch": self.epoch, "next_batch": self.next_batch, "seed": self.seed,
-                "batch_size": self.batch_size, "world": self.world,
-                "images": len(self.samples), "version": self.source.version}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken; nothing is read of what is skipped."""
-        mine = self.state_dict()
-        changed = [f"{k} was {state[k]!r}, is {mine[k]!r}" for k in mine
-                   if k not in ("epoch", "next_batch") and state[k] != mine[k]
-                   and not (k == "version" and "" in (state[k], mine[k]))]  # not always known
-        if changed:
-            raise UserError(f"--data {self.source.spec}: cannot go on within an epoch, because "
-                            f"the stream has changed: {'; '.join(changed)}")
-        self.set_epoch(state["epoch"])
-        self.next_batch = self._start = state["next_batch"]
+    def set_epoch(self, epoch: int, batch: int = 0) -> None:
+        """Choose which epoch's order the next iteration takes, and from which batch on: nothing is
+        read of those before."""
+        self.epoch, self.next_batch, self._start = epoch, batch, batch
 
     def __iter__(self) -> Batches:
         if get_worker_info():

@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any
 
-from config import Parser, UserError, command, require_packages, run_command
+from config import Parser, UserError, command, load, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
@@ -52,10 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
-    if status := (run_command(parse_arguments, "evaluate.py")
-                  or run_command(require_packages, "evaluate.py")):
-        sys.exit(status)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
+    sys.exit(run_command(lambda: parse_arguments() and load("evaluate").main(), "evaluate.py"))
 
 import base64
 import contextlib
@@ -97,8 +94,8 @@ import models
 import train
 from config import FIELDS, MODELS, Config, flag, load_config, log, on_screen
 from data import (
-    ABNORMAL, IMAGE_SUFFIXES, NORMAL, ImageStream, KaggleSource, Sample, Source, is_text,
-    open_source, read_splits)
+    ABNORMAL, IMAGE_SUFFIXES, NORMAL, FolderSource, ImageStream, KaggleSource, Sample, Source,
+    is_text, open_source, read_splits, same_data)
 from models import (
     BASELINE, DEFAULT_SCORER, READ_AT_ONCE, SCORERS, AnomalyScorer, Output, Setup)
 
@@ -351,7 +348,7 @@ def samples_to_score(run: TrainedRun, source: Source, split: str,
     """(samples, whether this is an external test, notes) for a run on a source. On the data it was
     trained on its split.csv decides; of other data the prescribed test split, or all, is taken."""
     splits, notes = read_splits(run.folder / "split.csv"), list[str]()
-    if (source.fingerprint() == run.fingerprint
+    if (same_data(source.fingerprint(), run.fingerprint)
             or os.path.abspath(source.spec) == os.path.abspath(run.config.data)):
         wanted, there = getattr(splits, split), {s.key: s for s in source.samples}
         if gone := [s.key for s in wanted if s.key not in there]:
@@ -651,6 +648,8 @@ def evaluate(
                 log.warning(f"careful   left out: {error}")
         if not loaded:
             raise UserError(f"no run in {', '.join(map(str, given))} can be tested")
+        if locked := [run.folder for run in loaded if not os.access(run.folder, os.W_OK)]:
+            raise UserError(f"{locked[0]}: results cannot be written there")
         named = group_by_seed(loaded)
         tested = plan_tests(loaded, data, split, samples, by)
         first = tested[0]
@@ -680,10 +679,10 @@ def write_test(r: Result) -> None:
     folder = r.folder = r.run.folder / "eval" / name
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         there = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        if there["data_fingerprint"] != m["data_fingerprint"]:
-            folder = r.folder = folder.with_name(f"{name}-{m['data_fingerprint'][:6]}")
+        if not same_data(there["data_fingerprint"], m["data_fingerprint"]):
+            folder = r.folder = folder.with_name(f"{name}-{m['data_fingerprint'][-6:]}")
     folder.mkdir(parents=True, exist_ok=True)
-    train.write_text(folder / "metrics.json", json.dumps(m, indent=2) + "\n")
+    train.write_file(folder / "metrics.json", json.dumps(m, indent=2) + "\n")
     percentiles = {k: r.run.scorer.percentile(k, torch.from_numpy(v)).tolist()
                    for k, v in r.scored.items()}
     write_csv(folder / "scores.csv", [
@@ -717,7 +716,7 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows({k: f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@"))
                       else v for k, v in row.items()} for row in rows)
-    train.write_text(file, text.getvalue())
+    train.write_file(file, text.getvalue())
 
 
 def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[str]:
@@ -739,13 +738,17 @@ def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[s
 
 
 def cautions(tested: list[Result]) -> list[str]:
-    """Warn, in sentences, of thresholds that do not hold what they promise, or cannot."""
+    """Warn, in sentences, of changed data, and of thresholds that do not hold or cannot."""
     found, normals = [], min(r.metrics["n_validation_normals"] for r in tested)
     if normals < 20:
         found.append(f"Careful: {normals} validation normals cannot hold a threshold that 95 % of "
                      "normals stay under. It takes 20, better 100.")
     elif normals < 100:
         found.append(f"Careful: with {normals} validation normals the threshold is rough.")
+    if not all(r.external or same_data(r.metrics["data_fingerprint"], r.run.fingerprint)
+               for r in tested):
+        found.append("Careful: the images, their names or labels have changed since training. "
+                     "Train again, unless the test images alone were meant to change.")
     if far := [(m["specificity_at_threshold"], m["specificity_ci"])
                for m in (r.metrics for r in tested) if m["n_normal"]
                and m["specificity_at_threshold"] < 0.90 and m["specificity_chance"] < 0.025]:
@@ -796,7 +799,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
                f'alt="{escape(text)}" src="data:image/png;base64,'
                f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
                for picture, text in pictures.items() if picture.exists()]
-    train.write_text(page, PAGE.substitute(
+    train.write_file(page, PAGE.substitute(
         title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
         sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
         facts=html_list(facts), tables="".join(map(html_table, tables)),
@@ -1179,7 +1182,7 @@ TOLD = ("{image}: score {score:.4g}, percentile {percentile_among_normals:.0f} a
         "{verdict} (threshold {threshold:.4g})")
 
 
-class NewImages(Source):
+class NewImages(FolderSource):
     """An image file, or all in a folder, without labels."""
 
     def __init__(self, path: Path) -> None:
@@ -1198,9 +1201,6 @@ class NewImages(Source):
         self.samples = [Sample(name, name, NORMAL) for name in names if is_text(name)]
         self.bad = {ascii(name)[1:-1]: "its name is not UTF-8" for name in names
                     if not is_text(name)}  # neither table nor picture could hold it
-
-    def read_file(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
 
 
 def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
@@ -1284,7 +1284,3 @@ def main() -> None:
             raise
         raise UserError(f"out of memory ({train.reason_of(error)[:200]}); does another program "
                         "use it? Give fewer runs at a time, or --device cpu") from None
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main, "evaluate.py"))

@@ -13,61 +13,54 @@ import os
 import sys
 
 from config import (
-    MODELS, Config, GracefulExit, UserError, command, command_line, flag, log, on_screen,
-    parse_config, require_packages, run_command, run_folder)
+    MODELS, Config, GracefulExit, UserError, command, flag, load, log, on_screen, parse_config,
+    run_command, run_folder)
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
-    if status := (run_command(lambda: parse_config(description=__doc__), "train.py")
-                  or run_command(require_packages, "train.py")):
-        sys.exit(status)
-    # Threads that wait for each other then leave the core to whoever else wants it. Two programs
-    # of spinning threads on the same cores slow each other down many times over.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    status = run_command(lambda: parse_config(description=__doc__) and load("train").main(),
+                         "train.py")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Not through the libraries' own exits: gloo's at times end a process by an abort, which
+        # torchrun takes for a failure of the whole run.
+        os._exit(status)
+    sys.exit(status)
 
 import contextlib
-import csv
 import dataclasses
 import datetime
-import io
 import itertools
 import json
 import logging
 import math
-import platform
 import shlex
 import shutil
 import signal
-import threading
 import time
-import types
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
-    PHANTOM_SAMPLES, ImageStream, KaggleSource, Loaders, create_dataloaders, describe,
-    describe_memory, open_source, write_splits)
+    PHANTOM_SAMPLES, ImageStream, KaggleSource, Loaders, Source, create_dataloaders, describe,
+    describe_memory, same_data, write_splits)
 from models import (
     BASELINE, DEFAULT_SCORER, READ_AT_ONCE, READER_BATCH, READERS, AnomalyScorer, Draws, Setup,
     augment, choose_device, choose_precision, corrupt, create_model, draw_lesions, objective_loss,
     pooled, reconstruct_evenly, score_images, seeded, to_float, train_reader, untrained_model, warp)
 
-FORMAT = 12  # of the checkpoints
+FORMAT = 14  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 LEAST_DRAWN, MOST_DRAWN = 512, 2048  # training normals with lesions drawn on, for the readers
 # Settings that a resumed run may change. Any other change makes it another run.
 CHANGEABLE = ("epochs", "patience", "min_delta", "checkpoint_minutes", "device",
               "precision", "micro_batch", "compile", "deterministic", "memory_limit_gb", "seeds",
-              "output_dir", "resume", "reuse", "wandb", "wandb_project")
-LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "learning_rate", "skipped_steps",
-               "images_per_second", "data_wait", "seconds", "process_mb", "device_mb")
+              "output_dir", "resume", "reuse", "wandb", "check")
 BAD_STEPS = 3  # in a row whose loss is not finite, before training ends
 BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
 LARGE_MATRIX = 1 << 25  # numbers; LeanAdam keeps less state of such a parameter
@@ -75,23 +68,17 @@ TO_RESUME = "the same command and --resume (in a notebook: resume=\"auto\")"
 ENDED = f"ended as asked, and saved; go on with {TO_RESUME}"
 
 
-# ----------------------------------------------------------------------------------------------
-# Setup: device, precision, processes
-
-
 def join_processes(config: Config) -> Setup:
-    """The Setup of this process: the device, and its place among those that torchrun started.
-
-    The precision is fp32 until a run chooses it. UserError if device or processes do not fit.
-    """
+    """The Setup of this process: device, precision, and its place among those that torchrun
+    started. UserError if these do not fit together."""
     device, _ = choose_device(config.device)
+    precision, _ = choose_precision(config.precision, device)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if config.deterministic:  # only algorithms that add in a fixed order; else a warning
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for this
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
     if world == 1:
-        return Setup(device)
+        return Setup(device, precision)
     if device.type == "mps":
         raise UserError("torchrun: several processes cannot share an Apple GPU; use --device cpu "
                         "or one process")
@@ -99,14 +86,14 @@ def join_processes(config: Config) -> Setup:
         raise UserError(f"--batch-size {config.batch_size}: fewer images than the {world} "
                         "processes that share them")
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun: {local + 1} processes here, but only "
-                            f"{torch.cuda.device_count()} GPUs; give --nproc_per_node="
-                            f"{torch.cuda.device_count()}")
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise UserError(f"torchrun: {local + 1} processes here, but only {there} GPUs; give "
+                            f"--nproc_per_node={there}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    if rank:
+        log.setLevel(logging.ERROR)
     if not dist.is_initialized():
         try:  # hours: the others wait while the first one calibrates
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
@@ -114,7 +101,7 @@ def join_processes(config: Config) -> Setup:
         except ValueError as error:
             raise UserError(f"WORLD_SIZE is {world}, but the other processes cannot be found "
                             f"({error}): start it with torchrun, or unset WORLD_SIZE") from None
-    return Setup(device, rank=rank, world=world)
+    return Setup(device, precision, rank, world)
 
 
 def process_memory() -> int:
@@ -139,49 +126,31 @@ def progress(total: int, label: str, initial: int = 0, show: bool = True,
 # Files of a run
 
 
-def save_checkpoint(state: dict, path: Path) -> None:
-    """Write a checkpoint, whole or not at all. UserError if that fails."""
-    with written(path) as f:
-        torch.save(state, f)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a small file, whole or not at all. UserError if that fails."""
-    with written(file) as f:
-        f.write(text.encode())
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[Any]:
-    """A file under a temporary name, to write into. It is renamed when all is on the disk."""
+def write_file(path: Path, content: str | dict) -> None:
+    """Write a text or a checkpoint, whole or not at all. UserError if that fails."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
-            yield f
+            if isinstance(content, str):
+                f.write(content.encode())
+            else:
+                torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the name, too, where folders can be synced
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:  # torch hides a full disk's OSError
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError | RuntimeError):  # torch hides a full disk's OSError
-            raise
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({reason_of(error)}). Is the disk full, or has "
                         "the folder gone? What was there before is untouched: mend it and go on "
                         "with --resume") from None
 
 
-def load_checkpoint(path: Path, model: str | None = None) -> dict:
+def load_checkpoint(path: Path) -> dict:
     """A checkpoint of ours, on the CPU. Only tensors and plain values are ever unpickled.
 
-    UserError if it is missing, damaged (its checksums are compared first), not ours, of another
-    version, or of another model than `model`.
+    UserError if it is missing, damaged (its checksums are compared first), not ours, or of another
+    version.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint there")
@@ -190,40 +159,22 @@ def load_checkpoint(path: Path, model: str | None = None) -> dict:
             if wrong := file.testzip():
                 raise ValueError(f"the checksum of {wrong} in it is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-        version, kind = state["format"], state["config"]["model"]
+        version = state["format"]
     except Exception as error:  # damage shows as many kinds of errors in the readers
-        why = "it holds code, refused" if "Unsupported" in str(error) else (
+        why = "it holds code, refused" if "GLOBAL" in str(error) else (
             "damaged, cut short, or not of this project")
         raise UserError(f"{path}: not a readable checkpoint, {why} ({type(error).__name__}: "
-                        f"{reason_of(error)[:160]})") from None
+                        f"{reason_of(error)})") from None
     if version != FORMAT:
-        when = "a newer" if version > FORMAT else "an earlier"
-        raise UserError(f"{path}: written by {when} version of this project; use that one, or "
-                        "train again without --resume")
-    if model is not None and kind != model:
-        raise UserError(f"{path}: holds a {kind}, not a {model}; give --model {kind}")
+        raise UserError(f"{path}: of another version of this project ({version}, not {FORMAT}); "
+                        "use that one, or train again without --resume")
     return state
 
 
 def reason_of(error: BaseException) -> str:
     """What an error says, in one line."""
     text = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
-    return text or type(error).__name__
-
-
-def differences(state: dict, config: Config, fingerprint: str, also: tuple[str, ...]) -> list[str]:
-    """What makes a checkpoint another run than that of config and data; [] if nothing does.
-
-    A setting that the checkpoint does not have is its default. Data may lie in another place.
-    also: settings of CHANGEABLE that must be the same all the same.
-    """
-    saved, now = dataclasses.asdict(Config(**state["config"])), dataclasses.asdict(config)
-    if state["data_fingerprint"] == fingerprint:
-        now["data"] = saved["data"]
-    elif saved["data"] == config.data:
-        return [f"the images in {config.data} have changed since"]
-    return [f"{flag(k)} was {saved[k]!r}, is {now[k]!r}" for k in now
-            if saved[k] != now[k] and (k not in CHANGEABLE or k in also)]
+    return text[:200] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -233,40 +184,18 @@ def open_run(folder: Path, go_on: bool) -> Iterator[None]:
     Unless training goes on in it, what is there of another run is moved aside: nothing is
     overwritten. UserError if nothing can be written there, or another training is there.
     """
+    handler = open_log(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output-dir: {folder} cannot be written ({error.strerror})") from None
-    try:
-        with contextlib.suppress(ImportError):  # Windows has no such locks, nor have some disks
-            import fcntl
-
-            try:
-                fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another training is writing there; wait for it, or "
-                                "give this one another --output-dir") from None
-            except OSError:
-                pass
         if not go_on and any((folder / n).exists() for n in ("last.pt", "best.pt", "log.csv")):
-            aside = next(aside for n in itertools.count(1) if not (
-                aside := folder.with_name(f"{folder.name}.{n}")).exists())
+            number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
             handler.close()
-            folder.rename(aside)
-            log.info(f"an earlier run was there: moved to {aside}")
-            with open_run(folder, go_on):
-                yield
-            return
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-        # A full disk is reported by what must be saved.
-        handler.handleError = lambda record: None  # type: ignore[method-assign]
+            folder.rename(f"{folder}.{number}")
+            log.info(f"an earlier run was there: moved to {folder}.{number}")
+            handler = open_log(folder)
         log.addHandler(handler)
         yield
     except BaseException as error:
-        if handler in log.handlers:  # only to the file: on the screen it is shown anyway
-            handler.handle(logging.LogRecord("", logging.ERROR, "", 0, "ended by "
-                                             f"{type(error).__name__}: {error}", (), None))
+        log.debug(f"ended by {type(error).__name__}: {error}")  # is shown elsewhere
         raise
     finally:
         log.removeHandler(handler)
@@ -274,18 +203,32 @@ def open_run(folder: Path, go_on: bool) -> Iterator[None]:
             handler.close()
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """What a run keeps of its configuration: all but how it was started."""
-    return dataclasses.asdict(config) | {"resume": None, "reuse": False}
+def open_log(folder: Path) -> logging.FileHandler:
+    """The log of a run folder, locked. UserError if it cannot be written, or is locked already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output-dir: {folder} cannot be written ({error.strerror})") from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    # A full disk is reported by what must be saved.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    with contextlib.suppress(ImportError, OSError):  # neither Windows nor every disk has locks
+        import fcntl
+
+        try:
+            fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handler.close()
+            raise UserError(f"{folder}: another training is writing there; wait for it, or give "
+                            "this one another --output-dir") from None
+    return handler
 
 
-def write_log(rows: list[dict], file: Path) -> None:
+def write_log(rows: list[dict[str, float]], file: Path) -> None:
     """log.csv, whole: a few rows, and never a torn one after a resume."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, LOG_COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(file, text.getvalue())
+    lines: list[Iterable] = [rows[0].keys(), *(row.values() for row in rows)]
+    write_file(file, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 def draw_curves(rows: list[dict], file: Path, title: str) -> None:
@@ -295,19 +238,15 @@ def draw_curves(rows: list[dict], file: Path, title: str) -> None:
 
     with matplotlib.rc_context(matplotlib.rcParamsDefault):  # not by a user's own style
         figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        epochs = [row["epoch"] for row in rows]
-        for key, style, colour, label in (("train_loss", "o-", "#0072B2", "training"),
-                                          ("val_loss", "s--", "#D55E00", "validation normals")):
-            axes.plot(epochs, [row[key] for row in rows], style, color=colour, label=label,
-                      markersize=4)
+        axes, epochs = figure.subplots(), [row["epoch"] for row in rows]
+        axes.plot(epochs, [row["train_loss"] for row in rows], "o-", label="training")
+        axes.plot(epochs, [row["val_loss"] for row in rows], "s--", label="validation normals")
         best = min(rows, key=lambda row: row["val_loss"])["epoch"]
-        axes.axvline(best, color="0.6", linewidth=1, linestyle=":", label=f"best: epoch {best}")
+        axes.axvline(best, color="0.6", linestyle=":", label=f"best: epoch {best}")
         axes.set(xlabel="epoch", ylabel="mean absolute error")
         axes.set_title(title, parse_math=False)  # a name with a $ in it is a name
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.25)
+        axes.legend()
         figure.savefig(file, dpi=120)
 
 
@@ -361,11 +300,8 @@ class LeanAdam(torch.optim.Adam):
             rows, columns = ((b @ b.T @ a * a).sum(0).float() / b.shape[1]
                              for a, b in itertools.permutations((g.double(), x.double())))
         else:
-            rows, columns = torch.zeros_like(row_sq), torch.zeros_like(column_sq)
-            for a, b in tiles:
-                squares = weight.grad[a, b].square()
-                rows[a] += squares.sum(1) / weight.shape[1]
-                columns[b] += squares.sum(0) / weight.shape[0]
+            rows, columns = (torch.linalg.vector_norm(weight.grad, dim=d).square() / weight.shape[d]
+                             for d in (1, 0))
         row_sq.lerp_(rows, 1 - beta2)
         column_sq.lerp_(columns, 1 - beta2)
         # weight -= lr * mean / (sqrt(second moment) + eps), the second moment being
@@ -425,35 +361,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def learning_rate_at(step: int, total: int, config: Config) -> float:
-    """Linear warm-up over the first 5 % of `total` steps, then the schedule; 2 % after `total`."""
+    """Linear warm-up over the first 5 % of `total` steps, then a cosine; 2 % after `total`."""
     warm = max(1, total // 20)
     if step < warm:
         return config.learning_rate * (step + 1) / warm
-    if config.schedule == "constant":
-        return config.learning_rate
     share = min(1.0, (step - warm) / max(1, total - warm))
     return config.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
 
 
 # ----------------------------------------------------------------------------------------------
-# One step
-
-
-class Objective(nn.Module):
-    """The loss as a module, which is what DistributedDataParallel and torch.compile take."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, images: Tensor) -> Tensor:
-        return objective_loss(self.model, inputs, images)
+# Training state and step
 
 
 @dataclasses.dataclass
 class TrainingState:
-    """All that changes while a model is trained, which is what last.pt must hold."""
+    """What is trained, and all that changes meanwhile, which is what last.pt must hold."""
 
+    config: Config
+    setup: Setup
+    objective: Callable[..., Tensor]  # objective_loss, perhaps compiled
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless the precision is fp16
@@ -475,9 +401,10 @@ class TrainingState:
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def state_dict(self) -> dict[str, object]:
-        """Everything, as tensors and plain values."""
-        return {f.name: value.state_dict() if hasattr(value, "state_dict") else value
-                for f in dataclasses.fields(self) for value in [getattr(self, f.name)]}
+        """All that changes, as tensors and plain values."""
+        return {name: value.state_dict() if hasattr(value, "state_dict") else value
+                for name, value in vars(self).items()
+                if name not in ("config", "setup", "objective")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take in what `state_dict` gave, except micro_batch, which depends on the machine."""
@@ -485,10 +412,22 @@ class TrainingState:
         load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        for f in dataclasses.fields(self):
-            if f.name not in ("model", "optimizer", "scaler", "micro_batch"):
-                setattr(self, f.name, state[f.name])
-        self.log = list(self.log)
+        for name in self.state_dict().keys() - {"model", "optimizer", "scaler", "micro_batch"}:
+            setattr(self, name, state[name])
+
+    def count(self, loss: float, images: int) -> None:
+        """Count a step. UserError at the last of BAD_STEPS in a row whose loss is not finite."""
+        where = f"the loss is {loss} at epoch {self.epoch + 1}, step {self.step + 1}"
+        if math.isfinite(loss):
+            self.loss_sum, self.images = self.loss_sum + loss * images, self.images + images
+            self.bad_steps = 0
+        else:
+            self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
+            if self.bad_steps >= BAD_STEPS:
+                raise UserError(f"{where}, {BAD_STEPS} steps in a row; start over with a smaller "
+                                "--learning-rate")
+            log.warning(f"{where}: that step is skipped")
+        self.step += 1
 
     def begin_epoch(self, epoch: int) -> None:
         """Set what is counted within an epoch to nothing."""
@@ -502,6 +441,7 @@ def new_state(config: Config, setup: Setup) -> TrainingState:
     slice_size = math.ceil(config.batch_size / setup.world)
     rule = model.cpu_micro_batch if setup.device.type == "cpu" else slice_size
     return TrainingState(
+        config, setup, torch.compile(objective_loss) if config.compile else objective_loss,
         model, make_optimizer(config, model, setup),
         torch.amp.GradScaler(setup.device.type, enabled=setup.precision == "fp16"),
         min(slice_size, config.micro_batch or rule), schedule_epochs=config.epochs)
@@ -514,48 +454,50 @@ def is_out_of_memory(error: Exception) -> bool:
         isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
 
-def train_step(state: TrainingState, objective: Any, images: Tensor, config: Config,
-               batch_size: int, setup: Setup) -> tuple[float, int]:
-    """One optimizer step on this process's slice of a batch: mean loss and number of images of the
-    whole batch.
-
-    images: uint8 [B,1,H,W]; fewer than the slice if some could not be read, even none.
-    batch_size: of the whole batch. All randomness depends on (seed, step) and the place in the
-    batch. If the loss is not finite, nothing is changed.
-    """
-    total = int(setup.sum(len(images)))
-    if not total:  # none of the batch's images could be read
-        return 0.0, 0
+def corrupted(state: TrainingState, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """(what the model sees, clean images), float [B,1,H,W], of this process's slice uint8 [B,1,H,W]
+    of a batch. All randomness depends on (seed, step) and the place in the batch."""
+    config, setup = state.config, state.setup
     # As numpy.array_split deals them: the first few slices have one more.
     start = sum(batch_size // setup.world + (r < batch_size % setup.world)
                 for r in range(setup.rank))
-    weight = setup.world / total  # DistributedDataParallel takes the mean over processes
-    if not len(images):  # the others wait for gradients all the same
-        images, weight = images.new_zeros((1, *images.shape[1:])), 0.0
     images = to_float(images, setup.device)
     draws = Draws(seeded(config.seed, "step", state.step), len(images), start,
                   max(batch_size, start + len(images)))
     if config.augment:
         images = augment(images, draws)
-    inputs = corrupt(images, config.objective, draws)
+    return corrupt(images, config.objective, draws), images
+
+
+def train_step(state: TrainingState, images: Tensor, batch_size: int) -> tuple[float, int]:
+    """One optimizer step on this process's slice of a batch: mean loss and number of images of the
+    whole batch. If the loss is not finite, nothing is changed.
+
+    images: uint8 [B,1,H,W]; fewer than the slice if some could not be read, even none.
+    batch_size: of the whole batch.
+    """
+    setup, total = state.setup, int(state.setup.sum(len(images)))
+    if not total:  # none of the batch's images could be read
+        return 0.0, 0
+    weight = 1 / total
+    if not len(images):  # the others wait for gradients all the same
+        images, weight = images.new_zeros((1, *images.shape[1:])), 0.0
+    inputs, images = corrupted(state, images, batch_size)
     buffers = list(state.model.buffers())  # BatchNorm's running statistics
     before = [b.clone() for b in buffers]
     while True:
         try:
             # .item() waits for the device: little beside a step of these models.
-            mine = accumulate_gradients(state, objective, inputs, images, weight, config, setup)
-            loss = setup.sum(mine.item()) / setup.world
+            loss = setup.sum(accumulate_gradients(state, inputs, images, weight).item())
             break
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             torch._foreach_copy_(buffers, before)
             if state.micro_batch == 1 or setup.world > 1:
-                smaller = max(1, state.micro_batch // 2)
-                raise UserError(f"out of memory at step {state.step + 1} with " + (
-                    f"{state.micro_batch} images at a time; go on with --resume --micro-batch "
-                    f"{smaller}" if state.micro_batch > 1 else
-                    "a single image; try a smaller --width or --image-size")) from None
+                raise UserError(f"out of memory at step {state.step + 1} with --micro-batch "
+                                f"{state.micro_batch}; go on with --resume and a smaller one, or "
+                                "start over with a smaller --width or --image-size") from None
         # Out of the except block, which would keep the failed step's tensors alive.
         state.micro_batch = math.ceil(min(state.micro_batch, len(images)) / 2)
         log.warning(f"memory    out of it at step {state.step + 1}: {state.micro_batch} images at "
@@ -571,14 +513,15 @@ def train_step(state: TrainingState, objective: Any, images: Tensor, config: Con
     return loss, total
 
 
-def accumulate_gradients(state: TrainingState, objective: Any, inputs: Tensor, images: Tensor,
-                         weight: float, config: Config, setup: Setup) -> Tensor:
-    """Leave the gradients of the summed loss times `weight` in the parameters, from micro_batch
-    images at a time; that weighted loss.
+def accumulate_gradients(state: TrainingState, inputs: Tensor, images: Tensor,
+                         weight: float) -> Tensor:
+    """Leave the gradients of the summed loss times `weight` in the parameters, summed over all
+    processes, from micro_batch images at a time; that weighted loss of this process.
 
     inputs: what the model sees, images: clean, both float [B,1,H,W].
     """
-    torch.manual_seed(seeded(config.seed, f"dropout {setup.rank}", state.step).initial_seed())
+    purpose = f"dropout {state.setup.rank}"
+    torch.manual_seed(seeded(state.config.seed, purpose, state.step).initial_seed())
     parts = math.ceil(len(images) / state.micro_batch)
     for norm in state.model.modules():
         if isinstance(norm, nn.BatchNorm2d):  # running statistics move as far, whatever the parts
@@ -586,25 +529,14 @@ def accumulate_gradients(state: TrainingState, objective: Any, inputs: Tensor, i
     state.optimizer.zero_grad()
     losses: list[Tensor] = []
     for x, y in zip(inputs.tensor_split(parts), images.tensor_split(parts), strict=True):
-        last = len(losses) == parts - 1
-        # Gradients travel between processes once a step.
-        with contextlib.nullcontext() if last or setup.world == 1 else objective.no_sync():
-            with setup.autocast():
-                loss = objective(x, y) * (len(y) * weight)
-            state.scaler.scale(loss).backward()
+        with state.setup.autocast():
+            loss = state.objective(state.model, x, y) * (len(y) * weight)
+        state.scaler.scale(loss).backward()
         losses.append(loss.detach())
+    if state.setup.world > 1:
+        for parameter in state.model.parameters():
+            dist.all_reduce(parameter.grad)
     return torch.stack(losses).sum()
-
-
-def after_bad_loss(state: TrainingState, loss: float) -> None:
-    """Pass over a step whose loss was not finite. UserError after BAD_STEPS of them in a row."""
-    state.skipped += 1
-    state.bad_steps += 1
-    where = f"the loss is {loss} at epoch {state.epoch + 1}, step {state.step + 1}"
-    if state.bad_steps >= BAD_STEPS:
-        raise UserError(f"{where}, {BAD_STEPS} steps in a row; start over with a smaller "
-                        "--learning-rate")
-    log.warning(f"{where}: that step is skipped")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -617,65 +549,54 @@ class Signals:
     itself sends one."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.number, self.waiting = setup, 0, False
-        self._old: dict[int, Any] = {}
+        self.setup, self.number = setup, 0
+        self.waiting = 0.0  # for data since this time.monotonic(), perhaps for long
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # only there they can be had
+        with contextlib.suppress(ValueError):  # only in the main thread they can be had
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it
                 if number and signal.getsignal(number) is not signal.SIG_IGN:
-                    self._old[number] = signal.signal(number, self._note)
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
         # Where another process has died, the launcher's SIGTERM is on its way: it must not end
         # this one before it has said why it ends.
         if self.setup.world == 1 or kind is None or kind is GracefulExit:
-            self._restore()
+            self.restore()
 
-    def _restore(self) -> None:
-        for number, handler in self._old.items():
+    def restore(self) -> None:
+        """Let signals do what they did before."""
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: types.FrameType | None) -> None:
+    def note(self, number: int, frame: object) -> None:
+        """Take in a signal."""
         self.number = number
-        if self.setup.world > 1:  # torchrun itself sends a second one
+        if self.setup.world > 1:
             return
-        self._restore()
-        if self.waiting:  # between two steps, perhaps for long
-            raise GracefulExit(ENDED, number)
+        self.restore()
+        if self.waiting:
+            self.check()
         with contextlib.suppress(OSError):  # not by print, which may be what was interrupted
             os.write(2, b"\nending after this step, to save; once more ends at once\n")
 
     def check(self) -> None:
         """GracefulExit if this process or another has been asked to end."""
         if self.setup.sum(self.number):
-            raise GracefulExit(ENDED, self.number or signal.SIGTERM)
-
-
-def timed(stream: ImageStream, state: TrainingState, signals: Signals) -> Iterator[Tensor]:
-    """The stream's images; counts the seconds that are spent waiting for them."""
-    batches = iter(stream)
-    while True:
-        began = time.monotonic()
-        signals.waiting = True
-        images, _ = next(batches, (None, None))
-        signals.waiting = False
-        state.waited += time.monotonic() - began
-        if images is None:
-            return
-        yield images
+            raise GracefulExit(ENDED, 128 + (self.number or signal.SIGTERM))
 
 
 @torch.no_grad()
-def validate(model: nn.Module, stream: ImageStream, config: Config, setup: Setup,
-             micro_batch: int, signals: Signals | None = None) -> float:
+def validate(state: TrainingState, stream: ImageStream, signals: Signals | None = None) -> float:
     """The mean objective on validation normals, corrupted in the same way every time.
 
     A loss on clean input would reward copying it.
     """
-    model.eval()
+    state.model.eval()
+    config, setup = state.config, state.setup
     total, count = 0.0, 0.0
     for i, (images, _) in enumerate(stream):
         if signals:
@@ -685,14 +606,11 @@ def validate(model: nn.Module, stream: ImageStream, config: Config, setup: Setup
         images = to_float(images, setup.device)
         draws = Draws(seeded(config.seed, f"validate {setup.rank}", i), len(images))
         inputs = corrupt(images, config.objective, draws)
-        for x, y in zip(inputs.split(micro_batch), images.split(micro_batch), strict=True):
+        for x, y in zip(*(t.split(state.micro_batch) for t in (inputs, images)), strict=True):
             with setup.autocast():
-                total += objective_loss(model, x, y).item() * len(y)
+                total += objective_loss(state.model, x, y).item() * len(y)
         count += len(images)
-    total, count = setup.sum(total), setup.sum(count)
-    if not count:
-        raise UserError("no validation image could be read")
-    return total / count
+    return setup.sum(total) / setup.sum(count)
 
 
 def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
@@ -790,187 +708,143 @@ def in_groups(stream: Iterable[tuple[Tensor, Any]], size: int) -> Iterator[Tenso
 def train(config: Config) -> list[Path]:
     """Train what the configuration asks for; the run folders, as many as models times seeds."""
     try:
-        return train_all(config)
+        # The machine and the models come first: what they refuse costs no reading of data.
+        setup, configs = join_processes(config), one_by_one(config)
+        for each in configs:
+            with torch.device("meta"):
+                create_model(each.model, each)
+        if config.data == "synthetic":
+            log.info("This trains on the BUILT-IN PHANTOM. For your own images: --data FOLDER")
+        # One set of loaders for all: the split is the same, and images are decoded once.
+        loaders = create_dataloaders(configs[0], setup.rank, setup.world)
+        folders = [train_one(each, loaders, setup) for each in configs]
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
-        reason = reason_of(error)[:200]
         if is_out_of_memory(error):
-            raise UserError(f"out of memory ({reason}); try a smaller --micro-batch, --width or "
-                            "--image-size") from None
+            raise UserError(f"out of memory ({reason_of(error)}); try a smaller --micro-batch, "
+                            "--width or --image-size") from None
         if dist.is_initialized() and any(w in str(error).lower() for w in ("gloo", "nccl", "peer")):
-            last = str(error).strip().split("\n")[-1][:200]  # where NCCL says what it was
             raise UserError("another process of this run has ended, or cannot be reached "
-                            f"({reason}{f' ... {last}' if last not in reason else ''}); go on "
-                            f"with {TO_RESUME}") from None
+                            f"({reason_of(error)}); go on with {TO_RESUME}") from None
         raise
-
-
-def complete(config: Config) -> Config:
-    """The configuration, with what it leaves open filled in."""
-    synthetic = config.data == "synthetic"
-    return dataclasses.replace(
-        config, epochs=config.epochs or (3 if synthetic else 20),
-        samples=config.samples or (PHANTOM_SAMPLES if synthetic else None),
-        # Absolute, so that the run can be evaluated from anywhere.
-        data=config.data if synthetic or not os.path.exists(config.data)
-        else os.path.abspath(config.data))
-
-
-def one_by_one(config: Config) -> list[Config]:
-    """A configuration for each run: every model, with every seed."""
-    models = MODELS if config.model == "both" else (config.model,)
-    return [dataclasses.replace(config, model=model, seed=config.seed + i, seeds=1)
-            for i in range(config.seeds) for model in models]
-
-
-def train_all(config: Config) -> list[Path]:
-    """What `train` says."""
-    config = complete(config)
-    # The machine and the models come first: what they refuse costs no reading of data.
-    setup = join_processes(config)
-    configs = one_by_one(config)
-    for each in configs:
-        with torch.device("meta"):
-            create_model(each.model, each)
-        if each.resume not in (None, "auto") and not os.path.exists(each.resume):
-            raise UserError(f"--resume {each.resume}: there is no checkpoint there")
-    if config.data == "synthetic":
-        log.info("This trains on the BUILT-IN PHANTOM: drawn images, not real X-rays. For your own "
-                 "images give --data FOLDER.")
-    # One set of loaders for all: the split is the same, and images are read and decoded once.
-    loaders = create_dataloaders(configs[0], setup.rank, setup.world, open_source(config))
-    folders = [train_one(each, loaders, setup) for each in configs]
     if len(folders) > 1:
         log.info(f"next      {command('evaluate.py')} {shlex.quote(config.output_dir)}   (all)\n")
     return folders
 
 
-def checkpoint_to_resume(config: Config, fingerprint: str, world: int) -> dict | None:
+def one_by_one(config: Config) -> list[Config]:
+    """A configuration for each run, every model with every seed, what was left open filled in."""
+    synthetic = config.data == "synthetic"
+    models = MODELS if config.model == "both" else (config.model,)
+    return [dataclasses.replace(
+        config, model=model, seed=config.seed + i, seeds=1,
+        epochs=config.epochs or (3 if synthetic else 20),
+        samples=config.samples or (PHANTOM_SAMPLES if synthetic else None),
+        # Absolute, so that the run can be evaluated from anywhere.
+        data=os.path.abspath(config.data) if os.path.exists(config.data) and not synthetic
+        else config.data) for i in range(config.seeds) for model in models]
+
+
+def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | None:
     """The content of the last.pt that --resume or --reuse means; None if there is none.
 
-    UserError if the run cannot go on so. With --reuse alone it must be of the same length, too.
+    A setting that it does not have is its default. Data may lie in another place. UserError if the
+    run cannot go on so: with other settings, data or processes. With --reuse alone it must be of
+    the same length, too.
     """
     folder = run_folder(config)
     named = config.resume not in (None, "auto")
-    last = Path(config.resume) if named and config.resume.endswith(".pt") else folder / "last.pt"
+    last = folder / "last.pt"
     if not named and not last.exists():
         return None
-    state = load_checkpoint(last, config.model)
-    if "optimizer" not in state:
-        raise UserError(f"{last}: holds weights only; resume from the last.pt beside it")
-    length = () if config.resume else ("epochs", "patience", "min_delta")
-    changed = differences(state, config, fingerprint, length)
+    state = load_checkpoint(last)
+    before, now = dataclasses.asdict(Config(**state["config"])), dataclasses.asdict(config)
+    same = same_data(state["data_fingerprint"], source.fingerprint()) and (
+        source.version == state["data_version"] or "" in (source.version, state["data_version"]))
+    may_change = set(CHANGEABLE) - set(() if config.resume else ("epochs", "patience", "min_delta"))
+    changed = [f"{flag(k)} was {before[k]!r}, is {now[k]!r}" for k in now
+               if before[k] != now[k] and k not in may_change and (k != "data" or not same)]
+    if not same and before["data"] == config.data:
+        changed = [f"the images in {config.data} have changed since"]
+    if state["world"] != world:
+        changed.append(f"torchrun --nproc_per_node was {state['world']}, is {world}")
     if changed:
         raise UserError(f"{last}: cannot be resumed: {'; '.join(changed)}. Go on as before, or "
                         "start anew without --resume")
-    if state["world"] != world:
-        raise UserError(f"{last}: of a run with {state['world']} processes, and not {world}; go "
-                        f"on with torchrun --nproc_per_node={state['world']}")
-    if state["epoch"]:
-        try:
-            load_checkpoint(folder / "best.pt", config.model)
-        except UserError as error:
-            raise UserError(f"{error}. The weights of the best epoch are lost. Start over without "
-                            "--resume: the old run is moved aside, not overwritten") from None
+    if state["epoch"]:  # there must be weights of the best epoch to go on from
+        load_checkpoint(folder / "best.pt")
     return state
 
 
 def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
     """Train one model from start, or from a checkpoint, to calibrated best weights."""
-    folder, fingerprint = run_folder(config), loaders.source.fingerprint()
-    saved = None
+    folder, source, stream = run_folder(config), loaders.source, loaders.train
+    saved, settings = None, dataclasses.asdict(config) | {"resume": None, "reuse": False}
     if config.resume or config.reuse:
         try:
-            saved = checkpoint_to_resume(config, fingerprint, setup.world)
+            saved = checkpoint_to_resume(config, source, setup.world)
         except UserError as error:
             if config.resume:
                 raise
             log.warning(f"reuse     {error}: not reused")
-
-    precision, why = choose_precision(config.precision, setup.device)
-    if saved and config.precision == "auto" and saved["device"] == setup.device.type:
-        if saved["precision"] == "bf16" != precision:
-            why += "; bf16, as before, would be imitated, very slowly"
-        else:
-            precision, why = saved["precision"], "as before"
-    setup = dataclasses.replace(setup, precision=precision)
     state = new_state(config, setup)
-    stream = loaders.train
-    stream.seed = config.seed  # the loaders may have been another seed's
-    stream.set_epoch(0)
     if saved:
         state.load_state_dict(saved)
-        stream.set_epoch(state.epoch)
-        if state.batch:
-            stream.load_state_dict(saved["stream"] | {"next_batch": state.batch})
         if saved["device"] == setup.device.type and (
                 config.micro_batch == saved["config"]["micro_batch"]):
             state.micro_batch = saved["micro_batch"]  # it may have been halved
+    stream.seed = config.seed  # the loaders may have been another seed's
+    stream.set_epoch(state.epoch, state.batch)
 
-    with contextlib.ExitStack() as inside:
-        setup.barrier()  # everyone has looked at the folder; then one process changes it
+    setup.barrier()  # everyone has looked at the folder; then one process changes it
+    with contextlib.nullcontext() if setup.rank else open_run(folder, saved is not None):
         if setup.rank == 0:
-            inside.enter_context(open_run(folder, saved is not None))
             write_splits(loaders.splits, folder / "split.csv")
-            write_text(folder / "config.json", json.dumps(settings_of(config), indent=2) + "\n")
+            write_file(folder / "config.json", json.dumps(settings, indent=2) + "\n")
         setup.barrier()
-        settings = [f"{k} {v}" for k, v in dataclasses.asdict(config).items()
-                    if k == "model" or v != getattr(Config, k)]
-        log.info(f"settings  {', '.join(settings)}; all others have their defaults")
-        log.info(f"device    {setup.device} ({choose_device(config.device)[1]}), {precision} "
-                 f"({why})" + (f", {setup.world} processes" if setup.world > 1 else ""))
-        log.info(describe(loaders.source, loaders.splits))
+        told = [f"{k} {v}" for k, v in settings.items() if k == "model" or v != getattr(Config, k)]
+        log.info(f"settings  {', '.join(told)}; all others have their defaults")
+        log.info(f"device    {setup.device} ({choose_device(config.device)[1]}), {setup.precision} "
+                 f"({choose_precision(config.precision, setup.device)[1]})"
+                 + (f", {setup.world} processes" if setup.world > 1 else ""))
+        log.info(describe(source, loaders.splits))
         log.info(describe_memory(loaders))
-        parameters = sum(p.numel() for p in state.model.parameters())
-        log.info(f"model     {config.model}, {parameters:,} parameters")
+        size = sum(p.numel() for p in state.model.parameters())
+        log.info(f"model     {config.model}, {size:,} parameters")
         if saved:
             done = state.epoch >= config.epochs or state.bad_epochs >= config.patience
             log.info(f"resume    {folder}, after epoch {state.epoch}, step {state.step}" + (
                 ": nothing is left to train" if done else ""))
-            if config.epochs != state.schedule_epochs:
-                log.info(f"          the learning rate falls over {state.schedule_epochs} epochs, "
-                         "as asked for at first, and then stays")
             if config.data != (before := saved["config"]["data"]):
                 log.info(f"          its images were in {before}: the names of these are the same")
         elif config.resume:
             log.info(f"resume    no checkpoint in {folder} yet: starting afresh")
-        common = {"format": FORMAT, "config": settings_of(config), "data_fingerprint": fingerprint,
-                  "precision": precision, "device": setup.device.type, "world": setup.world,
-                  "versions": {"python": platform.python_version(),
-                               "torch": str(torch.__version__)}}
+        common = {"format": FORMAT, "config": settings,
+                  "data_fingerprint": source.fingerprint(), "data_version": source.version,
+                  "precision": setup.precision, "device": setup.device.type, "world": setup.world,
+                  "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
         del saved
-        train_epochs(state, config, loaders, setup, common)
+        train_epochs(state, loaders, common)
         if setup.rank == 0:
-            finish_run(state, config, loaders, setup, common)
+            finish_run(state, loaders, common)
     return folder
 
 
-def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: Setup,
-                 common: dict[str, object]) -> None:
+def train_epochs(state: TrainingState, loaders: Loaders, common: dict[str, object]) -> None:
     """The loop: train an epoch, validate, keep the best, save, log, perhaps stop.
 
     common: what every checkpoint holds besides weights.
     """
-    folder, stream = run_folder(config), loaders.train
-    first = setup.rank == 0  # of the processes: the one that writes
-    objective: Any = Objective(state.model)
-    if setup.world > 1:
-        # find_unused_parameters: there are none, but without it gradients are grouped anew after
-        # the first step, of a resumed run too, and so added up in another order.
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True,
-                                            find_unused_parameters=True)
-    if config.compile:
-        objective = torch.compile(objective)
-    wandb = start_wandb(config, state, folder) if config.wandb and first else None
+    config, setup, stream = state.config, state.setup, loaders.train
+    folder, first = run_folder(config), setup.rank == 0  # of the processes: the one that writes
+    wandb = try_wandb(start_wandb, state) if config.wandb and first else None
     total_steps = max(1, state.schedule_epochs * len(stream))
-    saved, saved_at = (-1, -1), time.monotonic()
+    saved_at = time.monotonic()
 
     def save_last() -> None:
-        nonlocal saved_at, saved
-        if saved != (state.epoch, state.batch):
-            saved, saved_at = (state.epoch, state.batch), time.monotonic()
-            if first:
-                save_checkpoint(common | state.state_dict() | {"stream": stream.state_dict()},
-                                folder / "last.pt")
+        nonlocal saved_at
+        saved_at = time.monotonic()
+        if first:
+            write_file(folder / "last.pt", common | state.state_dict())
 
     with Signals(setup) as signals:
         try:
@@ -979,19 +853,15 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
                 began, before = time.monotonic(), state.seconds
                 state.model.train()
                 with progress(len(stream) * stream.batch_size, name, state.images, first) as bar:
-                    for images in timed(stream, state, signals):
+                    signals.waiting = time.monotonic()
+                    for images, _ in stream:
+                        state.waited += time.monotonic() - signals.waiting
+                        signals.waiting = 0.0
                         lr = learning_rate_at(state.step, total_steps, config)
                         for group in state.optimizer.param_groups:
                             group["lr"] = lr
-                        loss, count = train_step(state, objective, images, config,
-                                                 stream.batch_size, setup)
-                        if math.isfinite(loss):
-                            state.bad_steps = 0
-                            state.loss_sum += loss * count
-                            state.images += count
-                        else:
-                            after_bad_loss(state, loss)
-                        state.step += 1
+                        loss, count = train_step(state, images, stream.batch_size)
+                        state.count(loss, count)
                         state.batch = stream.next_batch  # wholly unreadable ones are passed over
                         state.seconds = before + time.monotonic() - began
                         bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -999,50 +869,52 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
                         if time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
                             save_last()
                         signals.check()
+                        signals.waiting = time.monotonic()
+                signals.waiting = 0.0
                 if setup.world > 1:  # everyone gets the first one's running statistics
                     for buffer in state.model.buffers():
                         dist.broadcast(buffer, 0)
                 training_seconds = max(before + time.monotonic() - began, 1e-9)
-                val_loss = validate(state.model, loaders.val, config, setup, state.micro_batch,
-                                    signals)
+                val_loss = validate(state, loaders.val, signals)
                 if not state.images:
-                    raise UserError("no training image could be read" if not state.skipped else
-                                    f"no step of epoch {state.epoch + 1} had a finite loss; start "
+                    raise UserError(f"no step of epoch {state.epoch + 1} had a finite loss; start "
                                     "over with a smaller --learning-rate")
                 if not math.isfinite(val_loss):
                     raise UserError(f"the validation loss is {val_loss} after epoch "
                                     f"{state.epoch + 1}; try a smaller --learning-rate")
-                row = dict(zip(LOG_COLUMNS, (
-                    state.epoch + 1, state.step, state.loss_sum / state.images, val_loss,
-                    learning_rate_at(state.step - 1, total_steps, config), state.skipped,
-                    state.images / training_seconds, state.waited / training_seconds,
-                    before + time.monotonic() - began, process_memory() / 2**20,
-                    torch.cuda.max_memory_allocated(setup.device) / 2**20
-                    if setup.device.type == "cuda" else 0), strict=True))
+                row = {"epoch": state.epoch + 1, "step": state.step,
+                       "train_loss": state.loss_sum / state.images, "val_loss": val_loss,
+                       "learning_rate": learning_rate_at(state.step - 1, total_steps, config),
+                       "skipped_steps": state.skipped,
+                       "images_per_second": state.images / training_seconds,
+                       "data_wait": state.waited / training_seconds,
+                       "seconds": before + time.monotonic() - began,
+                       "process_mb": process_memory() / 2**20,
+                       "device_mb": torch.cuda.max_memory_allocated(setup.device) / 2**20
+                       if setup.device.type == "cuda" else 0}
 
                 # Saving comes before telling. The best weights first: last.pt says they are there.
                 better = val_loss < state.best_loss - config.min_delta
                 if better and first:
-                    save_checkpoint(common | {
+                    write_file(folder / "best.pt", common | {
                         "model": state.model.state_dict(), "epoch": state.epoch + 1,
-                        "val_loss": val_loss, "scorer": None}, folder / "best.pt")
+                        "val_loss": val_loss, "scorer": None})
                 state.log.append(row)
                 state.bad_epochs = 0 if better else state.bad_epochs + 1
                 state.best_loss = val_loss if better else state.best_loss
                 state.begin_epoch(state.epoch + 1)
                 stream.set_epoch(state.epoch)
                 save_last()
-                if first:
-                    try:
-                        write_log(state.log, folder / "log.csv")
-                    except UserError as error:  # open in a spreadsheet?
-                        log.warning(f"{folder}/log.csv was not written, training goes on: last.pt "
-                                    f"has its rows, too ({error})")
+                try:
+                    write_log(state.log, folder / "log.csv") if first else None
+                except UserError as error:  # open in a spreadsheet?
+                    log.warning(f"training goes on: last.pt has the rows, too ({error})")
                 log.info(f"  epoch {state.epoch}/{config.epochs}  train loss "
                          f"{row['train_loss']:.4f}  validation loss {val_loss:.4f}"
                          f"{' (best)' if better else ''}  {row['images_per_second']:.1f} images/s  "
                          f"{row['seconds']:.0f} s")
-                wandb = send(wandb, row)
+                if wandb:
+                    try_wandb(wandb.log, row, step=state.epoch)
                 signals.check()
         except GracefulExit:
             save_last()
@@ -1053,17 +925,17 @@ def train_epochs(state: TrainingState, config: Config, loaders: Loaders, setup: 
                 if all(p.isfinite().all() for p in state.model.parameters()):
                     save_last()
             raise
-    send(wandb, {})
+    if wandb:
+        try_wandb(wandb.finish)
 
 
-def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Setup,
-               common: dict[str, object]) -> None:
+def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]) -> None:
     """Calibrate the scorers on the best weights, store them with these, and say where all is."""
-    folder = run_folder(config)
+    config, setup, folder = state.config, state.setup, run_folder(state.config)
     if state.bad_epochs >= config.patience:
         log.info(f"stopped early: no better validation loss for {config.patience} epochs; to go on "
                  "all the same: --resume with a larger --patience")
-    best = load_checkpoint(folder / "best.pt", config.model)
+    best = load_checkpoint(folder / "best.pt")
     state.model.load_state_dict(best["model"])
     if not best["scorer"]:
         scorer = calibrate(state.model, loaders, config, setup)
@@ -1071,9 +943,9 @@ def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Se
         # What its own reader finds in what an untrained network makes of images, as a baseline.
         untrained = calibrate(untrained_model(config, setup).eval(), loaders, config, setup,
                               (DEFAULT_SCORER,))
-        save_checkpoint(dict(best) | {
+        write_file(folder / "best.pt", best | {
             "config": common["config"], "scorer": scorer.state_dict(),
-            "untrained": untrained.state_dict()}, folder / "best.pt")
+            "untrained": untrained.state_dict()})
     write_log(state.log, folder / "log.csv")  # also where nothing was left to train
     draw_curves(state.log, folder / "curves.png", folder.name)
     log.info(f"memory    images took {loaders.train.memory.peak_bytes / 1e6:,.1f} MB at the most")
@@ -1088,45 +960,29 @@ def finish_run(state: TrainingState, config: Config, loaders: Loaders, setup: Se
     log.info(f"next      {command('evaluate.py')} {shlex.quote(str(folder))}\n")
 
 
-def start_wandb(config: Config, state: TrainingState, folder: Path) -> Any:
-    """A run at Weights & Biases, the one before if this run goes on; None if it cannot be had."""
-    for name, value in (("SILENT", "true"), ("INIT_TIMEOUT", "30"), ("FINISH_TIMEOUT", "120")):
+def start_wandb(state: TrainingState) -> Any:
+    """A run at Weights & Biases: the one before, if this run goes on."""
+    import wandb
+
+    for name, value in (("SILENT", "true"), ("INIT_TIMEOUT", "30"), ("FINISH_TIMEOUT", "120"),
+                        ("PROJECT", "imgae-dx"), ("MODE", "online")):
         os.environ.setdefault(f"WANDB_{name}", value)
+    # Without a key it would ask for one, and wait.
+    if os.environ["WANDB_MODE"] == "online" and not wandb.login(timeout=1):
+        raise UserError("no key: set WANDB_API_KEY, run wandb login, or set WANDB_MODE=offline")
+    folder = run_folder(state.config)
+    there = wandb.init(name=folder.name, id=state.wandb_id, resume="allow", dir=str(folder),
+                       config=dataclasses.asdict(state.config))
+    state.wandb_id = there.id
+    return there
+
+
+def try_wandb(action: Callable, *arguments: Any, **more: Any) -> Any:
+    """Do something at Weights & Biases; None and a warning if it fails: training matters more."""
     try:
-        import wandb
-
-        if os.environ.get("WANDB_MODE", "online") == "online":
-            try:  # without a key it would ask for one, and wait
-                known = wandb.login(prompt=False)
-            except TypeError:  # older versions of wandb
-                known = bool(wandb.api.api_key)
-            if not known:
-                raise UserError("no key: set WANDB_API_KEY, run wandb login, or set "
-                                "WANDB_MODE=offline")
-        there = wandb.init(project=config.wandb_project, name=folder.name, id=state.wandb_id,
-                           resume="allow", dir=str(folder), config=dataclasses.asdict(config))
-        state.wandb_id = there.id
-        return there
-    except Exception as error:  # whatever it is, training matters more
-        reason = "not installed: pip install wandb" if isinstance(error, ImportError) else (
-            reason_of(error))
-        log.warning(f"wandb     cannot be used ({reason}): going on without it")
-    return None
-
-
-def send(wandb_run: Any, row: dict[str, float]) -> Any:
-    """Forward a row of log.csv to Weights & Biases; an empty one ends it. None if that fails."""
-    try:
-        if wandb_run:
-            wandb_run.log(row, step=row["epoch"]) if row else wandb_run.finish()
-        return wandb_run
+        return action(*arguments, **more)
     except Exception as error:
-        log.warning(f"wandb     cannot be reached ({reason_of(error)}): going on without it")
-    return None
-
-
-# ----------------------------------------------------------------------------------------------
-# Whether training would work
+        log.warning(f"wandb     cannot be used ({reason_of(error)}): going on without it")
 
 
 @on_screen()
@@ -1137,75 +993,51 @@ def check(config: Config) -> None:
     """
     if "WORLD_SIZE" in os.environ:
         raise UserError("--check: start it as one process, without torchrun")
-    config = complete(config)
-    setup = join_processes(config)
-    precision, why = choose_precision(config.precision, setup.device)
-    setup = dataclasses.replace(setup, precision=precision)
-    log.info(f"device    {setup.device}, {precision} ({why}); torch {torch.__version__}")
-    loaders = create_dataloaders(config)
+    setup, configs = join_processes(config), one_by_one(config)
+    log.info(f"device    {setup.device}, {setup.precision}; torch {torch.__version__}")
+    loaders = create_dataloaders(configs[0])
     log.info(describe(loaders.source, loaders.splits))
-
-    began, count = time.monotonic(), 0
-    with contextlib.closing(iter(loaders.train)) as batches:
-        for images, _ in itertools.islice(batches, math.ceil(64 / config.batch_size)):
-            count += len(images)
-    reading = (time.monotonic() - began) / count  # seconds an image
+    began = time.monotonic()
+    with contextlib.closing(iter(loaders.train)) as stream:
+        batches = [x for x, _ in itertools.islice(stream, math.ceil(64 / config.batch_size))]
+    reading = (time.monotonic() - began) / sum(map(len, batches))  # seconds an image
     log.info(f"reading   {1 / reading:,.0f} images a second")
     for name, reason in loaders.train.bad.items():
         log.warning(f"careful   {name} cannot be read: {reason}")
-
-    seconds, need = 0.0, 0  # of training; bytes of checkpoints
-    for each in one_by_one(config):
+    seconds, need, images = 0.0, 0, batches[0]  # of training; bytes of checkpoints
+    for each in configs:
         if each.resume:
-            checkpoint_to_resume(each, loaders.source.fingerprint(), setup.world)
+            checkpoint_to_resume(each, loaders.source, setup.world)
         if each.seed != config.seed:  # it takes as long as the first seed
             continue
         state = new_state(each, setup)
         for state.step in range(3):
             if state.step <= 1:  # the first step is slower
                 began = time.monotonic()
-            train_step(state, Objective(state.model), images, each, len(images), setup)
+            train_step(state, images, len(images))
         took = (time.monotonic() - began) / (2 * len(images))
-        weights, moments = (
-            sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-            for tensors in (state.model.state_dict().values(), [
-                t for each in state.optimizer.state.values() for t in each.values()]))
+        weights = sum(t.nbytes for t in state.model.state_dict().values())
+        moments = sum(t.nbytes for m in state.optimizer.state.values() for t in m.values())
         need += config.seeds * (3 * weights + 2 * moments)  # last.pt twice, while it is written
-        seconds += config.seeds * config.epochs * (
+        seconds += config.seeds * each.epochs * (
             len(loaders.train.samples) * (took + reading)
             + len(loaders.val.samples) * (took / 3 + reading))
-        log.info(f"model     {each.model}, {sum(p.numel() for p in state.model.parameters()):,} "
-                 f"parameters; a step of {len(images)} images takes {took * len(images):.2f} s "
-                 f"({1 / took:,.1f} images/s); {process_memory() / 1e9:,.1f} GB of memory so far")
+        log.info(f"model     {each.model}; a step of {len(images)} images takes "
+                 f"{took * len(images):.2f} s ({1 / took:,.1f} images/s); "
+                 f"{process_memory() / 1e9:,.1f} GB of memory so far")
 
-    there = Path(config.output_dir).absolute()
-    while not there.exists():
-        there = there.parent
+    there = next(p for p in Path(config.output_dir, "x").absolute().parents if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--output-dir {config.output_dir}: {there} cannot be written")
     free = shutil.disk_usage(there).free
     text = f"checkpoints take {need / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free"
     if need > free:
         raise UserError(f"--output-dir {config.output_dir}: {text}; make room")
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    log.info(f"disk      {text}\ntime      at most about {f'{hours} h ' if hours else ''}{minutes} "
-             "min; less if early stopping ends it, or where images are cached")
+    log.info(f"disk      {text}\ntime      at most about {math.ceil(seconds / 60):,} min; less if "
+             "early stopping ends it, or where images are cached")
 
 
 def main() -> None:
     """Do what the command line asks for."""
     config = parse_config(description=__doc__)
-    check(config) if "--check" in command_line() else train(config)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    status = run_command(main, "train.py", "; what was saved goes on with --resume")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Not through the libraries' own exits: gloo's at times end a process by an abort, which
-        # torchrun takes for a failure of the whole run.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    check(config) if config.check else train(config)

@@ -184,12 +184,9 @@ def our_training(config: Config, large: int = train.LARGE_MATRIX) -> Answer:
     train.LARGE_MATRIX, setup = large, setup_of(config)
     state = train.new_state(config, setup)
     state.model.train()
-    objective = train.Objective(state.model)
-    if config.compile:
-        objective = torch.compile(objective)
 
     def step(images: Tensor) -> float:
-        loss, _ = train.train_step(state, objective, images, config, len(images), setup)
+        loss, _ = train.train_step(state, images, len(images))
         state.step += 1
         return loss
 

@@ -22,7 +22,7 @@ def test_where_training_would_work_it_says_how_long_and_leaves_nothing(
     told = capsys.readouterr().out
     assert [line.split()[0] for line in told.splitlines() if line[0] != " "] == [
         "device", "data", "reading", "model", "model", "disk", "time"]
-    assert "cpu, fp32 (as asked)" in told and "train        64         0" in told
+    assert "cpu, fp32; torch" in told and "train        64         0" in told
     assert len(re.findall(r"a step of 16 images takes [\d.]+ s \([\d,.]+ images/s\)", told)) == 2
     assert "at most about 1 min" in told and list(tmp_path.iterdir()) == []
 
@@ -103,7 +103,7 @@ def test_the_flag_ends_with_exit_code_2_and_what_failed(
     done = run_script("train.py", "--check", *flags, "--data", "no/such/folder")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("train.py: --data no/such/folder: there is nothing at")
-    assert parse_config(["--check"], environ={}) == Config()
+    assert parse_config(["--check"], environ={}) == Config(check=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         check(tiny(tmp_path))

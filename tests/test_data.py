@@ -5,11 +5,13 @@ import importlib.util
 import io
 import os
 import shutil
+import struct
 import sys
 import threading
 import warnings
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,9 +25,9 @@ from sklearn.metrics import roc_auc_score
 import data
 from config import Config, UserError
 from data import (
-    ABNORMAL, NORMAL, PHANTOM_KINDS, BadImage, FolderSource, ImageStream, PhantomSource, Sample,
-    Source, create_dataloaders, decode_image, describe, draw_phantom, epoch_order, read_splits,
-    recognise_layout, split_for_training, split_samples, write_splits)
+    ABNORMAL, NORMAL, PHANTOM_KINDS, BadImage, FolderSource, ImageStream, Memory, PhantomSource,
+    Sample, Source, create_dataloaders, decode_image, describe, draw_phantom, epoch_order,
+    read_splits, recognise_layout, split_for_training, split_samples, write_splits)
 from evaluate import TrivialScores
 
 # The phantom
@@ -160,15 +162,25 @@ def test_images_that_are_not_known_to_be_normal_are_not_guessed(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
-def test_links_and_names_that_cannot_be_written_down_do_no_harm(tmp_path: Path) -> None:
+def test_links_special_files_and_names_that_cannot_be_written_down_do_no_harm(
+        tmp_path: Path) -> None:
     write_images(tmp_path / "normal", 3)
     (tmp_path / "again").symlink_to(tmp_path)
     (tmp_path / "normal" / "linked").symlink_to(tmp_path / "normal")
     odd = os.fsencode(tmp_path / "normal") + b"/R\xf6ntgen.png"  # Latin-1
     shutil.copy(tmp_path / "normal/000.png", odd)
+    for name in ("normal/pipe.png", "table.csv"):  # whoever reads a pipe waits for ever
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "normal/zero.png").symlink_to("/dev/zero")
+    (tmp_path / "normal/gone.png").symlink_to("nowhere")  # found unreadable when it is read
     source = FolderSource(str(tmp_path))
-    assert len(source.samples) == 3 and len(source.fingerprint()) == 16
+    assert len(source.samples) == 4 and len(source.fingerprint().split("-")) == 2
     assert source.left_out == {"with a name that is not UTF-8": 1}
+    with pytest.raises(UserError, match="neither a folder nor a CSV file"):
+        FolderSource(str(tmp_path / "table.csv"))
+    (tmp_path / "list.csv").write_text("path,label\nnormal/zero.png,0\n")
+    with pytest.raises(UserError, match=r"the first is normal/zero\.png"):
+        FolderSource(str(tmp_path / "list.csv"))
 
 
 def test_runs_are_no_data(tmp_path: Path) -> None:
@@ -442,10 +454,10 @@ def test_an_image_or_mask_of_absurd_size_is_refused_before_it_is_decoded(tmp_pat
         source.mask(source.samples[0], 32)
 
 
-def dicom(photometric: str, **tags: object) -> bytes:
+def dicom(photometric: str, syntax: str = "ExplicitVRLittleEndian", **tags: object) -> bytes:
     pydicom = pytest.importorskip("pydicom")
     meta = pydicom.dataset.FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
     meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
     meta.MediaStorageSOPInstanceUID = "1.2.3"
     ds = pydicom.dataset.FileDataset("x", {}, file_meta=meta, preamble=b"\0" * 128)
@@ -468,6 +480,42 @@ def test_dicom_is_scaled_inverted_and_windowed() -> None:
     low, high = (RAMP * 16.0 - 500 < 740), (RAMP * 16.0 - 500 > 1260)
     assert (windowed[low] == 0).all() and (windowed[high] == 255).all()
     assert 0 < windowed[~low & ~high].mean() < 255
+
+
+def tiled(side: int) -> bytes:
+    """A TIFF file of 64x64 pixels that lie in one tile of side x side."""
+    tile = zlib.compress(bytes(side * side))
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 134,
+            325: len(tile)}
+    return b"II*\0\x08\0\0\0\x0a\0" + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4) + tile
+
+
+def icon() -> bytes:
+    """An icon that says 16x16, and holds 4000x4000 pixels."""
+    png = encoded(Image.new("L", (4000, 4000)))
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda: dicom("MONOCHROME2", "DeflatedExplicitVRLittleEndian", PixelData=bytes(9_000_000)),
+     "needs 27.0 MB at once"),
+    (lambda: dicom("MONOCHROME2", PixelData=bytes(9_000_000)), r"needs 10\d.0 MB at once"),
+    (lambda: tiled(4096), "needs 33.6 MB at once"), (icon, "no image of a known format"),
+    (lambda: encoded(Image.new("RGB", (2000, 2000)), "WEBP"), "needs 80.0 MB at once")])
+def test_what_a_file_is_inflated_to_counts_and_not_what_it_says(
+        make: object, says: str, tmp_path: Path) -> None:
+    memory = Memory(40 << 20)  # of which a quarter is for decoding
+    with pytest.raises(BadImage, match=says):
+        decode_image(make(), 64, partial(memory.hold, "pixels"))
+    assert memory.peak_bytes == 0
+    memory = Memory(4 << 20)
+    hold = partial(memory.hold, "pixels")
+    deflated = dicom("MONOCHROME2", "DeflatedExplicitVRLittleEndian")
+    for content in (deflated, tiled(128)):
+        decode_image(content, 64, hold)
+    assert np.array_equal(decode_image(deflated, 64), decode_image(dicom("MONOCHROME2"), 64))
+    assert memory.peak_bytes < memory.limit / 4
 
 
 def test_dicom_that_cannot_be_decoded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ import models
 from config import Config, UserError, parse_config
 from data import FolderSource, Sample, decode_image, draw_phantom, read_splits
 from models import SCORERS, Setup
-from train import load_checkpoint, save_checkpoint, train
+from train import load_checkpoint, train, write_file
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,8 @@ def test_a_threshold_that_does_not_hold_is_warned_of_where_that_is_no_chance(
     run.scorer.normal_scores = {"mse": torch.full((validation,), threshold, dtype=torch.float64)}
     scores = np.append(np.where(np.arange(of_normals) % 5, 0.4, 0.8), [0.9, 0.9])
     t = scored([0] * of_normals + [1, 1], scores, run)
-    t.metrics = ev.measure(t, "mse", np.ones((2, len(scores))))
+    t.metrics = ev.measure(t, "mse", np.ones((2, len(scores)))) | {
+        "data_fingerprint": run.fingerprint}
     found = ev.cautions([t])
     assert len(found) == bool(says) and (not says or says in found[0])
     if of_normals == 100 and says:  # Brown, Cai and DasGupta 2001, and any textbook
@@ -583,6 +584,18 @@ def test_prediction_gives_score_percentile_verdict_and_maps(
         assert (runs[0] / folder / image.name.replace(".", "_heatmap.")).exists()
 
 
+def test_what_could_not_be_written_or_held_is_refused_before_scoring(
+        runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "huge.png", "wb") as f:
+        f.truncate(1 << 30)  # takes no room on the disk; an eighth of 4 GB may be read
+    with pytest.raises(UserError, match=r"huge.png: cannot be read .*needs 1,073\.7 MB at once"):
+        ev.predict(runs[0], tmp_path / "huge.png", tmp_path / "out")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(ev, "score_samples", mock.Mock(side_effect=AssertionError))
+    with pytest.raises(UserError, match=rf"^{runs[0]}: results cannot be written there$"):
+        ev.evaluate(runs[0])
+
+
 def test_arrays_give_reconstructions_maps_and_scores(runs: list[Path]) -> None:
     run = ev.load_run(runs[0])
     images = np.stack([draw_phantom(i, 32)[0] for i in range(70)])[:, None]
@@ -729,7 +742,7 @@ def test_what_only_tells_of_training_may_be_damaged(
 def test_an_unfinished_run_is_not_evaluated(runs: list[Path], tmp_path: Path) -> None:
     state, folder = load_checkpoint(runs[0] / "best.pt"), tmp_path / "first"
     folder.mkdir()
-    save_checkpoint(state | {"scorer": None}, folder / "best.pt")
+    write_file(folder / "best.pt", state | {"scorer": None})
     with pytest.raises(UserError, match=r"training has not finished.*--resume"):
         ev.evaluate(folder)
     with pytest.raises(UserError, match=f"not a run folder itself; in it are {folder}$"):
@@ -743,8 +756,8 @@ def test_a_run_that_is_still_trained_is_left_out_of_its_folder_and_named(
         (tmp_path / name).mkdir()
         shutil.copy(runs[0] / "config.json", tmp_path / name)
         if has_best:
-            save_checkpoint(load_checkpoint(runs[0] / "best.pt") | {"scorer": None},
-                            tmp_path / name / "best.pt")
+            write_file(tmp_path / name / "best.pt",
+                       load_checkpoint(runs[0] / "best.pt") | {"scorer": None})
     assert len(ev.evaluate(tmp_path, samples=20)) == 1
     said = capsys.readouterr().out
     assert all(f"careful   left out: {tmp_path / name}: " in said

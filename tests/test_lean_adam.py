@@ -13,7 +13,7 @@ import train as train_module
 from config import Config
 from models import Linear, Setup
 from train import (
-    LeanAdam, Objective, is_large, load_checkpoint, make_optimizer, new_state, train, train_step)
+    LeanAdam, is_large, load_checkpoint, make_optimizer, new_state, train, train_step)
 
 CPU = Setup(torch.device("cpu"))
 SMALL = Config(model="reversed_ae", width=4, image_size=32, latent_dim=16, epochs=1)
@@ -84,7 +84,7 @@ def test_factors_of_a_gradient_give_the_step_of_the_gradient(micro: int) -> None
         for parameter in large if not factored else []:
             del parameter.factors
         for state.step in range(3):
-            train_step(state, Objective(state.model), images, config, 8, CPU)
+            train_step(state, images, 8)
         assert all((p.grad is None) for p in large)
         weights.append([p.detach().clone() for p in large])
     for a, b in zip(*weights, strict=True):  # bf16 moments may be rounded another way
@@ -99,9 +99,9 @@ def test_it_learns_as_well_as_adam() -> None:
         config = dataclasses.replace(SMALL, optimizer=optimizer, objective="plain", augment=False)
         state = new_state(config, CPU)
         assert isinstance(state.optimizer, LeanAdam) == (optimizer == "lean_adam")
-        objective, result = Objective(state.model), []
+        result = []
         for state.step in range(150):
-            result.append(train_step(state, objective, images, config, 8, CPU)[0])
+            result.append(train_step(state, images, 8)[0])
         return result
 
     lean, plain = losses("lean_adam"), losses("adam")

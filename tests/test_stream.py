@@ -1,6 +1,5 @@
 """The stream: its bound on memory, its order, going on in the middle, ranks."""
 
-import json
 import os
 import random
 import re
@@ -162,9 +161,9 @@ def test_going_on_in_mid_epoch_keeps_the_order_and_fetches_nothing_skipped(kaggl
     with closing(iter(first)) as batches:
         for _ in range(20):
             next(batches)
-        state = json.loads(json.dumps(first.state_dict()))  # plain values
+        batch = first.next_batch
     kaggle.ranges.clear()
-    (second := fresh()).load_state_dict(state)
+    (second := fresh()).set_epoch(2, batch)
     rest = [(p.tolist(), x) for x, p in second]
     assert [p for p, _ in rest] == [p for p, _ in wanted[20:]]
     assert all(torch.equal(x, y) for (_, x), (_, y) in zip(rest, wanted[20:], strict=True))
@@ -172,10 +171,6 @@ def test_going_on_in_mid_epoch_keeps_the_order_and_fetches_nothing_skipped(kaggl
     inside = {nih.names[i] for start, end in kaggle.ranges
               for i in range(-(-start // nih.record), end // nih.record)}
     assert len(inside) == 8 * len(rest) and not skipped & inside
-    for change in ({"seed": 8}, {"version": '"v2"'}, {"world": 2}, {"batch_size": 4}):
-        with pytest.raises(UserError, match=next(iter(change))):
-            fresh().load_state_dict(state | change)
-    fresh().load_state_dict(state | {"version": ""})  # the same data in a folder has none
 
 
 @pytest.mark.parametrize("seed", [None, 4])

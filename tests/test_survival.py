@@ -3,15 +3,19 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import os
+import pty
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -19,12 +23,13 @@ import pytest
 import torch
 from conftest import tiny, write_image
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
+from PIL import Image, ImageOps
 from test_kaggle import SPEC, png, server_environment
 from test_train import assert_same_run, at_call, counted, log_of, same_state
 
 import train as train_module
 from config import Config, UserError
-from data import create_dataloaders
+from data import Source, create_dataloaders
 from evaluate import evaluate, load_run
 from models import Setup, choose_precision
 from train import Signals, load_checkpoint, open_run, train
@@ -34,15 +39,17 @@ PROGRAM = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'te
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
+def flags_of(config: Config) -> list[str]:
+    return [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
+            if k == "data" or v != getattr(Config, k)]
+
+
 def start(config: Config, *more: str, launcher: tuple[str, ...] = (), limit: int | None = None,
           script: str = "train.py", **environ: str) -> subprocess.Popen:
     """A real training program. limit: bytes that a file of its may have."""
-    default = Config()
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
-             if k == "data" or v != getattr(default, k)]
     restrict = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.Popen(
-        [sys.executable, *launcher, script, *flags, *more], cwd=ROOT, text=True,
+        [sys.executable, *launcher, script, *flags_of(config), *more], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=restrict if limit else None,
         env=os.environ | PROGRAM | environ)
 
@@ -78,7 +85,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("number", "code"), [
     pytest.param(signal.SIGTERM, 143, marks=pytest.mark.drill), (signal.SIGINT, 130),
-    (signal.SIGHUP, 129)])
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.drill)])
 def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     tmp_path: Path, straight: Path, number: int, code: int
 ) -> None:
@@ -94,6 +101,45 @@ def test_a_signal_ends_after_the_step_says_how_to_go_on_and_loses_nothing(
     assert 4 <= state["step"] < 32 and state["step"] == 4 * state["epoch"] + state["batch"]
     resumed, = train(dataclasses.replace(config, resume="auto"))
     assert_same_run(resumed, straight)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed_loses_nothing(
+    tmp_path: Path, straight: Path, nohup: bool
+) -> None:
+    config = tiny(tmp_path, epochs=8)
+    child, terminal = pty.fork()
+    if not child:  # in a session of its own, which the terminal controls
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "train.py", *flags_of(config)],
+                  os.environ | PROGRAM)
+    shown = b""
+    while b"epoch 1/8" not in shown:
+        shown += os.read(terminal, 1000)
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (0 if nohup else 129)
+    if not nohup:
+        assert 4 <= load_checkpoint(tmp_path / "unet/last.pt")["step"] < 32
+        train(dataclasses.replace(config, resume="auto"))
+    assert_same_run(tmp_path / "unet", straight)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("into", ["| head -2", "> /dev/full 2>&1"])
+def test_a_reader_that_has_gone_or_a_full_log_disk_changes_nothing(
+    tmp_path: Path, straight: Path, into: str
+) -> None:
+    words = [sys.executable, "train.py", *flags_of(tiny(tmp_path, epochs=8))]
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{shlex.join(words)} {into}"],
+                          cwd=ROOT, capture_output=True, text=True, env=os.environ | PROGRAM)
+    assert done.returncode == 0 and "Error" not in done.stderr
+    assert len(done.stdout.splitlines()) == (2 if "head" in into else 0)
+    assert "epoch 8/8" in (tmp_path / "unet/run.log").read_text()
+    assert_same_run(tmp_path / "unet", straight)
 
 
 def test_a_signal_while_waiting_for_data_does_not_wait_for_it(
@@ -173,9 +219,14 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
 # Damage, full disks
 
 
-DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"",
-          "flipped": lambda b: b[:-len(b) // 2] + bytes([b[-len(b) // 2] ^ 1]) +
-          b[-len(b) // 2 + 1 :]}
+def flipped(checkpoint: bytes) -> bytes:
+    """The same with one bit of its largest tensor flipped (between tensors there is padding)."""
+    with zipfile.ZipFile(io.BytesIO(checkpoint)) as file:
+        at = checkpoint.index(file.read(max(file.infolist(), key=lambda member: member.file_size)))
+    return checkpoint[:at] + bytes([checkpoint[at] ^ 1]) + checkpoint[at + 1 :]
+
+
+DAMAGE = {"cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"", "flipped": flipped}
 
 
 @pytest.mark.parametrize(("name", "kind"), [
@@ -299,7 +350,7 @@ def test_out_of_memory_with_a_single_image_says_what_would_take_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = out_of_memory(monkeypatch, lambda *_: True, MemoryError())
-    with pytest.raises(UserError, match=r"a single image; try a smaller --width or --image-size"):
+    with pytest.raises(UserError, match=r"--micro-batch 1; .*smaller --width or --image-size"):
         train(tiny(tmp_path, batch_size=4))
     assert calls == [4, 2, 1]
 
@@ -347,12 +398,11 @@ def test_calibration_depends_on_neither_batch_nor_parts(tmp_path: Path) -> None:
 GRADIENTS = """
 import os, sys
 import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 import models, train
 from config import Config
 torch.set_num_threads(1)
 models.SKIP_FREE_SHARE = 1.0  # a quarter of each slice would be other images than of the whole
-setup = train.join_processes(Config(device="cpu"))
+setup = train.join_processes(Config(device="cpu", precision="fp32"))
 images = torch.randint(256, (7, 1, 32, 32), dtype=torch.uint8,
                        generator=torch.Generator().manual_seed(0))
 results = {}
@@ -362,11 +412,8 @@ for model, micro in (("unet", 7), ("reversed_ae", 2)):
     state = train.new_state(config, setup)
     state.model.eval()  # BatchNorm by its running statistics: the same for every slice
     state.micro_batch = micro
-    objective = train.Objective(state.model)
-    if setup.world > 1:
-        objective = DistributedDataParallel(objective)
     mine = images.tensor_split(setup.world)[setup.rank]
-    loss, _ = train.train_step(state, objective, mine, config, 7, setup)
+    loss, _ = train.train_step(state, mine, 7)
     results[model] = {"loss": loss, "grads": [p.grad for p in state.model.parameters()],
                       "weights": [p.detach() for p in state.model.parameters()]}
 if setup.rank == 0:
@@ -445,7 +492,7 @@ def test_three_processes_stopped_in_validation_end_as_if_they_had_not_been(tmp_p
         start(config, launcher=three, script=str(script)), None)
     state = load_checkpoint(tmp_path / "part/unet/last.pt")
     assert (state["epoch"], state["batch"], state["step"]) == (1, 4, 8)
-    assert "go on with torchrun --nproc_per_node=3" in ended(start(config, "--resume"), 2)
+    assert "torchrun --nproc_per_node was 3, is 1" in ended(start(config, "--resume"), 2)
     ended(start(config, "--resume", launcher=three))
     assert_same_run(tmp_path / "part/unet", tmp_path / "whole/unet")
 
@@ -515,15 +562,49 @@ def test_a_run_goes_on_where_its_data_has_another_place_and_no_other_content(
         train(dataclasses.replace(moved, resume="auto", epochs=3))
 
 
-def test_bf16_is_not_kept_where_it_would_be_imitated(
+@pytest.mark.parametrize("same_size", [True, False])
+def test_pixels_that_change_under_their_names_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture, same_size: bool
+) -> None:
+    films = tmp_path / "films"
+    for i in range(80):
+        write_image(films / ("normal" if i < 70 else "sick") / f"{i}.bmp", i)
+    config = tiny(tmp_path / "runs", data=str(films), samples=None, epochs=1)
+    folder, = train(config)
+    evaluate([folder])
+    assert "have changed since training" not in capsys.readouterr().out
+    for file in films.rglob("*.bmp"):
+        with Image.open(file) as image:
+            changed = ImageOps.invert(image).resize((40, 40 if same_size else 41))
+        changed.save(file)
+    with pytest.raises(UserError, match=f"resumed: the images in {films} have changed since. Go"):
+        train(dataclasses.replace(config, resume="auto", epochs=2))
+    evaluate([folder])
+    assert "Careful: the images, their names or labels have ch" in capsys.readouterr().out
+    assert len([*folder.glob("eval/films*")]) == 2  # nothing is overwritten
+    train(dataclasses.replace(config, reuse=True))
+    assert f"{films} have changed since" in capsys.readouterr().out
+    assert (tmp_path / "runs/unet.1/last.pt").exists()
+
+
+def test_a_data_set_of_another_version_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, = train(tiny(tmp_path, precision="bf16", epochs=1))
-    for epochs, found in ((2, ("bf16", "it can")), (3, ("fp32", "it cannot"))):
-        monkeypatch.setattr(train_module, "choose_precision", lambda *_, found=found: found)
-        train(tiny(tmp_path, precision="auto", resume="auto", epochs=epochs))
-        assert load_checkpoint(folder / "last.pt")["precision"] == found[0]
-    assert "fp32 (it cannot; bf16, as before, would be" in (folder / "run.log").read_text()
+    for epochs, version in enumerate(("", "1", "1", "2"), 1):  # Kaggle's are known, a folder's not
+        monkeypatch.setattr(Source, "version", version)
+        with pytest.raises(UserError, match="have changed since") if version == "2" else (
+                contextlib.nullcontext()):
+            train(tiny(tmp_path, resume="auto", epochs=epochs))
+    assert load_checkpoint(tmp_path / "unet/last.pt")["epoch"] == 3
+
+
+def test_a_run_goes_on_in_the_precision_that_the_machine_has_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for epochs, found in enumerate(("bf16", "fp32", "fp16"), 1):
+        monkeypatch.setattr(train_module, "choose_precision", lambda *_, found=found: (found, ""))
+        folder, = train(tiny(tmp_path, precision="auto", resume="auto", epochs=epochs))
+        assert load_checkpoint(folder / "last.pt")["precision"] == found
 
 
 @pytest.mark.parametrize(("batch_size", "says"), [
@@ -572,13 +653,13 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
 def test_wandb_gets_the_rows_of_the_csv_and_a_resumed_run_goes_on_there(
     tmp_path: Path, wandb: mock.MagicMock
 ) -> None:
-    train(tiny(tmp_path, wandb=True, wandb_project="films", epochs=1))
+    train(tiny(tmp_path, wandb=True, epochs=1))
     folder, = train(tiny(tmp_path, wandb=True, epochs=2, resume="auto"))
     run = wandb.init.return_value
     rows = [call.args[0] for call in run.log.call_args_list]
     assert [{k: str(v) for k, v in row.items()} for row in rows] == log_of(folder)
-    begun = [(call.kwargs["id"], call.kwargs["project"]) for call in wandb.init.call_args_list]
-    assert begun == [(None, "films"), ("abc123", "imgae-dx")] and run.finish.call_count == 2
+    assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc123"]
+    assert run.finish.call_count == 2 and os.environ["WANDB_PROJECT"] == "imgae-dx"
     train(tiny(tmp_path / "off", epochs=1))
     assert wandb.init.call_count == 2  # never unasked
 
@@ -589,8 +670,8 @@ def test_wandb_never_stops_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     wandb: mock.MagicMock, broken: str
 ) -> None:
-    says = {"import": "not installed: pip install wandb",
-            "key": "no key: set WANDB_API_KEY"}.get(broken, "the network is dead")
+    says = {"import": "cannot be used (import of wandb", "key": "no key: set WANDB_API_KEY"}.get(
+        broken, "the network is dead")
     if broken == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
     elif broken == "key":
@@ -607,7 +688,7 @@ def test_wandb_never_stops_training(
 def test_a_checkpoint_is_written_after_every_epoch_and_as_often_as_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = counted(monkeypatch, train_module, "save_checkpoint", lambda _, path: path.name)
+    saved = counted(monkeypatch, train_module, "write_file", lambda path, _: path.name)
     train(tiny(tmp_path / "seldom", epochs=3))
     assert saved.count("last.pt") == 3
     saved.clear()
