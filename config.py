@@ -72,20 +72,24 @@ class Config:
     # What is trained
     model: str = setting("unet", "which autoencoder; both trains one after the other",
                          (*MODELS, "both"))
-    objective: str = setting("heal", "heal: undo noise, opacities and foreign patches; denoise: "
+    objective: str = setting("heal", "heal: undo noise and drawn lesions; denoise: "
                              "undo coarse noise; plain: reproduce the input", OBJECTIVES)
     image_size: int = setting(128, "side of the images in pixels, a multiple of 16", low=16,
                               high=1024)
     latent_dim: int = setting(512, "numbers in the latent", low=1)
     width: int = setting(64, "channels of the first level; smaller is faster and weaker", low=1)
     dropout: float = setting(0.0, "dropout while training", high=0.9)
-    reader_steps: int = setting(800, "steps in which each reader, which gives the scores, is "
+    reader_steps: int = setting(600, "steps in which each reader, which gives the scores, is "
                                 "trained after the model", low=1)
 
     # On what
     data: str = setting("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "
                         "kaggle:owner/name[/versions/N]")
+    normal: str = setting("", "words that mean normal in tables or folder names, parted by commas; "
+                          "all others then mean abnormal")
     samples: int | None = setting(None, "training images; default: all, 400 on the phantom", low=2)
+    grey_bits: int | None = setting(None, "bits in use of 16-bit images; default: found from them",
+                                    low=8, high=16)
     augment: bool = setting(True, "small random shifts, turns, scales, brightness and contrast")
     memory_limit_gb: float = setting(4.0, "most memory for images, those cached for later epochs "
                                      "included; what does not fit is read again", high=100_000)

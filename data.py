@@ -11,12 +11,14 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import posixpath
 import queue
 import random
 import re
@@ -28,11 +30,11 @@ import zlib
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import requests
@@ -48,7 +50,9 @@ from config import Config, UserError, command, log
 NORMAL, ABNORMAL = 0, 1
 SPLITS = ("train", "val", "test")
 MIN_NORMALS = 50  # fewer cannot teach a model what is normal
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".tif", ".tiff", ".dcm")
+MIN_VALIDATION = 20  # normals of a prescribed validation split; fewer hold no threshold of 95 %
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".gif",
+                  ".webp", ".dcm", ".dicom")
 # What Pillow may open. Others run programs, or hold images of other sizes than they say.
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "GIF", "WEBP")
 # A larger image is a mistake or an attack, never a radiograph. Pillow warns of the same ones.
@@ -81,9 +85,13 @@ class Source:
     title: str  # one line: what this is
     samples: list[Sample]
     left_out: Counter  # reason -> number of images or rows that were left out
-    masks: dict[str, str]  # image key -> name of its mask's file
+    masks: dict[str, list[str]]  # image key -> names of its masks' files
     boxes: dict[str, list[Box]]  # image key -> boxes drawn round its lesions
+    facts: dict[str, str] = {}  # noqa: RUF012 (never changed): what was found, and taken for what
+    careful: tuple[str, ...] | list[str] = ()  # what may spoil the results
     threads = os.cpu_count() or 1  # that read and decode at the same time
+    looked_at = 24  # images that are opened beforehand
+    _bits: int | None = None  # what grey_bits has found
     version = ""  # tells a set from a later one of the same name, where the source knows
 
     def read_file(self, name: str) -> bytes:
@@ -97,7 +105,13 @@ class Source:
     def read_text(self, name: str) -> str:
         """Read a CSV or a list. UserError if it cannot be had."""
         try:
-            return self.read_file(name).decode("utf-8-sig", errors="replace")
+            data = self.read_file(name)
+            if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                return data.decode("utf-16", errors="replace")
+            try:
+                return data.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                return data.decode("cp1252", errors="replace")
         except (OSError, BadImage) as error:
             why = error.args[-1]
             raise UserError(f"--data {self.spec}: {name} cannot be read ({why})") from None
@@ -106,18 +120,51 @@ class Source:
         """Where the lesion is, bool [size,size]; None if the source does not know."""
         inside = np.zeros((size, size), dtype=bool)
         for box in self.boxes.get(sample.key, ()):
+            if max(box) > 1:  # in pixels
+                width, height = self.size_of(sample)
+                box = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
             left, top, right, bottom = (round(side * size) for side in box)
             inside[top : max(bottom, top + 1), left : max(right, left + 1)] = True
-        if not (name := self.masks.get(sample.key)):
-            return inside if sample.key in self.boxes else None
+        for name in self.masks.get(sample.key, ()):
+            try:
+                # Any lesion pixel counts, so that a small lesion does not vanish.
+                inside |= np.asarray(self.read_mask(name).resize(
+                    (size, size), Image.Resampling.BOX)) > 0
+            except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
+                raise UserError(f"--data {self.spec}: {name} is no readable mask ({error})"
+                                ) from None
+        return inside if sample.key in self.boxes or sample.key in self.masks else None
+
+    def read_mask(self, name: str) -> Image.Image:
+        """Read a mask: 255 where it is not black."""
+        with Image.open(io.BytesIO(self.read_file(name)), formats=FORMATS) as image:
+            _check_pixels(image.width, image.height)
+            return image.convert("L").point(lambda grey: 255 * (grey > 0))
+
+    def is_black(self, name: str) -> bool:
+        """Whether a mask marks nothing."""
         try:
-            with Image.open(io.BytesIO(self.read_file(name)), formats=FORMATS) as image:
-                _check_pixels(image.width, image.height)
-                mask = image.convert("L").point(lambda grey: 255 * (grey > 0))
+            return not self.read_mask(name).getbbox()
+        except (*DAMAGE, *TOO_MANY_PIXELS, BadImage):
+            return False
+
+    def size_of(self, sample: Sample) -> tuple[int, int]:
+        """Width and height of an image in pixels. UserError if it cannot be read."""
+        try:
+            data = self.read(sample)
+            if data[128:132] == b"DICM":
+                import pydicom
+
+                header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+                return header.Columns, header.Rows
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return image.size
         except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
-            raise UserError(f"--data {self.spec}: {name} is no readable mask ({error})") from None
-        # Any lesion pixel counts, so that a small lesion does not vanish.
-        return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
+            raise UserError(f"--data {self.spec}: {sample.key} cannot be read ({error})") from None
+
+    def is_image(self, name: str) -> bool:
+        """Whether a file of unknown ending begins like an image."""
+        return False
 
     def file_bytes(self, sample: Sample) -> int:
         """Size of the file; 0 if that is not known before it is read."""
@@ -150,6 +197,45 @@ class Source:
             except (OSError, BadImage) as error:
                 yield sample, error
 
+    def open_image(self, sample: Sample) -> Image.Image:
+        """Open an image's file with Pillow. OSError, BadImage."""
+        return Image.open(io.BytesIO(self.read(sample)), formats=FORMATS)
+
+    def grey_bits(self) -> int:
+        """Bits in use of 16-bit images, one figure a set: the smallest of 10, 12, 14, 16 that holds
+        what is seen in 128 of them; 0 if what is looked at, drawn by names, has 8. Tells of pages
+        and of unreadable files. UserError if the images are signed, or all of one grey."""
+        if self._bits is not None:
+            return self._bits
+        some = sorted(self.samples, key=lambda s: zlib.crc32(s.key.encode()))[: self.looked_at]
+        deep, flat, odd = list[Any](), list[bool](), defaultdict[str, list[str]](list)
+        for sample in some:
+            try:
+                with self.open_image(sample) as image:
+                    if getattr(image, "n_frames", 1) > 1:
+                        odd["have several pages or frames, of which the first is taken"].append(
+                            sample.key)
+                    if image.mode.startswith("I") and len(deep) < 128:
+                        deep.append(image.getextrema())
+                    if len(flat) < 24:
+                        image.draft("L", (64, 64))
+                        flat.append(bool(np.ptp(np.asarray(image)) == 0))
+            except (*DAMAGE, *TOO_MANY_PIXELS, BadImage):
+                if sample.key.lower().endswith(IMAGE_SUFFIXES[:-2]):  # DICOM is not Pillow's
+                    odd["cannot be read as images"].append(sample.key)
+        why = "hold signed grey values; save them as 8 or 16 bits, by one rule for all" if (
+            sum(low < 0 for low, _ in deep) > MAX_BAD_SHARE * len(deep)) else (
+            "are of one grey; was their conversion right?" if len(flat) > 7 and all(flat) else "")
+        if why:
+            raise UserError(f"--data {self.spec}: the images that were looked at {why}")
+        self._bits = next((n for n in (10, 12, 14, 16) if all(high < 2**n for _, high in deep)),
+                          16) if deep else 0
+        self.careful = [*self.careful, *(
+            f"{len(names)} of {len(some):,} images that were looked at {what}, e.g. {names[0]}"
+            for what, names in odd.items())]
+        self.facts = self.facts | {"grey": f"{self._bits} of 16 bits in use" if deep else ""}
+        return self._bits
+
     def fingerprint(self) -> str:
         """A digest of names, patients, labels and prescribed splits, one of the files' sizes, and
         where they can be had one of a few files' content, wherever the data lies. See same_data."""
@@ -175,8 +261,8 @@ def open_source(config: Config) -> Source:
     if config.data == "synthetic":
         return PhantomSource(config.samples or PHANTOM_SAMPLES, config.image_size)
     if config.data.startswith("kaggle:"):
-        return open_kaggle(config.data)
-    return FolderSource(config.data)
+        return open_kaggle(config.data, config.normal)
+    return FolderSource(config.data, config.normal)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -200,7 +286,7 @@ class PhantomSource(Source):
         self.spec = self.name = "synthetic"
         self.title = "built-in phantom (drawn chest images, not real X-rays)"
         self.left_out, self.image_size = Counter(), image_size
-        self.masks, self.boxes = {}, {}
+        self.masks, self.boxes, self._bits = {}, {}, 0
         if image_size <= 128:  # threads that draw with small arrays wait for one another
             self.threads = 1
         both = [""] * 100 + list(PHANTOM_KINDS) * 20
@@ -413,24 +499,754 @@ def draw_phantom(index: int, size: int = 128, seed: int = 0,
 
 
 # ----------------------------------------------------------------------------------------------
-# Folders, and the layouts that are recognised in them. A layout is read off the names and the
-# CSV files alone, so that the same code serves for any place that can list names.
+# Intake: what the files of a folder or archive mean. It is read off names and tables; of the files
+# themselves only the first bytes, where an ending says nothing, and a few masks of normal images.
 
-NORMAL_NAMES = {"normal", "normals", "good", "healthy", "no finding", "no_finding", "negative",
-                "no", "false", "0"}
-ABNORMAL_NAMES = {"abnormal", "anomaly", "anomalous", "bad", "defect", "positive", "yes", "true",
-                  "1"}
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
+OTHER_SUFFIXES = (".xml", ".json", ".npy", ".npz", ".zip", ".gz", ".xlsx", ".md", ".html", ".pdf",
+                  ".py", ".ipynb", ".pt", ".mat", ".mp4", ".log", ".yaml")
+MOST_TABLES = 40  # that are looked into
+
+
+def one_of(text: str) -> dict[str, int]:
+    """The words of a text, each with its place."""
+    return {word: place for place, word in enumerate(text.split())}
+
+
+# Words are compared without case, spaces and signs. What is not in these lists is a finding.
+NORMAL_NAMES = one_of("normal normals good healthy health nofinding nofindings negative no false 0 "
+                      "control controls healthycontrol healthycontrols notumor notumour")
+ABNORMAL_NAMES = one_of("abnormal anomaly anomalous anomalies bad defect defective ungood positive "
+                        "yes true 1")
 # What says neither: not to be taken for a finding.
-UNKNOWN_NAMES = {"unknown", "unlabeled", "unlabelled", "uncertain", "todo", "none", "null", "nan",
-                 "na", "n/a", "?"}
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
-               "validation": "val", "test": "test", "testing": "test"}
+UNKNOWN_NAMES = {"", *one_of("unknown unlabeled unlabelled uncertain todo none null nan na")}
+# Like normal, but not certain to mean it: --normal alone decides.
+LIKE_NORMAL = re.compile(
+    r"normal|\b(healthy?|controls?|negatives?|neg|clear|clean|intact|good|okay|ok|pass|passed|"
+    r"unremarkable|unaffected|uninfected)\b|^(no|non|not|without|free)\b|^non(?!e)\w|"
+    r"^(n|nl|nor|norm|wnl|nil)$")
+NOT_NORMAL = re.compile(r"\ba ?normal|no good|(ab|non|not|un) ?(normal|healthy|good|ok|clea[rn])")
+SPLIT_NAMES = {name: split for split, names in {
+    "train": one_of("train training trainset"), "val": one_of("val valid validation valset dev"),
+    "test": one_of("test testing testset")}.items() for name in names}
+MASK_NAMES = one_of("mask masks gt label labels seg segs segmentation segmentations annotation "
+                    "annotations")
+NO_CLASS = one_of("pred preds prediction predictions result results heatmap heatmaps all output "
+                  "outputs overlay overlays sample samples example examples figure figures plots "
+                  "tmp temp backup old misc preview previews thumbnails inference submission demo "
+                  "trash excluded duplicates unused reconstructions")
+# What adds nothing to a name: normal_cases, chest_good, Training Set.
+FILLER = (r"(?:cases?|images?|imgs?|pictures?|photos?|pngs?|jpe?gs?|dicoms?|dcms?|bmps?|tiffs?|"
+          r"scans?|slices?|stud(?:y|ies)|patients?|subjects?|x ?rays?|radiographs?|chest|cxr|"
+          r"films?|frames?|class|folder|dir|data|dataset|set|split|group|batch|part|files?|lungs?|"
+          r"brains?|findings?)")
+PERSON = re.compile(r"(?i)(patient|person|pat|subject|subj|sub|case|pid|p|study|series|session|s)"
+                    r"[ _-]?\d+[a-z]?")
+# Patients in the names of files, believed where every image of a set has such a name: Kermany's,
+# OCT's, CheXpert's and MURA's, the NIH's, and such as patient7_3.png.
+NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
+    r"(person\d+_(?P<finding>bacteria|virus)(?=_)|(?:NORMAL2-)?IM-\d+(?=-))[^/]*$",
+    r"[A-Z]+-(\d+)-\d+\.\w+$", r"(\d{8})_\d{3}\.\w+$",
+    r"(?:.*/)?((?i:patient|pat|subject|subj|sub|case|person|p)[ _-]?\d+)/",
+    r"((?i:patient|pat|subject|subj|sub|case|person)[ _-]?\d+)[ _-][^/]+$")]
+
+# Columns by their names without signs. Which is the path, and which the split, their content says.
+LABELS = one_of("label labels class classname target diagnosis findinglabels findinglabel finding "
+                "findings category dx condition disease pathology groundtruth type")
+PATIENT = re.compile("(anon|anonymized)?(patient|subject|participant|person|case|pat)s?"
+                     "(id|ids|no|nr|num|number|name|key|code|identifier)?|mrn|pid|lesionid")
+VIEWS = one_of("view viewposition frontallateral appa projection")
+SIDE_VIEWS = one_of("l ll lat lateral axial coronal sagittal oblique")
+X_RAYS = one_of("xray cr dx")
+NOT_LABELS = one_of("sex gender age smoker survival")
+# Left, top, width, height, right and bottom of a box.
+BOXES = [*map(one_of, ("x xmin bboxx x0 left", "y ymin y0 top", "width w", "height h",
+                       "xmax x1 x2 right", "ymax y1 y2 bottom"))]
+YES, FLAGS = one_of("1 yes true"), {"", *one_of("1 yes true 0 no false -1")}
+MASK_NAME = re.compile(  # of the image beside which it lies
+    r"(?:masks?|gt|labels?|seg)[ _-]+(.+)|(.+?)[ _-]*(?:masks?|gt|seg|segmentation|labels?|"
+    r"ground[ _-]?truth|annotation|lesion|roi)(?:[ _-]?\d+)?")
+DECIDE = "say which words mean normal with --normal WORD[,WORD]"
+A_CSV = "give a CSV with the first line path,label and then a line an image,"
+INSTEAD = {  # of what holds images, but is none
+    ".npz": ". A .npz file holds arrays of NumPy; these lines save them as PNG:"
+            "\n    import numpy, os, PIL.Image; d = numpy.load('FILE.npz')"
+            "\n    for i, (x, y) in enumerate(zip(d['train_images'], d['train_labels'].ravel())):"
+            "\n        os.makedirs(f'{y}', exist_ok=True); "
+            "PIL.Image.fromarray(x).save(f'{y}/{i}.png')",
+    ".zip": "; unpack the archive first", ".gz": "; unpack what ends in .gz first"}
+
+
+def spaced(text: str) -> str:
+    """A name in lower case, its words parted by single spaces."""
+    return re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()).strip()
+
+
+@functools.lru_cache(100_000)
+def squash(text: str) -> str:
+    """A word without case, spaces and signs; a number as short as it can be written."""
+    if re.fullmatch(r"[+-]?\d+(\.0*)?", text.strip()):
+        return str(int(float(text)))
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+@functools.lru_cache(100_000)
+def bare(text: str) -> tuple[str, str]:
+    """The words of a folder or label that tell something, and the split that it names, or "".
+
+    '0_Normal cases (1)' is ('normal', ''), 'train_images' is ('', 'train')."""
+    words, split = spaced(text), ""
+    for place in (r"^([a-z]+)(?: |$)", r"(?:^| )([a-z]+)$"):
+        if not split and (m := re.search(place, words)) and m[1] in SPLIT_NAMES:
+            split, words = SPLIT_NAMES[m[1]], re.sub(place, "", words)
+    plain = re.sub(r"^\d+ | \d+$|(?<=[a-z]{4})\d+$", "", words)
+    if re.search("[a-z]{4}", plain) and not re.search(r"\b(class|grade|stage|level|type)\b", plain):
+        words = plain  # without the number of a copy or place, but where the number is the class
+    if re.fullmatch(rf"({FILLER} ?)+\d*| ?", words) and not re.fullmatch(r"class ?\d+", words):
+        return "", split
+    return re.sub(rf"^({FILLER} )+(?=[a-z])|( {FILLER})+$", "", words), split
+
+
+@functools.lru_cache(100_000)
+def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
+    """What a label or folder says: normal, abnormal, unknown, or unsure if it is only like normal.
+    given: the words of --normal; whatever else is labelled is abnormal then."""
+    words = bare(word)[0]
+    forms = {squash(word), squash(words)} if words else {squash(word)}
+    if squash(word) in given:
+        return "normal"
+    if forms & UNKNOWN_NAMES:
+        return "unknown"
+    if given or forms & ABNORMAL_NAMES.keys():
+        return "abnormal"
+    if forms & NORMAL_NAMES.keys():
+        return "normal"
+    return "unsure" if LIKE_NORMAL.search(words) and not NOT_NORMAL.search(words) else "abnormal"
+
+
+def tokens(label: str) -> tuple[str, ...]:
+    """The words of a label: one, or several joined by | , ; or written as a list."""
+    return tuple(word for part in re.split(r"[|;,]", label) if (word := part.strip(" []{}()'\"")))
+
+
+def judge(words: Iterable[str], given: frozenset[str]) -> str:
+    """What words say together: a meaning, or contradictory."""
+    found = {meaning(word, given) for word in words} or {"unknown"}
+    if found == {"abnormal", "unknown"}:
+        return "abnormal"
+    return found.pop() if len(found) == 1 else "unsure" if "unsure" in found else "contradictory"
+
+
+@functools.lru_cache(100_000)
+def split_of(folder: str) -> str:
+    """The split that a folder's path names, the innermost part that does; "" if none does."""
+    return next((split for part in reversed(folder.split("/")) if (split := bare(part)[1])), "")
+
+
+def folder_of(name: str) -> str:
+    """The folder of a file, "" at the top."""
+    return name.rpartition("/")[0]
+
+
+def is_mask_folder(path: str) -> bool:
+    """Whether a folder is called masks, ground_truth, lung masks, test_labels or the like."""
+    words = re.sub(rf"\b({FILLER}|{'|'.join(SPLIT_NAMES)})\b", "", spaced(
+        path.rpartition("/")[2]).replace("ground truth", "gt").replace("groundtruth", "gt")).split()
+    return bool(words) and not {"with", "and"} & {*words} and (
+        words[0] in MASK_NAMES or words[-1] in MASK_NAMES)
+
+
+class Index:
+    """Finds the image that a table means: with or without folder, ending, or with another prefix.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names, self.by_stem = set(names), dict[str, str | list[str]]()
+        for name in names:
+            stem = self.stem(name)
+            there = self.by_stem.get(stem)
+            self.by_stem[stem] = name if there is None else [*self.named(stem), name]
+
+    @staticmethod
+    def stem(path: str) -> str:
+        """The name in a path, in lower case, without the ending of an image."""
+        name = path[path.rfind("/") + 1 :].lower()
+        dot = name.rfind(".")
+        return name[:dot] if dot > 0 and name[dot:] in IMAGE_SUFFIXES else name
+
+    def __contains__(self, text: str) -> bool:
+        return bool(text) and self.stem(text.replace("\\", "/")) in self.by_stem
+
+    def named(self, stem: str) -> list[str]:
+        """All images of that stem."""
+        there = self.by_stem.get(stem, [])
+        return [there] if isinstance(there, str) else there
+
+    def find(self, path: str, below: str) -> str:
+        """The image, or "" if there is none, or no single one. below: the table's folder."""
+        path = path.replace("\\", "/")
+        candidates = self.named(self.stem(path))
+        if "/" in path or len(candidates) > 1:
+            for name in (posixpath.join(below, path), path):
+                if (name := posixpath.normpath(name)) in self.names:
+                    return name
+            parts, found = folder_of(path).lower().split("/")[::-1], defaultdict(list)
+            parts = [] if parts == [""] else parts
+            for name in candidates:
+                pairs = zip(parts, folder_of(name).lower().split("/")[::-1], strict=False)
+                same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                # Another prefix is not another split: train/1.png is never test/1.png.
+                if same == len(parts) or split_of(folder_of(path)) in (
+                        "", split_of(folder_of(name))):
+                    exact = name.lower().endswith(path.lower().rpartition("/")[2])
+                    found[same, exact, name.startswith(f"{below}/")].append(name)
+            candidates = found[max(found)] if found else []
+            if len({folder_of(name).rpartition("/")[2] for name in candidates}) == 1:
+                nearest = min(name.count("/") for name in candidates)  # a copy may lie deeper
+                candidates = [name for name in candidates if name.count("/") == nearest]
+        return candidates[0] if len(candidates) == 1 else ""
+
+
+class Table:
+    """A table of a set, known by what is in it: parted by commas, semicolons or tabs, or a JSON
+    record a line. csv.Error or ValueError if it is none."""
+
+    def __init__(self, name: str, text: str, images: Index, given: frozenset[str]) -> None:
+        if text.lstrip().startswith("{"):  # JSON
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            file = io.StringIO()
+            writer = csv.DictWriter(file, [*dict.fromkeys(itertools.chain(*records))])
+            writer.writeheader()
+            writer.writerows(records)
+            text = file.getvalue()
+        self.name, self.given = name, given
+        self.text = re.sub(r"\Asep=.\n", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+        def fit(separator: str) -> tuple[int, int]:
+            first = [*itertools.islice(self.parsed(separator), 50)]
+            return (sum(any(cell in images for cell in row) for row in first),
+                    len(first[0]) if first and separator != " " else 0)
+
+        self.separator, self.first = max((",", ";", "\t", "|", " "), key=fit), 1
+        self.shown = next(self.parsed(self.separator), [])
+        if any(cell in images and cell.lower().endswith(IMAGE_SUFFIXES) for cell in self.shown):
+            self.first, self.shown = 0, [""] * len(self.shown)  # it has no header
+        self.columns = [re.sub(r"[^a-z0-9]", "", c.lower()) for c in self.shown]
+        values: list[Counter] = [Counter() for _ in self.columns]
+        for row in self.rows():
+            for counter, cell in zip(values, row, strict=False):
+                counter[cell] += 1
+        self.find_columns(values, images)
+
+    def parsed(self, separator: str) -> Iterator[list[str]]:
+        """Its rows, parted so, without empty ones; one after the other, as there may be many."""
+        lines = (m[0] for m in re.finditer(r"[^\n]*\n|[^\n]+", self.text))
+        for row in csv.reader(lines, delimiter=separator, skipinitialspace=True):
+            if any(cells := [cell.strip() for cell in row]):
+                yield cells
+
+    def rows(self) -> Iterator[list[str]]:
+        """Its rows below the header, at least as long as that."""
+        for row in itertools.islice(self.parsed(self.separator), self.first, None):
+            yield row + [""] * (len(self.columns) - len(row))
+
+    def find_columns(self, values: list[Counter], images: Index) -> None:
+        """Tell by names and values which column is what; None for what there is not."""
+        every = [i for i, cells in enumerate(values) if any(cells)]
+
+        def named(names: Iterable[str], free: Iterable[int] = every) -> int | None:
+            return next((i for name in names for i in free if self.columns[i] == name), None)
+
+        best, self.path = 0.0, None
+        masks = [i for i in every if re.search("mask|segmentation", self.columns[i])]
+        for i in every:
+            matched = [v for v in values[i] if v in images]
+            # Bare numbers are the names of images only where nearly all of them are.
+            numbers = 2 * sum(map(str.isdigit, matched)) > len(matched)
+            share = len(matched) / min(len(values[i]), len(images.names))
+            rank = len(matched) * (0.5 if numbers else 1)
+            if (rank > best and share > (0.9 if numbers else 0.01) and i not in masks
+                    and not (self.first and self.columns[i] in ("", "unnamed0", "index"))):
+                best, self.path = rank, i
+        # Words of splits alone; or two of them among others, which then are refused.
+        kinds = [{SPLIT_NAMES.get(squash(v)) for v in [*cells][:99] if v} for cells in values]
+        self.split = next((i for i in every if i != self.path and (
+            None not in kinds[i] or len(kinds[i]) > 2 or self.columns[i] == "split")), None)
+        self.patient = next((i for i in every if PATIENT.fullmatch(self.columns[i])), None)
+        self.modality = named(["modality"])
+        self.views = [i for i in map(named, zip(VIEWS)) if i is not None]
+        self.mask = next((i for i in masks if any("." in v for v in values[i])), None)
+        self.box = [named(names) for names in BOXES]
+        self.sides = [i for i in self.views if not {"l", "r"} <= {*map(squash, values[i])}]
+        self.xrays = self.modality is not None and any(
+            squash(v) in X_RAYS for v in values[self.modality])
+
+        taken = {self.path, self.split, self.patient, self.modality, self.mask, *self.views,
+                 *self.box}
+        unused = [i for i in every if i not in taken]
+        free = [i for i in unused if self.columns[i] not in NOT_LABELS and not any(
+            len(token) > 60 for v in values[i] for token in tokens(v))]  # sentences are no labels
+        flags = [i for i in free if self.shown[i] and {*map(squash, values[i])} <= FLAGS]
+        telling = [i for i in flags if meaning(self.shown[i], self.given) in ("normal", "unsure")]
+        spoken = [i for i in free if any(
+            meaning(token, self.given) == "normal" and (self.given or len(squash(token)) > 5)
+            for value in itertools.islice(values[i], 9999) for token in tokens(value))]
+        # A column with the name of a label, better one that knows normal; else the only one that
+        # does.
+        called = [i for name in (*LABELS, *ABNORMAL_NAMES) for i in free if self.columns[i] == name]
+        knows = [i for i in called if any(
+            judge(tokens(v), self.given) in ("normal", "unsure") for v in values[i])]
+        label = (knows or (spoken if len(spoken) == 1 else called) or [None])[0]
+        self.one_hot = bool(telling) and (label is None or label in telling)
+        self.labels = flags if self.one_hot else [label] if label is not None else []
+        self.finding = named(("finding", "findings", "findinglabels"), free)
+        self.unused = [self.shown[i] for i in unused if i not in (*self.labels, self.finding)]
+        self.tells = self.one_hot or any(judge(tokens(value), self.given) == "normal"
+                                         for i in self.labels for value in values[i])
+
+    def words_of(self, row: list[str]) -> tuple[str, ...]:
+        """What a row says of its image, in words."""
+        if not self.one_hot:
+            return tokens(row[self.labels[0]])
+        said = {self.shown[i]: squash(row[i]) for i in self.labels}
+        words = tuple(name for name, value in said.items() if value in YES)
+        if judge(words, self.given) == "normal":  # what is uncertain beside it contradicts it
+            words += tuple(name for name, value in said.items() if value == "-1")
+        if not words and len(said) == 1 and "" not in said.values():
+            return ("abnormal",)  # a single column, called normal, says no
+        return words
+
+
+class Intake:
+    """What is in a place: fills a source's samples, masks, boxes, facts and what is left out.
+
+    normal: the words of --normal. table: the one that was named; else all of them are looked into.
+    UserError if nothing is known to be normal, or a word may mean normal and is not known.
+    """
+
+    def __init__(self, source: Source, names: list[str], normal: str = "", table: str = "") -> None:
+        self.source, self.normal, self.table = source, normal, table
+        self.given = frozenset(squash(word) for word in normal.split(",")) - {""}
+        self.means = functools.partial(meaning, given=self.given)
+        self.left_out, self.unused = source.left_out, Counter[str]()
+        self.facts = dict.fromkeys(("words", "patients", "split"), "")
+        # Image -> meaning, words, finding, patient, view, split.
+        self.found: dict[str, list] = {}
+        self.by_folders = False
+        self.boxes: dict[str, list[Box]] = {}
+        self.listed_masks: dict[str, list[str]] = {}
+        self.whence: dict[str, dict[str, None]] = {"patients": {}, "split": {}, "columns": {}}
+        hidden = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/)")
+        seen = [name for name in names if not hidden.search(name)]
+        self.unused["hidden files"] = len(names) - len(seen)
+        images, tables = self.sort_files(seen)
+        self.masks, self.files = self.find_masks(images), Index(images)
+        self.images = [n for n in images if n not in self.masks] if self.masks else images
+        self.index = Index(self.images) if self.masks else self.files
+        self.read_tables([table] if table else tables)
+        if any(entry[0] for entry in self.found.values()):
+            self.compare_with_folders()
+        else:
+            self.read_folders()
+        self.finish()
+
+    def refuse(self, text: str) -> NoReturn:
+        """Raise a UserError that begins with the name of the set."""
+        raise UserError(f"--data {self.source.spec}: {text}")
+
+    def sort_files(self, names: list[str]) -> tuple[list[str], list[str]]:
+        """Tell images and tables among the files; what is neither is counted by its ending."""
+        images, tables, endings = [], [], Counter[str]()
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if ending in IMAGE_SUFFIXES or (ending not in TABLE_SUFFIXES + OTHER_SUFFIXES
+                                            and self.source.is_image(name)):
+                images.append(name)
+            elif ending in TABLE_SUFFIXES:
+                tables.append(name)
+            else:
+                endings[ending if re.fullmatch(r"\.\w{1,8}", ending) else "no known ending"] += 1
+        tables.sort(key=lambda n: (n.count("/"), n))
+        endings.update(os.path.splitext(n)[1].lower() for n in tables[MOST_TABLES:])
+        self.unused.update({f"files ending in {ending}": n for ending, n in endings.items()})
+        if not images:
+            found = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(6))
+            self.refuse(f"no images in it (looked for {', '.join(IMAGE_SUFFIXES)})"
+                        + (f"; found: {found}" if found else "")
+                        + next((text for e, text in INSTEAD.items() if e in endings), ""))
+        return images, tables[:MOST_TABLES]
+
+    def find_masks(self, images: list[str]) -> dict[str, str]:
+        """Find the masks; each with the stem of the image that it belongs to."""
+        def above(folder: str) -> list[str]:
+            return [folder, *map(str, PurePosixPath(folder).parents)]
+
+        folders, below = Counter(map(folder_of, images)), Counter[str]()
+        for folder, count in folders.items():
+            below.update(dict.fromkeys(above(folder), count))
+        # A folder that holds all images is no folder of masks, whatever it is called.
+        of_masks = {f for f in folders
+                    if any(is_mask_folder(a) and below[a] < len(images) for a in above(f))}
+        stems, masks = {Index.stem(n) for n in images}, {}
+        for name in images:
+            stem = Index.stem(name)
+            beside = MASK_NAME.fullmatch(stem)
+            base = beside and (beside[1] or beside[2])
+            if folder_of(name) in of_masks or (base and base in stems):
+                masks[name] = base if base in stems else stem
+        return masks if len(masks) < len(images) else {}
+
+    def read_tables(self, names: list[str]) -> None:
+        """Take what the tables say that list images."""
+        tables, of_no_use = list[Table](), list[str]()
+        self.without_label = ""
+        for name in names:
+            table, why = None, "too much in it to be looked into"
+            try:
+                table = Table(name, self.source.read_text(name), self.index, self.given)
+                why = ("no column path whose values are images that are there"
+                       if table.path is None else
+                       "no column label, nor another that says which images are normal"
+                       ) + f"; its columns are: {', '.join(table.shown)[:200]}"
+            except TooLarge:
+                self.left_out["tables, too large to be looked into"] += 1
+            except (csv.Error, ValueError, TypeError, AttributeError) as error:
+                why = f"no rows of columns ({error})"
+            usable = table and table.path is not None and not re.search("(?i)submission", name)
+            if self.table and not (usable and table.labels):
+                self.refuse(f"{name} has {why}; {A_CSV} such as a.png,normal")
+            if usable:
+                tables.append(table)
+            else:
+                of_no_use.append(name)
+            if not table or (usable and not table.labels and len(table.shown) > 1):
+                self.without_label = f"; {name} has {why}"
+        self.unused[f"tables that list no images that are there ({', '.join(of_no_use[:3])}"
+                    f"{', ...' * (len(of_no_use) > 3)})"] = len(of_no_use)
+        # What tells normal from abnormal comes first: others add to it, or contradict it.
+        for table in sorted(tables, key=lambda t: (not t.labels, not t.tells)):
+            self.read_table(table)
+
+    def read_table(self, table: Table) -> None:
+        """Add what one table says of its images, in rows that may be several an image."""
+        named = {SPLIT_NAMES[w] for w in re.split(r"[\W_]+", Index.stem(table.name))
+                 if w in SPLIT_NAMES}
+        of_table = "" if {"train", "test"} <= named else max(named - {"val"}, default="") or (
+            "val" if named else "")
+        absent, here, judged = dict[str, None](), dict[str, list](), dict[tuple, tuple]()
+        for number, row in enumerate(table.rows(), 1 + table.first):
+            image = self.index.find(row[table.path], folder_of(table.name))
+            cells = tuple(row[i] for i in table.labels)
+            if cells not in judged:
+                words = table.words_of(row) if cells else ()
+                judged[cells] = words, judge(words, self.given) if cells else ""
+                for word in words if not (self.given or table.one_hot) else ():
+                    if re.fullmatch(r"[+-]?[\d.]+", word) and squash(word) not in ("0", "1"):
+                        self.refuse(f"{table.name} row {number}: label {word} is neither 0 "
+                                    f"(normal) nor 1 (abnormal); {DECIDE} (here perhaps 0)")
+            words, kind = judged[cells]
+
+            def cell(column: int | None, row: list[str] = row) -> str:
+                return "" if column is None else sys.intern(row[column])
+
+            if self.table and not (row[table.path] and words):
+                self.refuse(f"{table.name} row {number}: path or label is empty")
+            if not image:
+                absent[row[table.path]] = None
+                continue
+            finding = cell(table.finding)
+            if kind == "normal" and finding and judge(tokens(finding), self.given) == "abnormal":
+                kind, words = "contradictory", (*words, finding)
+            if table.xrays and squash(cell(table.modality)) not in X_RAYS:
+                kind = "not an X-ray"
+            elif any(squash(row[i]) in SIDE_VIEWS for i in table.sides):
+                kind = "not a frontal view"
+            if not finding and cells:
+                finding = "|".join(words) if table.one_hot else sys.intern(cells[0].strip("[]'\""))
+            split = cell(table.split)
+            if squash(split) not in SPLIT_NAMES and split:
+                self.refuse(f"{table.name} row {number}: {table.shown[table.split]} {split!r} is "
+                            "not one of train, val, test")
+            split = SPLIT_NAMES.get(squash(split)) or strictest(
+                of_table, split_of(folder_of(image)))
+            patient = re.sub(r"\.0+$", "", cell(table.patient))
+            entry = [kind, words, finding, patient, cell(table.views[0] if table.views else None),
+                     split]
+            if image in here:
+                entry = join(here[image], entry, True)
+            here[image] = entry
+            if None not in table.box[:2]:
+                with contextlib.suppress(ValueError):  # an empty one: no lesion
+                    x, y, w, h, right, bottom = (float(cell(i) or "nan") for i in table.box)
+                    box = (x, y, x + w if right != right else right, y + h if bottom != bottom
+                           else bottom)
+                    # Those of the NIH are of images of 1024 x 1024 pixels.
+                    side = 1024 if table.columns[table.box[0]] == "bboxx" else 1
+                    if sum(box) == sum(box):  # all are there
+                        self.boxes.setdefault(image, []).append(
+                            (box[0] / side, box[1] / side, box[2] / side, box[3] / side))
+            if mask := cell(table.mask):
+                self.listed_masks[image] = [self.files.find(mask, folder_of(table.name)) or mask]
+        if absent and self.table:
+            self.refuse(f"{len(absent)} of the {len(absent) + len(here)} files that {table.name} "
+                        f"lists are not there, the first is {min(absent)}; paths are relative to "
+                        "it")
+        self.left_out.update({"listed in a table but not there": len(absent)} if absent else {})
+        for image, entry in here.items():
+            self.found[image] = join(self.found.get(image, entry), entry, False)
+        for what, column in (("patients", table.patient), ("split", table.split)):
+            if column is not None:
+                self.whence[what][f"the column {table.shown[column]}"] = None
+        self.whence["columns"] |= dict.fromkeys(filter(None, table.unused))
+
+    def compare_with_folders(self) -> None:
+        """Mark where a table and the name of a folder differ, if such names tell both."""
+        said = {}
+        for folder in {*map(folder_of, self.found)}:
+            kinds = {self.means(part) for part in folder.split("/") if len(squash(part)) > 3 and (
+                self.means(part) == "normal" or squash(part) in ABNORMAL_NAMES)}
+            said[folder] = kinds.pop() if len(kinds) == 1 else ""
+        if {"normal", "abnormal"} <= {*said.values()}:
+            for image, entry in self.found.items():
+                if {said[folder_of(image)], entry[0]} == {"normal", "abnormal"}:
+                    entry[0] = "table and folder disagree"
+
+    def read_folders(self) -> None:
+        """Take an image's class from its folder: normal by its word, abnormal beside a normal one.
+
+        Folders of splits, of patients, and those that only hold (images, data) count for nothing.
+        """
+        folders = {*map(folder_of, self.images)}
+        parts = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)]
+                 for f in folders}
+        shortest, longest = min(parts.values()), max(parts.values())
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(
+            shortest[:-1], longest[:-1], strict=False)))  # folders that hold all images
+        beside = {tuple(ps[:max(i for i, p in enumerate(ps) if self.means(p) == "normal")])
+                  for ps in parts.values() if any(self.means(p) == "normal" for p in ps)}
+        places: dict[str, tuple[str, str, str]] = {}  # folder -> meaning, word, patient
+        for folder, ps in parts.items():
+            level = next((i for i in range(len(ps) - 1, -1, -1) if tuple(ps[:i]) in beside), None)
+            bad = [i for i, p in enumerate(ps) if i >= common and squash(p) in ABNORMAL_NAMES]
+            if level is None and bad and not self.given:
+                level = bad[0]
+            word = ps[-1] if ps and level is None else "" if level is None else ps[level]
+            kind = self.means(word)
+            if any(squash(bare(p)[0]) in NO_CLASS for p in ps[common:]):
+                kind = f"in {folder}, which is no class"
+            elif level is None and kind != "unsure":
+                kind = f"in {folder or 'no folder'}, neither normal nor beside a normal folder"
+            elif kind == "unknown":
+                kind = f"in a folder called {word}"
+            elif kind == "normal" and bad:
+                kind = f"in {folder}, which says normal and abnormal"
+            persons = [p for p in folder.split("/") if (m := PERSON.fullmatch(p))
+                       and m[1].lower() not in ("study", "series", "session", "s")]
+            # A folder with a number, below the class or above it, is a patient's.
+            rest = [] if level is None else ps[level + 1 :] + ps[common:level]
+            places[folder] = kind, word, (
+                *persons[-1:], *(p for p in rest if re.search(r"\d", p)), "")[0]
+        few = len({patient for *_, patient in places.values()}) < 5  # the parts of a set, or stages
+        for image in self.images:
+            kind, word, patient = places[folder_of(image)]
+            patient = "" if few and not PERSON.fullmatch(patient) else patient
+            entry = [kind, (word,), word.lower(), patient, "", split_of(folder_of(image))]
+            self.found[image] = join(self.found.get(image, entry), entry, False)
+            if patient:
+                self.whence["patients"]["the names of folders"] = None
+        self.by_folders = True
+
+    def finish(self) -> None:
+        """Make the samples of what was found, and the account of it; or refuse."""
+        entries = self.found.values()
+        words = Counter(word for entry in entries for word in entry[1] if entry[0] in KINDS)
+        if not any(self.means(word) == "normal" for word in words):
+            words = Counter(word for entry in entries for word in entry[1] if word)
+        text = ", ".join(f"{word} {n:,}" for word, n in words.most_common(12)) + (
+            f" and {len(words) - 12} more" if len(words) > 12 else "")
+        if unsure := [w for w in words if self.means(w) == "unsure"]:
+            self.refuse(f"{', '.join(unsure[:6])} may mean normal or not; {DECIDE}, all others "
+                        f"then are abnormal. Its words: {text}")
+        if strange := self.given - {squash(word) for word in words}:
+            self.refuse(f"--normal {self.normal}: there is no {', '.join(sorted(strange))}; its "
+                        f"words: {text or 'none'}")
+        for word in words if self.given else ():
+            if re.fullmatch("normals?|healthy|nofindings?", squash(word)) and (
+                    self.means(word) != "normal"):
+                self.refuse(f"--normal {self.normal}: {word} means normal, too, does it not? Add "
+                            f"it. Its words: {text}")
+        self.name_patients()
+        samples = []
+        for image in sorted(self.found):
+            kind, said, finding, patient, view, split = self.found[image]
+            if kind in ("normal", "abnormal"):
+                label = NORMAL if kind == "normal" else ABNORMAL
+                samples.append(Sample(image, patient or image, label, finding if label else "",
+                                      view, split))
+            else:
+                said = f": {' + '.join(sorted(said)[:4]) or 'no word'}" if kind in KINDS else ""
+                self.left_out[f"{kind or 'in a table that does not label them'}{said}"] += 1
+        if self.table:  # what it does not list was not meant
+            self.images = [*self.found]
+        elif not self.by_folders and len(self.images) > len(self.found):
+            self.left_out["not listed in a table"] = len(self.images) - len(self.found)
+        if not any(s.label == NORMAL for s in samples):
+            unused = ", ".join(f"{n:,} {what}" for what, n in self.unused.items() if n)
+            self.refuse(f"none of its {len(self.images)} images is known to be normal; "
+                        + (f"its words: {text}; {DECIDE}; or " if words else
+                           "no table or folder says what they are; ")
+                        + f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
+                        + self.without_label + (f" (not used: {unused})" if unused else ""))
+        samples = self.drop_copies(samples)
+        if not any(s.label == NORMAL for s in samples):
+            self.refuse("no normal image is left, as identical files are labelled normal and "
+                        "abnormal; was their conversion right?")
+        self.source.samples = samples
+        self.pair_masks({s.key: s.label for s in samples})
+        self.account(samples)
+
+    def name_patients(self) -> None:
+        """Name the patient of each image, and say whence: column, folder or name of a file."""
+        for entry in self.found.values():
+            entry[3] = "" if squash(entry[3]) in UNKNOWN_NAMES else entry[3]
+        nobody = sum(not entry[3] for entry in self.found.values())
+        self.facts["patients"] = f"from {' and '.join(self.whence['patients'])}" + (
+            f"; {nobody:,} images name nobody, and count as a patient each" if nobody else "")
+        if nobody == len(self.found):
+            self.facts["patients"] = "not named: every image counts as a patient"
+            for rule in NAME_RULES:
+                if self.found and all(matches := [*map(rule.search, self.found)]):
+                    self.facts["patients"] = "from the names of files"
+                    for match, entry in zip(matches, self.found.values(), strict=True):
+                        entry[3] = match[1]
+                        entry[2] = match.groupdict().get("finding") or entry[2]
+
+    def drop_copies(self, samples: list[Sample]) -> list[Sample]:
+        """Keep one of identical files, in test if one is there; none if their labels contradict.
+
+        Those of one named patient, or of a prescribed test split, that lie in one folder stay: so
+        were sets published, and nothing leaks. Only files of equal size, alike at a glance, are
+        read.
+        """
+        groups = [samples]
+        for mark in (self.source.file_bytes, self.source.glance, self.source.digest):
+            parts = []
+            for group in groups:
+                by_mark = defaultdict(list)
+                for s in group:
+                    with contextlib.suppress(OSError, BadImage):
+                        by_mark[mark(s)].append(s)
+                by_mark.pop(0, None)  # their size is not known
+                parts += [part for part in by_mark.values() if len(part) > 1]
+            groups = parts
+        gone, stay = dict[str, str](), 0
+        for group in groups:
+            best = min(group, key=lambda s: (s.split != "test", s.split != "val",
+                                             s.key.count("/"), s.key))
+            for s in group:
+                beside = (folder_of(s.key), s.split) == (folder_of(best.key), best.split)
+                if len({other.label for other in group}) > 1:
+                    gone[s.key] = "identical, with labels that contradict"
+                elif beside and s.patient != s.key and (
+                        s.patient == best.patient or s.split == "test"):
+                    stay += s is not best
+                elif s is not best:
+                    gone[s.key] = "identical to another image"
+        self.left_out.update(gone.values())
+        if stay:
+            self.facts["identical"] = f"{stay:,} of the same patient or in one test folder, kept"
+        return [s for s in samples if s.key not in gone]
+
+    def pair_masks(self, label: dict[str, int]) -> None:
+        """Give abnormal images the masks of their lesions. Those that normal images have, too, are
+        of organs, unless these are black."""
+        normals, masks = [], defaultdict[str, list[str]](list)
+        for mask, stem in self.masks.items():
+            folders, near = {*folder_of(mask).split("/")}, defaultdict(list)
+            for image in self.index.named(stem):
+                if image in label:
+                    near[len(folders & {*folder_of(image).split("/")})].append(image)
+            best = near[max(near)] if near else []
+            best = [image for image in best if label[image] == ABNORMAL] or best
+            if len(best) == 1 and label[best[0]] == ABNORMAL:
+                masks[best[0]].append(mask)
+            elif best:
+                normals.append(mask)
+        if self.masks:
+            self.facts["masks"] = (f"{len(self.masks):,} files, no images; "
+                                   f"{sum(map(len, masks.values())):,} pair with abnormal images")
+        if not all(map(self.source.is_black, normals[:: len(normals) // 5 + 1])):
+            self.facts["masks"] += f"; normal images have them, too ({len(normals):,}): no lesions"
+            masks.clear()
+        self.source.masks = masks | {k: v for k, v in self.listed_masks.items() if k in label}
+        if gone := {m for v in self.listed_masks.values() for m in v} - self.files.names:
+            self.refuse(f"{len(gone)} masks that {self.table or 'a table'} lists are not there, "
+                        f"the first is {min(gone)}")
+
+    def account(self, samples: list[Sample]) -> None:
+        """Write down what was found and used, and of what one must be careful."""
+        source, facts = self.source, self.facts
+        words = Counter(word for s in samples for word in self.found[s.key][1])
+        source.boxes = {s.key: self.boxes[s.key] for s in samples if s.key in self.boxes}
+        ordered = sorted(words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))
+        facts["words"] = "; ".join(f"{word or '(none)'} {n:,} -> {self.means(word)}"
+                                   for word, n in ordered[:40]) + (
+            f"; and {len(words) - 40} more" if len(words) > 40 else "")
+        used = {s.split for s in samples} - {""}
+        facts["split"] = "none prescribed" if used <= {"train"} else (
+            f"{', '.join(s for s in SPLITS if s in used)}: prescribed by "
+            + " and ".join(self.whence["split"] or ["the names of tables and folders"]))
+        if source.boxes:
+            facts["boxes"] = f"{len(source.boxes):,} images"
+        facts["not used"] = "; ".join([f"{n:,} {what}" for what, n in self.unused.items() if n] + [
+            f"columns {', '.join(columns)}" for columns in [self.whence["columns"]] if columns])
+        missing, careful = len(self.images) - len(samples), []
+        if missing > len(self.images) / 10:
+            careful.append(f"{missing:,} of the {len(self.images):,} images are not used; see why "
+                           "above")
+        seen = {split_of(folder_of(n)) for n in self.images} | {e[5] for e in self.found.values()}
+        careful += [f"no image of the {s} split can be used" for s in SPLITS if s in seen - used]
+        if not any(s.label for s in samples):
+            careful.append("no abnormal image can be used: there will be no AUROC" + (
+                "; do normal and abnormal images come from two places?" if missing else ""))
+        source.careful = careful
+        source.facts = facts
+        source.title = f"images {'in folders' if self.by_folders else 'listed in tables'}"
+
+
+# From what gives way to what does not, where several things are said of an image.
+KINDS = ("normal", "unknown", "abnormal", "unsure", "contradictory", "tables disagree")
+
+
+def strictest(*splits: str) -> str:
+    """The one of several splits that keeps an image out of training."""
+    return max(splits, key=("", "train", "val", "test").index)
+
+
+def join(one: list, other: list, rows: bool) -> list:
+    """What two rows of a table say of an image, or two tables, or a table and a folder.
+
+    By rows it is normal only if all say so, and of tables that differ none is believed."""
+    kinds = {one[0], other[0]} - ({""} if rows else {"", "unknown"})
+    if {"normal", "abnormal"} <= kinds and not rows:
+        kinds = {"tables disagree"}
+    if rows and one[5] != other[5]:
+        kinds = {"listed in two splits"}
+    kind = max(kinds, key=lambda k: KINDS.index(k) if k in KINDS else len(KINDS), default=one[0])
+    words = one[1] if one[1] == other[1] or (one[0] and kind == one[0] and not rows) else tuple(
+        dict.fromkeys(one[1] + other[1]))
+    finding = "|".join(dict.fromkeys(filter(None, (one[2], other[2])))) if rows else (
+        one[2] or other[2])
+    return [kind, words, finding, one[3] or other[3], one[4] or other[4],
+            strictest(one[5], other[5])]
 
 
 class FolderSource(Source):
-    """Images in a folder, in a layout that `recognise_layout` knows, or those that a CSV lists."""
+    """Images in a folder, or those that a table lists, as `Intake` understands them."""
 
-    def __init__(self, spec: str) -> None:
+    looked_at = 1000  # their pixels are read of few
+
+    def __init__(self, spec: str, normal: str = "") -> None:
         path = Path(os.path.expanduser(spec))
         name = path.resolve().name if path.is_dir() else path.stem
         self.spec, self.name = spec, re.sub(r"[^\w.-]+", "_", name) or "folder"
@@ -439,48 +1255,70 @@ class FolderSource(Source):
             page = re.search(r"kaggle\.com/(?:datasets/)?([\w.-]+/[\w.-]+)", spec)
             raise UserError(f"--data {spec}: there is nothing at {path.resolve()}; give a folder, "
                             f"a CSV, kaggle:{page[1] if page else 'owner/name'}, or synthetic")
-        self.root = path if path.is_dir() else path.parent
-        if path.is_dir():
-            layout = recognise_layout(self._list_files(), self.read_text, spec, self.left_out)
-        elif path.suffix.lower() == ".csv" and path.is_file():
-            layout = read_csv_of_paths(path.name, self.read_text, spec,
-                                       lambda name: (self.root / name).is_file())
-        else:
-            raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
-                            "first, and give a single image to evaluate.py with --image")
-        self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
-        self.title = f"{layout.title} in {self.root.resolve()}"
+        self.root, table = path if path.is_dir() else path.parent, ""
+        if not path.is_dir():
+            table = path.name
+            if path.suffix.lower() not in TABLE_SUFFIXES or not path.is_file():
+                raise UserError(
+                    f"--data {spec}: neither a folder nor a CSV file; unpack an archive first, "
+                    "and give a single image to evaluate.py with --image")
+        names = self._list_files(bool(table))
+        if table:  # it may list what lies elsewhere
+            listed = re.findall(r"(?:\.\./|[A-Z]:|/)[^,;\t|\"\n]*\.\w{3,5}", self.read_text(table))
+            names = sorted({*names, *(os.path.normpath(n).replace(os.sep, "/") for n in listed
+                                      if (self.root / n).is_file())})
+        Intake(self, names, normal, table)
+        self.title += f" in {self.root.resolve()}"
 
-    def _list_files(self) -> list[str]:
-        """List all files below the folder, sorted, but hidden ones and those of runs."""
+    def _list_files(self, beside_table: bool) -> list[str]:
+        """List all files below the folder, sorted, but those of runs and in hidden folders."""
         def refuse(e: OSError) -> None:
             raise UserError(f"--data {self.spec}: {e.filename} cannot be read ({e.strerror})")
 
-        if all((self.root / name).is_file() for name in ("train.py", "evaluate.py", "config.py")):
+        if not beside_table and all((self.root / name).is_file()
+                                    for name in ("train.py", "evaluate.py", "config.py")):
             raise UserError(f"--data {self.spec}: this is the program's own folder; put the images "
                             "into one of their own, and name that")
         names: list[str] = []
-        known: set[str] = set()  # a link may lead to a folder that was there already
+        known: dict[str, str] = {}  # a link may lead to a folder that was there already
         for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
             real, inside = os.path.realpath(folder), Path(folder).relative_to(self.root)
             is_run = inside.parts and ({"last.pt", "split.csv"} <= {*files}
                                        or "comparison.html" in files)
             if real in known or is_run:  # runs of this program have pictures, too
+                self.left_out["folder of a run of this program" if is_run else
+                              f"link, {inside}, to {known[real]}, which was read already"] += 1
                 folders[:] = []
                 continue
-            known.add(real)
+            known[real] = str(inside)
             folders[:] = sorted(d for d in folders if not d.startswith("."))
-            # No pipes and devices, which never end. A link to nothing is found unreadable later.
-            names += [(inside / f).as_posix() for f in files if not f.startswith(".") and (
-                os.path.isfile(p := os.path.join(folder, f)) or not os.path.exists(p))]
+            # No pipes and devices, which never end. Links to nothing are counted later.
+            fit = [f for f in files if os.path.isfile(p := os.path.join(folder, f))
+                   or not os.path.exists(p)]
+            if len(fit) < len(files):
+                self.left_out["neither a file nor a folder"] += len(files) - len(fit)
+            names += [(inside / f).as_posix() for f in fit]
         fit = sorted(filter(is_text, names))
         if len(fit) < len(names):
             self.left_out["with a name that is not UTF-8"] = len(names) - len(fit)
-        return fit
+        there = [name for name in fit if os.path.isfile(os.path.join(self.root, name))]
+        if len(there) < len(fit):
+            self.left_out["links to files that are not there"] = len(fit) - len(there)
+        return there
 
     def read_file(self, name: str) -> bytes:
         with open(os.path.join(self.root, name), "rb") as f:  # joined faster than by pathlib
             return f.read()
+
+    def open_image(self, sample: Sample) -> Image.Image:
+        return Image.open(os.path.join(self.root, sample.key), formats=FORMATS)
+
+    def is_image(self, name: str) -> bool:
+        try:
+            with open(os.path.join(self.root, name), "rb") as f:
+                return begins_like_image(f.read(132))
+        except OSError:
+            return False
 
     def file_bytes(self, sample: Sample) -> int:
         try:
@@ -496,241 +1334,24 @@ class FolderSource(Source):
     def digest(self, sample: Sample) -> int:
         crc = 0
         with open(self.root / sample.key, "rb") as f:  # a piece at a time: it may be large
+            if not begins_like_image(f.read(132)):
+                raise OSError("no image, and so none that is there twice")
+            f.seek(0)
             while piece := f.read(CHUNK):
                 crc = zlib.crc32(piece, crc)
         return crc
 
 
+def begins_like_image(data: bytes) -> bool:
+    """Whether these first 132 bytes are those of an image."""
+    return data[128:132] == b"DICM" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP") or (
+        data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"P5",
+                         b"P2", b"P6")))
+
+
 def is_text(name: str) -> bool:
     """Whether a file's name can be written to a table: in old archives some cannot."""
     return name.encode(errors="ignore").decode() == name
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is found in a place: all but how to read it."""
-
-    title: str
-    samples: list[Sample]
-    masks: dict[str, str] = field(default_factory=dict)  # image key -> mask file
-    boxes: dict[str, list[Box]] = field(default_factory=dict)
-
-
-def recognise_layout(names: list[str], read_text: Callable[[str], str], where: str,
-                     left_out: Counter) -> Layout:
-    """Samples from a sorted list of file names (posix, relative) and the CSV files among them.
-
-    Looks for NIH ChestX-ray14, covid-chestxray, a CSV of paths, then folders of classes. UserError
-    if it is none of them. where: this place's name in messages. left_out: counts what is not used.
-    """
-    # Hidden files are no data, such as a Mac's shadows of files.
-    names = [n for n in names if not any(p.startswith(".") for p in PurePosixPath(n).parts)]
-    known = set(names)
-    # The Kermany archive holds itself a second time.
-    copies = {n for n in names if "/chest_xray/" in f"/{n}"
-              and f"/{n}".replace("/chest_xray/", "/", 1)[1:] in known}
-    if copies:
-        left_out["copies inside the archive"] += len(copies)
-        names = sorted(known - copies)
-    images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
-    tables = {PurePosixPath(n).name: n for n in names if n.lower().endswith((".csv", ".txt"))}
-    if not images:
-        raise UserError(f"--data {where}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
-
-    if entry := next((n for b, n in tables.items() if b.startswith("Data_Entry_2017")), None):
-        return read_nih(images, entry, tables, read_text, where, left_out)
-    if "metadata.csv" in tables:
-        text = read_text(tables["metadata.csv"])
-        if not _missing(text, ("finding",), ("filename",), ("view",)) and _missing(
-                text, _LABEL):  # with a label it is the user's own
-            return read_covid(images, text, left_out)
-
-    listing = []
-    for table in (n for n in tables.values() if "/" not in n and n.lower().endswith(".csv")):
-        try:
-            if not _missing(read_text(table), _PATH, _LABEL):
-                listing.append(table)
-        except TooLarge:
-            left_out["tables, too large to be looked into"] += 1
-    if len(listing) == 1:
-        return read_csv_of_paths(listing[0], read_text, where, known.__contains__)
-    if listing:
-        raise UserError(f"--data {where}: {', '.join(listing)} all list images; name the one that "
-                        f"is meant (--data {os.path.join(where, listing[0])}), or join them, with "
-                        "a column split")
-    return read_class_folders(images, where, left_out)
-
-
-def read_class_folders(images: list[str], where: str, left_out: Counter) -> Layout:
-    """An image's class is the folder it lies in: normal by its name, abnormal if that folder
-    stands beside a normal one or is called abnormal; train, val or test may stand above."""
-    parents = {n: PurePosixPath(n).parent for n in images}
-    normal_dirs = {p for p in parents.values() if p.name.lower() in NORMAL_NAMES}
-    beside_normal = {p.parent for p in normal_dirs}
-    # train/normal also explains what lies beside it: the test/pneumonia of the same set.
-    sets = {p.parent for p in beside_normal if p.name.lower() in SPLIT_NAMES}
-    beside_normal |= {p.parent for p in parents.values()
-                      if p.parent.name.lower() in SPLIT_NAMES and p.parent.parent in sets}
-    samples, stems = [], {n.rpartition(".")[0] for n in images}
-    for name, parent in parents.items():
-        mask_of = re.fullmatch(r"(.+)_mask(_\d+)?\.\w+", name)
-        label, finding = ABNORMAL, parent.name.lower()
-        if mask_of and mask_of[1] in stems:
-            left_out["masks beside their images"] += 1
-            continue
-        if parent in normal_dirs:
-            label, finding = NORMAL, ""
-        elif finding in UNKNOWN_NAMES:
-            left_out[f"in a folder called {parent.name}"] += 1
-            continue
-        elif finding not in ABNORMAL_NAMES and (
-                finding in ("mask", "masks", "ground_truth")
-                or parent.parent not in beside_normal or parent in beside_normal):
-            left_out["in a folder that is neither normal nor beside a normal one"] += 1
-            continue
-        split = next((SPLIT_NAMES[p.lower()] for p in parent.parts if p.lower() in SPLIT_NAMES), "")
-        # As Kermany's files are called; there the numbers begin anew for each finding.
-        patient = re.match(r"(person\d+_(bacteria|virus))_|((?:NORMAL2-)?IM-\d+)-",
-                           PurePosixPath(name).name)
-        samples.append(Sample(name, patient[1] or patient[3] if patient else name, label,
-                              (patient and patient[2]) or finding, "", split))
-    if not any(s.label == NORMAL for s in samples):
-        found = ", ".join(sorted({p.as_posix() for p in parents.values()} - {"."})[:6])
-        raise UserError(
-            f"--data {where}: none of its {len(images)} images is known to be normal. Give a place "
-            "with a folder normal (or NORMAL, good, healthy) and others beside it, or a CSV; "
-            + (f"folders found: {found}" if found else "it has no folders"))
-    return Layout("folders of normal and abnormal images", samples)
-
-
-_PATH = ("path", "file", "filename", "image", "image_path", "filepath")
-_LABEL = ("label", "class", "target")
-_PATIENT = ("patient", "patient_id", "patientid", "subject_id")
-
-
-def _rows(text: str) -> Iterator[dict[str, str]]:
-    """A CSV's rows with lower-case column names and stripped values."""
-    try:
-        for row in csv.DictReader(io.StringIO(text, newline="")):
-            yield {(k or "").strip().lower(): (v or "").strip() for k, v in row.items()
-                   if not isinstance(v, list)}
-    except csv.Error as error:
-        raise UserError(f"--data: a table beginning {text[:60]!r} is no CSV ({error})") from None
-
-
-def _missing(text: str, *wanted: tuple[str, ...]) -> str:
-    """Say which of the groups of column names has no name in the CSV's header; "" if none."""
-    header = text.split("\n", 1)[0].strip()
-    try:
-        columns = [c.strip().lower() for c in next(csv.reader([header]), [])]
-    except csv.Error:
-        columns = []
-    for first, *others in wanted:
-        if not {first, *others} & {*columns}:
-            also = f" (or {', '.join(others)})" if others else ""
-            return f"no column {first}{also}; its columns, parted by commas, are: {header[:200]}"
-    return ""
-
-
-def read_csv_of_paths(file: str, read_text: Callable[[str], str], where: str,
-                      exists: Callable[[str], bool]) -> Layout:
-    """A user's own table: path and label, and where there are any, patient, split, finding, view
-    and mask. Paths are relative to the table."""
-    text = read_text(file)
-    if missing := _missing(text, _PATH, _LABEL):
-        raise UserError(f"--data {where}: {file} has {missing}")
-    samples: dict[str, Sample] = {}
-    masks = {}
-    for number, row in enumerate(_rows(text), start=2):
-        path = next(row[c] for c in _PATH if c in row)
-        label = next(row[c] for c in _LABEL if c in row)
-        split, word = row.get("split", "").lower(), label.lower()
-        key, mask = (os.path.normpath(p).replace(os.sep, "/") for p in (path, row.get("mask", "")))
-        normal = word in NORMAL_NAMES
-        wrong = {
-            "path or label is empty": not path or not label,
-            f"{path} is listed twice": key in samples,
-            f"split {split!r} is not one of train, val, test": split and split not in SPLIT_NAMES,
-            f"label {label} says neither normal nor abnormal; give 0, 1 or a finding, or take the "
-            "row out": word in UNKNOWN_NAMES,
-            f"label {label} is neither 0 (normal) nor 1 (abnormal)":
-                not normal and label != "1" and re.fullmatch(r"[\d.+-]+", label)}
-        if what := next((what for what, is_so in wrong.items() if is_so), ""):
-            raise UserError(f"--data {where}: {file} row {number}: {what}")
-        finding = row.get("finding") or ("" if word in ABNORMAL_NAMES else label)
-        samples[key] = Sample(
-            key, next((row[c] for c in _PATIENT if row.get(c)), key),
-            NORMAL if normal else ABNORMAL, "" if normal else finding,
-            row.get("view", ""), SPLIT_NAMES.get(split, ""))
-        if row.get("mask"):
-            masks[key] = mask
-    listed = [*samples, *masks.values()]
-    if absent := [name for name in listed if not exists(name)]:
-        raise UserError(f"--data {where}: {len(absent)} of the {len(listed)} files that {file} "
-                        f"lists are not there, the first is {absent[0]}; paths are relative to it")
-    return Layout(f"images listed in {file}", [*samples.values()], masks)
-
-
-def read_nih(images: list[str], entry: str, tables: dict[str, str],
-             read_text: Callable[[str], str], where: str, left_out: Counter) -> Layout:
-    """NIH ChestX-ray14: normal is exactly `No Finding`; the official lists give the test split."""
-    text = read_text(entry)
-    if missing := _missing(text, ("image index",), ("finding labels",), ("patient id",)):
-        raise UserError(f"--data {where}: {entry} has {missing}")
-    split_of: dict[str, str] = {}
-    for list_name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
-        if list_name in tables:
-            split_of |= dict.fromkeys(read_text(tables[list_name]).split(), split)
-    samples = _listed(images, (
-        (row["image index"], row["patient id"], row["finding labels"], row.get("view position", ""),
-         split_of.get(row["image index"], "")) for row in _rows(text)), left_out)
-    boxes: dict[str, list[Box]] = {}
-    if "BBox_List_2017.csv" in tables:
-        by_name = {PurePosixPath(n).name: n for n in images}
-        # Image, finding, x, y, width, height, in pixels of the 1024 x 1024 images; the header has
-        # brackets and commas of its own, so columns are taken by place.
-        rows = csv.reader(io.StringIO(read_text(tables["BBox_List_2017.csv"])))
-        for name, _, *numbers in (row for row in rows if len(row) >= 6):
-            if name in by_name:
-                with contextlib.suppress(ValueError):  # the header
-                    x, y, width, height = (float(n) / 1024 for n in numbers[:4])
-                    boxes.setdefault(by_name[name], []).append((x, y, x + width, y + height))
-    return Layout("NIH ChestX-ray14", samples, boxes=boxes)
-
-
-def read_covid(images: list[str], text: str, left_out: Counter) -> Layout:
-    """covid-chestxray-dataset: frontal X-rays with a stated finding; normal is `No Finding`."""
-    rows = []
-    for row in _rows(text):
-        tokens = {t.strip() for t in re.split(r"[/,]", row["finding"])} - {""}
-        if row.get("modality", "X-ray") != "X-ray":
-            left_out["not an X-ray"] += 1
-        elif row["view"] not in ("PA", "AP", "AP Supine"):
-            left_out["not a frontal view"] += 1
-        elif not tokens or tokens & {"todo", "Unknown"}:
-            left_out["no finding stated (todo, unknown, empty)"] += 1
-        else:
-            finding = "No Finding" if tokens == {"No Finding"} else row["finding"]
-            rows.append((row["filename"], row.get("patientid", ""), finding, row["view"], ""))
-    return Layout("covid-chestxray-dataset", _listed(images, rows, left_out))
-
-
-def _listed(images: list[str], rows: Iterable[tuple[str, str, str, str, str]],
-            left_out: Counter) -> list[Sample]:
-    """Samples of the images that rows of (file, patient, finding, view, split) name."""
-    by_name = {PurePosixPath(n).name: n for n in images}
-    samples: dict[str, Sample] = {}
-    for file, patient, finding, view, split in rows:
-        key = by_name.get(file)
-        if key is None:
-            left_out["listed in the table but not there"] += 1
-        elif key in samples:
-            left_out["listed twice"] += 1
-        else:
-            normal = finding == "No Finding"
-            samples[key] = Sample(key, patient or key, NORMAL if normal else ABNORMAL,
-                                  "" if normal else finding, view, split)
-    return sorted(samples.values(), key=lambda s: s.key)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -958,14 +1579,14 @@ class KaggleSource(Source):
 
     threads = 8  # most of a request is waiting
 
-    def __init__(self, remote: RemoteArchive) -> None:
+    def __init__(self, remote: RemoteArchive, normal: str = "") -> None:
         self.remote, self.spec, self.left_out = remote, remote.spec, Counter()
         self.members: dict[str, bytes] = {}
+        self.endings: dict[str, bool] = {}  # that say nothing -> whether they are images
         self.list_members()
-        layout = recognise_layout(sorted(self.members), self.read_text, self.spec, self.left_out)
-        self.samples, self.masks, self.boxes = layout.samples, layout.masks, layout.boxes
+        Intake(self, sorted(self.members), normal)
         self.name, self.version = re.sub(r"[^\w.-]+", "_", remote.name), remote.etag
-        self.title = f"{layout.title}, Kaggle data set {remote.owner}/{remote.name}" + (
+        self.title += f", Kaggle data set {remote.owner}/{remote.name}" + (
             f" version {remote.version}" if remote.version else "")
 
     def list_members(self) -> None:
@@ -986,6 +1607,14 @@ class KaggleSource(Source):
                 struct.error) as error:
             raise UserError(f"--data {self.spec}: what Kaggle gives is not a readable zip archive "
                             f"({error})") from None
+
+    def is_image(self, name: str) -> bool:
+        ending = os.path.splitext(name)[1]
+        if ending[1:].isdigit():  # the last number of a name such as 1.2.840
+            ending = ""
+        if ending not in self.endings:  # one of each is looked into, as it costs a request
+            self.endings[ending] = begins_like_image(self.read_file(name)[:132])
+        return self.endings[ending]
 
     def member(self, name: str) -> Member:
         """Look a file up. FileNotFoundError if there is none of that name."""
@@ -1115,17 +1744,17 @@ class KaggleFilesSource(KaggleSource):
             f"{len(data):,} bytes long instead of {size:,} as listed")
 
 
-def open_kaggle(spec: str) -> KaggleSource:
+def open_kaggle(spec: str, normal: str = "") -> KaggleSource:
     """Open the data set that kaggle:owner/name[/versions/N] names. UserError."""
     m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", spec)
     if not m:
         raise UserError(f"--data {spec}: wanted is kaggle:owner/name[/versions/N]")
     remote = RemoteArchive(spec, m[1], m[2], m[3])
     try:
-        return KaggleSource(remote)
+        return KaggleSource(remote, normal)
     except RangeRefused:
         log.warning("kaggle    no parts of the archive are given: a call for each file, slowly")
-        return KaggleFilesSource(remote)
+        return KaggleFilesSource(remote, normal)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1173,11 +1802,11 @@ def _first(samples: list[Sample], want: int, what: str) -> list[Sample]:
 def split_samples(samples: list[Sample], train_limit: int | None = None) -> Splits:
     """Split by patient into train (normals), val and test; the same for every seed and model.
 
-    A test split that the source prescribes is respected, and so is a validation split with at
-    least 50 normals; a smaller one is left out, or if test is not prescribed either split anew
-    with all else. Otherwise test takes 20 % of the normals and every patient who has no normal
-    image, and validation 10 % of the remaining normals. Abnormal images of patients who are not
-    in train go to validation, where settings may be chosen on them.
+    A test split that the source prescribes is respected, and so is a validation split beside it
+    with at least 20 normals, or alone with 50; a smaller one is left out, or if test is not
+    prescribed either split anew with all else. Otherwise test takes 20 % of the normals and every
+    patient who has no normal image, and validation 10 % of the remaining normals. Abnormal images
+    of patients who are not in train go to validation, where settings may be chosen on them.
     train_limit: the most training images; validation normals then are at most a quarter, or 100.
     """
     notes = []
@@ -1201,11 +1830,11 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
 
     val = [s for s in left if s.split == "val"]
     rest = [s for s in left if s.split != "val"]
-    normals = _normals(rest)
-    if len(_normals(val)) < MIN_NORMALS:
+    normals, enough = _normals(rest), MIN_VALIDATION if prescribed else MIN_NORMALS
+    if len(_normals(val)) < enough:
         if val:
             notes.append(f"prescribed validation split of {len(val)} images is too small: unused, "
-                         f"as it has fewer than {MIN_NORMALS} normals; "
+                         f"as it has fewer than {enough} normals; "
                          "validation is taken from the training patients")
         want = max(round(0.1 * len(normals)), min(20, len(normals) // 4))
         val = _first(normals, want, "patient")
@@ -1220,6 +1849,12 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     val += [s for s in _without(rest, train) if s.label == ABNORMAL and s.key not in known]
     if all(s.patient == s.key for s in samples):
         notes.append("no patient is named: every image counts as a patient of its own")
+    used = {s.key for part in (train, val, test) for s in part}
+    if spare := Counter(s.label for s in samples if s.key not in used):
+        notes.append(
+            f"{spare[NORMAL]:,} normal and {spare[ABNORMAL]:,} abnormal images are in no split: "
+            "their patients are in another, --samples is less, or the split that is prescribed "
+            "for them is too small")
     for one, other in ((train, val), (train, test), (val, test)):
         assert len(_without(one, other)) == len(one), "a patient is in two splits"
     assert len(_normals(train)) == len(train), "abnormal image in train"
@@ -1269,28 +1904,20 @@ def split_for_training(source: Source, config: Config, rank: int = 0) -> Splits:
     if config.batch_size > len(splits.train):
         splits.notes.append(f"--batch-size {config.batch_size}: more than there are training "
                             "images, which all make one step")
-    if rank == 0 and (pairs := duplicates_across(source, splits)):
-        splits.notes.append(f"{len(pairs)} pairs of identical files lie in different splits, e.g. "
-                            f"{pairs[0][0]} and {pairs[0][1]}")
+    for name in ("test", "val"):
+        if len({s.label for s in getattr(splits, name)}) == 1 and name == "test":
+            only = "normal" if getattr(splits, name)[0].label == NORMAL else "abnormal"
+            splits.notes.append(f"all images of the test split are {only}: no AUROC can be given")
     return splits
 
 
-def duplicates_across(source: Source, splits: Splits) -> list[tuple[str, str]]:
-    """Pairs of files with identical bytes in two different splits (first key, second key).
-    Only files of equal size that are alike at a glance are read in full."""
-    groups = [[(name, s) for name in SPLITS for s in getattr(splits, name)]]
-    for mark in (source.file_bytes, source.glance, source.digest):
-        parts = []
-        for group in groups:
-            by_mark = defaultdict(list)
-            for name, s in group:
-                with contextlib.suppress(OSError):
-                    by_mark[mark(s)].append((name, s))
-            by_mark.pop(0, None)  # their size is not known
-            parts += [part for part in by_mark.values() if len({name for name, _ in part}) > 1]
-        groups = parts
-    return [(one.key, s.key) for (first, one), *others in groups
-            for name, s in others if name != first]
+def flow(source: Source) -> list[tuple[str, str]]:
+    """What was found in a source, what it was taken for, and what was left out and why."""
+    reasons = source.left_out.most_common()
+    left_out = "; ".join(f"{count:,} {why}" for why, count in reasons[:15]) + (
+        f"; {sum(n for _, n in reasons[15:]):,} for {len(reasons) - 15} other reasons"
+        if len(reasons) > 15 else "")
+    return [(name, text) for name, text in {**source.facts, "left out": left_out}.items() if text]
 
 
 def describe(source: Source, splits: Splits) -> str:
@@ -1308,8 +1935,9 @@ def describe(source: Source, splits: Splits) -> str:
     if isinstance(source, KaggleSource):  # there a look would cost a request each
         total = sum(source.file_bytes(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
-    lines += [f"  left out: {count:,} {why}" for why, count in source.left_out.most_common()]
+    lines += [f"  {name}: {text}" for name, text in flow(source)]
     lines += [f"  note: {note}" for note in splits.notes]
+    lines += [f"careful   {text}" for text in source.careful]
     return "\n".join(lines)
 
 
@@ -1327,13 +1955,15 @@ TOO_MANY_PIXELS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 Hold = Callable[[int], contextlib.AbstractContextManager]  # so many bytes, while inside
 
 
-def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) -> np.ndarray:
+def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext,
+                 bits: int = 0) -> np.ndarray:
     """Decode an image file's bytes to grey values, uint8 [size,size].
 
     The whole image is stretched to the square, whatever its shape: nothing is cut off and no
     border is invented. Colour becomes luma (ITU-R 601), transparency is ignored, EXIF orientation
-    is applied. 16-bit grey is scaled from 0-65535, or from 0-4095 if no value is larger. DICOM
-    has rescale and window applied, is inverted if MONOCHROME1, and stretched to the full range.
+    is applied. 16-bit grey is scaled from 0..2**bits-1; if bits is 0, from 0-65535, or from 0-4095
+    if no value is larger. DICOM has rescale and window applied, is inverted if MONOCHROME1, and
+    stretched to the full range, its padding aside. Of several pages the first is taken.
     A JPEG is decoded at a half, a quarter or an eighth where that still leaves twice `size`.
     hold: entered with the bytes that the pixels take at most, while they do. Raises BadImage.
     """
@@ -1357,7 +1987,12 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext) ->
                 raise BadImage("floating-point grey values, whose range is not known")
             if image.mode.startswith("I"):  # 16-bit grey; convert("L") would saturate it
                 values = np.asarray(image).astype(np.float32)
-                values *= np.float32(255 / (4095 if values.max() <= 4095 else 65535))
+                low, high = values.min(), values.max()
+                if low < 0 or high > 65535:
+                    raise BadImage(f"grey values from {low:.0f} to {high:.0f}, signed or of more "
+                                   "than 16 bits; save them as 8 or 16 bits, by one rule for all")
+                values *= np.float32(255 / (2**bits - 1 if bits else
+                                            4095 if high <= 4095 else 65535))
                 return _stretch(Image.fromarray(values), size)
             if image.mode in ("P", "PA"):
                 image = image.convert("RGBA")
@@ -1403,15 +2038,20 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
                      8 * max(packed, len(data)) // head.BitsAllocated)
         with hold(24 * pixels + 3 * packed):  # float64 on the way
             dicom = pydicom.dcmread(io.BytesIO(data))
-            values = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
+            raw, padding = dicom.pixel_array, dicom.get("PixelPaddingValue")
+            values = apply_voi_lut(apply_modality_lut(raw, dicom), dicom)
             kind = dicom.PhotometricInterpretation
             if values.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2"):
                 raise BadImage(f"DICOM with {kind} pixels in {values.ndim} dimensions, not a "
                                "single grey image")
             values = values.astype(np.float32)
-            low, high = values.min(), values.max()
-            values = (values - low) * (255 / max(high - low, 1e-6))
-            values = 255 - values if kind == "MONOCHROME1" else values
+            seen = np.full(raw.shape, True)
+            if padding is not None:
+                ends = sorted((padding, dicom.get("PixelPaddingRangeLimit", padding)))
+                seen = (raw < ends[0]) | (raw > ends[1])
+            low, high = (values[seen].min(), values[seen].max()) if seen.any() else (0, 0)
+            values = (values - low).clip(0) * (255 / max(high - low, 1e-6))
+            values = (255 - values if kind == "MONOCHROME1" else values) * seen
             return _stretch(Image.fromarray(values), size)
     except BadImage:
         raise
@@ -1523,10 +2163,11 @@ class ImageStream(IterableDataset):
     def __init__(self, source: Source, samples: list[Sample], image_size: int, batch_size: int,
                  seed: int | None = None, memory: Memory | int = 4 << 30, share: float = 1.0,
                  cache: bool = True, rank: int = 0, world: int = 1,
-                 stop_on_bad: bool = True) -> None:
+                 stop_on_bad: bool = True, bits: int = 0) -> None:
         self.source, self.samples, self.image_size = source, samples, image_size
         self.memory = memory = Memory(memory) if isinstance(memory, int) else memory
         self.seed, self.rank, self.world, self.stop_on_bad = seed, rank, world, stop_on_bad
+        self.bits = bits  # of the values of 16-bit images; 0 if each decides
         self.batch_size = size = batch_size if seed is None else min(batch_size, len(samples))
         self.epoch = self.next_batch = self._start = 0
         self.bad: dict[str, str] = {}  # key -> reason
@@ -1667,7 +2308,7 @@ class ImageStream(IterableDataset):
                 for sample, data in self.source.fetch([*position_of], cancelled):
                     try:
                         found[position_of[sample]] = data if isinstance(data, Exception) else (
-                            decode_image(data, self.image_size, hold))
+                            decode_image(data, self.image_size, hold, self.bits))
                     except BadImage as error:  # without its traceback, which would keep the file
                         found[position_of[sample]] = BadImage(str(error))
                     del data
@@ -1698,7 +2339,8 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
     # Ranks on one machine share its memory. Test images are seen once: they need not be cached.
     memory = Memory(config.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     make = partial(ImageStream, source, image_size=config.image_size,
-                   batch_size=config.batch_size, memory=memory)
+                   batch_size=config.batch_size, memory=memory,
+                   bits=config.grey_bits or source.grey_bits())
     test = make(splits.test, share=1 / 4, cache=False)
     val = make(splits.normals("val"), share=1 / 3, rank=rank, world=world)
     train = make(splits.train, seed=config.seed, rank=rank, world=world)

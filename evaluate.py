@@ -26,6 +26,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         "every run in it that has its model's name")
     add("--data", metavar="SPEC", help="other data to test on: synthetic, a folder, a CSV or "
         "kaggle:owner/name (default: what the run was trained on)")
+    add("--normal", metavar="WORD[,WORD]", help="with --data: the words that mean normal there "
+        "(default: those of training)")
     add("--split", default="test", metavar="{test,val}",
         help="val: choose settings there, never on test (default: test)")
     add("--samples", type=int, metavar="N",
@@ -42,6 +44,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
     if arguments["samples"] is not None and arguments["samples"] < 1:
         raise UserError(f"--samples: {arguments['samples']} is less than 1")
+    if arguments["normal"] and not arguments["data"]:
+        raise UserError("--normal: goes with --data; a run's own data keeps the words of training")
     tests = arguments["data"], arguments["samples"], arguments["split"] != "test"
     if arguments["image"] and (any(tests) or len(arguments["runs"]) > 1):
         raise UserError("--image: scores images by one run; leave out --data, --split, --samples")
@@ -94,8 +98,8 @@ import models
 import train
 from config import FIELDS, MODELS, Config, flag, load_config, log, on_screen
 from data import (
-    ABNORMAL, IMAGE_SUFFIXES, NORMAL, FolderSource, ImageStream, KaggleSource, Sample, Source,
-    is_text, open_source, read_splits, same_data)
+    ABNORMAL, IMAGE_SUFFIXES, NORMAL, SPLITS, FolderSource, ImageStream, KaggleSource, Sample,
+    Source, flow, is_text, open_source, read_splits, same_data)
 from models import (
     BASELINE, DEFAULT_SCORER, READ_AT_ONCE, SCORERS, AnomalyScorer, Output, Setup)
 
@@ -157,7 +161,8 @@ class TrainedRun:
                stop_on_bad: bool = False) -> ImageStream:
         """Stream samples in order, within the memory that the run was trained in."""
         return ImageStream(source, samples, self.config.image_size, batch_size,
-                           memory=self.config.memory_bytes, cache=False, stop_on_bad=stop_on_bad)
+                           memory=self.config.memory_bytes, cache=False, stop_on_bad=stop_on_bad,
+                           bits=self.config.grey_bits or source.grey_bits())
 
     def some_normals(self, source: Source, split: str, most: int) -> Tensor:
         """Read a few normal images of its train or val split: uint8 [n,1,H,W]. UserError if none
@@ -457,13 +462,14 @@ class Result:
 
 
 def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int | None,
-               scorer: str) -> list[Result]:
+               scorer: str, normal: str | None = None) -> list[Result]:
     """Choose what each run is tested on; UserError if that is not the same for all."""
     plans: list[Result] = []
     opened: dict[tuple, Source] = {}
     for run in runs:
-        config = run.config if data is None else replace(run.config, data=data, samples=None)
-        key = (config.data, config.image_size, config.samples)
+        config = run.config if data is None else replace(
+            run.config, data=data, samples=None, normal=normal or run.config.normal)
+        key = (config.data, config.normal, config.image_size, config.samples)
         try:
             source = opened[key] = opened.get(key) or open_source(config)
         except UserError as error:
@@ -480,7 +486,7 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
                             "images differ; name common data with --data, or the runs to compare")
         if len(plans) == 1:
             log.info(f"testing   {source.title}")
-            notes += [f"left out: {n:,} {reason}" for reason, n in source.left_out.most_common()]
+            notes += map(": ".join, flow(source))
             for note in ["external test: nothing is fitted to these images"] * external + notes:
                 log.info(f"          note: {note}")
     return plans
@@ -627,6 +633,7 @@ def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str,
 def evaluate(
     runs: str | Path | Sequence[str | Path], data: str | None = None, split: str = "test",
     samples: int | None = None, scorer: str | None = None, device: str = "auto",
+    normal: str | None = None,
 ) -> list[dict[str, Any]]:
     """Test runs, or all in a folder, on the test split of their data (or on other `data`): the
     metrics of each. Shows the tables, and writes <run>/eval/<data name>/ and for several runs the
@@ -651,7 +658,7 @@ def evaluate(
         if locked := [run.folder for run in loaded if not os.access(run.folder, os.W_OK)]:
             raise UserError(f"{locked[0]}: results cannot be written there")
         named = group_by_seed(loaded)
-        tested = plan_tests(loaded, data, split, samples, by)
+        tested = plan_tests(loaded, data, split, samples, by, normal)
         first = tested[0]
         try:
             source = open_source(first.run.config) if first.external else first.source
@@ -803,8 +810,18 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
         sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
         facts=html_list(facts), tables="".join(map(html_table, tables)),
-        pictures="\n".join(figures), made=html_list(made), today=datetime.date.today()))
+        pictures="\n".join(figures), flow=html_list(flow_of(first)),
+        made=html_list(made), today=datetime.date.today()))
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
+
+
+def flow_of(r: Result) -> dict[str, str]:
+    """What became of the images that were found: the account of the intake, and the splits."""
+    rows = dict(flow(r.source)) | {"careful": "; ".join(r.source.careful) or "nothing"}
+    splits = read_splits(r.run.folder / "split.csv")
+    return rows | ({} if r.external else {
+        name: f"{len(splits.normals(name)):,} normal of {len(getattr(splits, name)):,}"
+        for name in SPLITS})
 
 
 def relative(path: str | Path) -> str:
@@ -1168,6 +1185,8 @@ $sentences<dl>$facts</dl></header>
 <h2>Pictures</h2><p>Maps are bright where an image is unlike what the model expects of a normal one.
 Blue outlines are true lesions, where these are known. Of several seeds the first is shown.</p>
 $pictures
+<h2>Flow of images</h2><p>What was found in the data, what it was taken for, and what was left out.
+</p><dl>$flow</dl>
 <h2>Training and reproduction</h2><dl>$made</dl></main>
 <footer><p>Made by ImgAE-Dx on $today. This file holds images of the test data and their names: mind
 to whom you give it. Research use only, not for diagnosis.</p></footer></body></html>

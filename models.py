@@ -167,6 +167,13 @@ def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequen
     )
 
 
+def to_image(logits: Tensor) -> Tensor:
+    """The sigmoid. Its gradient is at least 0.05: pixels that the first steps drive to black or
+    white would stay there otherwise."""
+    image = torch.sigmoid(logits)
+    return image + 0.05 * (logits - logits.detach()) if logits.requires_grad else image
+
+
 class UNet(nn.Module):
     """U-Net with a fully connected bottleneck and two decoders over one encoder.
 
@@ -235,12 +242,12 @@ class UNet(nn.Module):
                     y.register_hook(lambda g: g.contiguous(memory_format=torch.channels_last))
                 y = torch.cat([skip, y], dim=1)
             y = block(y)
-        result = [torch.sigmoid(self.out(y))]
+        result = [to_image(self.out(y))]
         if skip_free_share > 0:
             z = bottom[: max(1, round(len(y) * skip_free_share))]
             for block in self.skip_free_up:
                 z = block(z)
-            result.append(torch.sigmoid(self.out(z)))
+            result.append(to_image(self.out(z)))
         return result
 
 
@@ -301,7 +308,7 @@ class ReversedAutoencoder(nn.Module):
         y = self.from_latent(self.to_latent(x.flatten(1))).view(-1, *self.bottom)
         for block in self.up:
             y = block(y)
-        return torch.sigmoid(self.out(y))
+        return to_image(self.out(y))
 
     def reconstructions(self, x: Tensor, skip_free_share: float = 1.0) -> list[Tensor]:
         """[forward(x)]: the one that this model gives, in the form that U-Net gives its two."""
@@ -509,8 +516,8 @@ def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
 
 
 def add_lesions(images: Tensor, draws: Draws) -> Tensor:
-    """Foreign patches and opacities on images [B,1,H,W]; same shape, may leave [0,1]."""
-    return add_opacities(add_foreign_patch(images, draws, images), draws)
+    """Foreign patches, opacities and veils on images [B,1,H,W]; same shape, may leave [0,1]."""
+    return add_veil(add_opacities(add_foreign_patch(images, draws, images), draws), draws)
 
 
 def add_veil(images: Tensor, draws: Draws) -> Tensor:
@@ -548,7 +555,7 @@ def draw_lesions(images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     disease.
     """
     clean = augment(images, draws, framing=2)
-    seen = add_veil(add_lesions(clean, draws), draws).clamp(0, 1)
+    seen = add_lesions(clean, draws).clamp(0, 1)
     some = (draws.rand(1, 1, 1) < 0.8).to(images.device)
     blur = (draws.rand(1, 1, 1) - 0.5).to(images.device)  # below 0: sharpened
     seen, clean = (x + blur * (box_filter(x, 3) - x) for x in (torch.where(some, seen, clean),
@@ -584,8 +591,8 @@ READERS = ("reader", "full_reader", BASELINE)
 # Sides of windows, as shares of the image side: of the low-passed residual, of local contrast.
 SCALES, TEXTURE_SCALES = (1 / 32, 1 / 16, 1 / 8), (1 / 16, 1 / 8)
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always; see reconstruct_evenly
-READER_SIDE = 32  # about the side of what a reader sees and returns; the image is pooled to it
-READER_BATCH, READER_LR = 32, 3e-3
+READER_SIDE = 64  # about the side of what a reader sees and returns; the image is pooled to it
+READER_BATCH, READER_LR = 16, 3e-3
 LESION_CHANGE = 0.04  # grey change, averaged in a window of 1/16, from which a pixel is all lesion
 
 

@@ -717,7 +717,9 @@ def train(config: Config) -> list[Path]:
             log.info("This trains on the BUILT-IN PHANTOM. For your own images: --data FOLDER")
         # One set of loaders for all: the split is the same, and images are decoded once.
         loaders = create_dataloaders(configs[0], setup.rank, setup.world)
-        folders = [train_one(each, loaders, setup) for each in configs]
+        bits = loaders.train.bits or None  # found from the images, and kept
+        folders = [train_one(dataclasses.replace(each, grey_bits=bits), loaders, setup)
+                   for each in configs]
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
         if is_out_of_memory(error):
             raise UserError(f"out of memory ({reason_of(error)}); try a smaller --micro-batch, "
@@ -996,6 +998,7 @@ def check(config: Config) -> None:
     setup, configs = join_processes(config), one_by_one(config)
     log.info(f"device    {setup.device}, {setup.precision}; torch {torch.__version__}")
     loaders = create_dataloaders(configs[0])
+    configs = [dataclasses.replace(c, grey_bits=loaders.train.bits or None) for c in configs]
     log.info(describe(loaders.source, loaders.splits))
     began = time.monotonic()
     with contextlib.closing(iter(loaders.train)) as stream:

@@ -35,7 +35,8 @@ def test_every_field_is_a_flag_an_environment_variable_and_a_file_key(tmp_path: 
                "device": "cpu", "precision": "fp32", "data": "x", "output_dir": "y",
                "compile": True, "deterministic": True, "wandb": True,
                "augment": False, "reuse": True, "resume": "auto", "dropout": 0.5,
-               "learning_rate": 0.5, "min_delta": 0.5, "memory_limit_gb": 0.5}
+               "learning_rate": 0.5, "min_delta": 0.5, "memory_limit_gb": 0.5,
+               "normal": "nv,ok", "grey_bits": 12}
     values = {name: samples.get(name, 48) for name in FIELDS}
     flags = [flag(k) if v is True else "--no-" + k if v is False else f"{flag(k)}={v}"
              for k, v in values.items()]
@@ -104,8 +105,9 @@ def test_help_and_mistakes_are_answered_without_loading_torch(script: str) -> No
 
 
 def test_what_the_screen_cannot_show_ends_nothing() -> None:
-    done = run(sys.executable, "-c", "from config import log, run_command\n"
-               "print(run_command(lambda: (print('Nguy\u1ec5n'), log.info('a\\33[31m.png')), 'x'))",
+    done = run(sys.executable, "-c", "from config import log, on_screen, run_command\n"
+               "@on_screen()\ndef main():\n    print('Nguy\u1ec5n')\n"
+               "    log.info('a\\33[31m.png')\nprint(run_command(main, 'x'))",
                PYTHONIOENCODING="ascii")
     assert done.stdout.splitlines() == ["Nguy\\u1ec5n", "a\\x1b[31m.png", "0"]
 

@@ -4,13 +4,13 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import shutil
 import struct
 import sys
 import threading
 import warnings
 import zlib
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -22,12 +22,11 @@ from conftest import tiny, write_image, write_images
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import data
 from config import Config, UserError
 from data import (
     ABNORMAL, NORMAL, PHANTOM_KINDS, BadImage, FolderSource, ImageStream, Memory, PhantomSource,
-    Sample, Source, create_dataloaders, decode_image, describe, draw_phantom, epoch_order,
-    read_splits, recognise_layout, split_for_training, split_samples, write_splits)
+    Sample, create_dataloaders, decode_image, describe, draw_phantom, epoch_order,
+    read_splits, split_for_training, split_samples, write_splits)
 from evaluate import TrivialScores
 
 # The phantom
@@ -75,90 +74,7 @@ def test_phantom_masks_belong_to_the_images_that_are_read() -> None:
     assert not source.mask(source.samples[0], 64).any()
 
 
-# Layouts
-
-
-def layout(names: list[str], texts: dict[str, str] | None = None) -> tuple[data.Layout, Counter]:
-    left_out: Counter = Counter()
-    names = sorted([*names, *(texts or {})])
-    return recognise_layout(names, lambda n: (texts or {})[n], "here", left_out), left_out
-
-
-def test_kermany_is_recognised_with_patients_findings_and_split() -> None:
-    names = ["train/NORMAL/IM-0115-0001", "train/NORMAL/NORMAL2-IM-0115-0001",
-             "train/PNEUMONIA/person7_bacteria_29", "test/PNEUMONIA/person7_virus_3",
-             "chest_xray/train/NORMAL/IM-0115-0001"]
-    for root in ("chest_xray", "raw/chest_xray"):
-        found, left_out = layout([*(f"{root}/{name}.jpeg" for name in names), f"{root}/.DS_Store",
-                                  f"__MACOSX/{root}/train/NORMAL/._IM-0115-0001.jpeg"])
-        rows = [(s.patient, s.label, s.finding, s.split) for s in found.samples]
-        assert sorted(rows) == [
-            ("IM-0115", 0, "", "train"), ("NORMAL2-IM-0115", 0, "", "train"),
-            ("person7_bacteria", 1, "bacteria", "train"), ("person7_virus", 1, "virus", "test")]
-        assert left_out == {"copies inside the archive": 1}
-
-
-NIH = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-       "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\n"
-       "00000001_000.png,Cardiomegaly|Emphysema,0,1,058Y,M,PA,2682,2749,0.143,0.143,\n"
-       "00000001_001.png,No Finding,1,1,058Y,M,AP,2682,2749,0.143,0.143,\n"
-       "00000002_000.png,No Finding,0,2,581Y,F,PA,2500,2048,0.171,0.171,\n"
-       "00000003_000.png,Hernia,0,3,081Y,F,PA,2582,2991,0.143,0.143,\n")
-
-
-def test_nih_is_read_by_column_name_with_its_official_lists_and_boxes() -> None:
-    first = "images_001/images/00000001_000.png"
-    found, left_out = layout(
-        [first, "images_001/images/00000001_001.png", "images_002/images/00000002_000.png"],
-        {"Data_Entry_2017.csv": NIH + NIH.splitlines()[1], "test_list.txt": "00000002_000.png\n",
-         "train_val_list.txt": "00000001_000.png\n00000001_001.png\n",
-         "BBox_List_2017.csv": "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
-         "00000001_000.png,Cardiomegaly,256,512,128,256,,,\n"
-         "00000001_000.png,Nodule,0,0,4,4,,,\n"
-         "00000009_000.png,Mass,1,1,9,9,,,\n"})
-    rows = [(s.key[-16:], s.patient, s.label, s.finding, s.view, s.split) for s in found.samples]
-    assert rows == [("00000001_000.png", "1", 1, "Cardiomegaly|Emphysema", "PA", "train"),
-                    ("00000001_001.png", "1", 0, "", "AP", "train"),
-                    ("00000002_000.png", "2", 0, "", "PA", "test")]
-    assert left_out == {"listed in the table but not there": 1, "listed twice": 1}
-    # Boxes are shares of the side, and masks at any size.
-    assert found.boxes == {first: [(0.25, 0.5, 0.375, 0.75), (0, 0, 1 / 256, 1 / 256)]}
-    source = Source()
-    source.masks, source.boxes = {}, found.boxes
-    mask = np.zeros((64, 64), bool)
-    mask[32:48, 16:24] = mask[0, 0] = True  # a box under a pixel does not vanish
-    assert np.array_equal(source.mask(found.samples[0], 64), mask)
-    assert source.mask(found.samples[1], 64) is None
-
-
-def test_covid_rules_keep_frontal_xrays_with_a_stated_finding() -> None:
-    rows = ['a.png,1,"COVID-19, ARDS",PA,X-ray', "b.jpg,2,Pneumonia/COVID-19,AP Supine,X-ray",
-            "c.png,3,No Finding,AP,X-ray", "d.png,4,No Finding,L,X-ray", "e.png,5,No Finding,PA,CT",
-            "f.png,6,todo,PA,X-ray", "gone.png,7,SARS,PA,X-ray", "c.png,3,No Finding,AP,X-ray"]
-    table = "\n".join(["filename,Patientid,finding,view,modality", *rows])
-    names = [f"images/{n}" for n in ("a.png", "b.jpg", "c.png", "d.png", "e.png", "f.png")]
-    found, left_out = layout(names, {"metadata.csv": table})
-    assert [(s.key, s.patient, s.label) for s in found.samples] == [
-        ("images/a.png", "1", 1), ("images/b.jpg", "2", 1), ("images/c.png", "3", 0)]
-    assert sum(left_out.values()) == 5 and left_out["not an X-ray"] == 1
-    # A user's own table of that name is not taken for theirs.
-    found, left_out = layout(["a.png", "b.png", "c.png"], {"metadata.csv": (
-        "filename,label,finding,view,patient,split\n"
-        "a.png,0,,PA,7,train\nb.png,1,mass,PA,7,train\nc.png,0,,PA,8,test\n")})
-    assert [(s.patient, s.label, s.split) for s in found.samples] == [
-        ("7", 0, "train"), ("7", 1, "train"), ("8", 0, "test")]
-    assert not left_out
-
-
-@pytest.mark.parametrize(("names", "says"), [
-    (["a.png", "train.csv", "test.csv"], r"test.csv, train.csv all list .*--data here/test.csv"),
-    (["pictures/a.png", "pictures/b.png"], r"2 images is known to be normal.*found: pictures$"),
-    (["a.png", "b.png"], r"2 images is known to be normal.*no folders$")])
-def test_images_that_are_not_known_to_be_normal_are_not_guessed(
-        names: list[str], says: str) -> None:
-    tables = {name: "path,label\na.png,0\n" for name in names if name.endswith(".csv")}
-    with pytest.raises(UserError, match=says):
-        layout([name for name in names if name not in tables], tables)
+# Folders and tables
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
@@ -172,45 +88,29 @@ def test_links_special_files_and_names_that_cannot_be_written_down_do_no_harm(
     for name in ("normal/pipe.png", "table.csv"):  # whoever reads a pipe waits for ever
         os.mkfifo(tmp_path / name)
     (tmp_path / "normal/zero.png").symlink_to("/dev/zero")
-    (tmp_path / "normal/gone.png").symlink_to("nowhere")  # found unreadable when it is read
+    (tmp_path / "normal/gone.png").symlink_to("nowhere")
     source = FolderSource(str(tmp_path))
-    assert len(source.samples) == 4 and len(source.fingerprint().split("-")) == 2
-    assert source.left_out == {"with a name that is not UTF-8": 1}
+    assert len(source.samples) == 3 and len(source.fingerprint().split("-")) == 3
+    assert source.left_out.pop("with a name that is not UTF-8") == 1
+    assert source.left_out.pop("neither a file nor a folder") == 3
+    assert source.left_out.pop("links to files that are not there") == 1
+    assert [reason[:17] for reason in source.left_out] == ["link, again, to .", "link, normal/link"]
     with pytest.raises(UserError, match="neither a folder nor a CSV file"):
         FolderSource(str(tmp_path / "table.csv"))
     (tmp_path / "list.csv").write_text("path,label\nnormal/zero.png,0\n")
-    with pytest.raises(UserError, match=r"the first is normal/zero\.png"):
+    with pytest.raises(UserError, match="no column path whose values are images that are there"):
         FolderSource(str(tmp_path / "list.csv"))
 
 
 def test_runs_are_no_data(tmp_path: Path) -> None:
-    for name in ("normal/0.png", "sick/1.png", "runs/comparison.png", "mine/unet/curves.png"):
-        write_image(tmp_path / name)
+    for i, name in enumerate(("normal/0.png", "sick/1.png", "runs/comparison.png",
+                              "mine/unet/curves.png")):
+        write_image(tmp_path / name, i)
     for name in ("runs/comparison.html", "mine/unet/last.pt", "mine/unet/split.csv"):
         (tmp_path / name).touch()
-    assert [s.key for s in FolderSource(str(tmp_path)).samples] == ["normal/0.png", "sick/1.png"]
-
-
-@pytest.mark.parametrize(("names", "abnormal", "left_out"), [
-    (["train/good/a.png", "test/good/b.png", "test/scratch/c.png",
-      "ground_truth/scratch/c_mask.png"], ["test/scratch/c.png"],
-     {"in a folder that is neither normal nor beside a normal one": 1}),
-    (["overview.png", "normal/a.png", "sick/b.png", "masks/b.png", "Unlabeled/c.png"],
-     ["sick/b.png"], {"in a folder called Unlabeled": 1,
-                      "in a folder that is neither normal nor beside a normal one": 2}),
-    (["normal/a (1).png", "normal/a (1)_mask.png", "sick/b.png", "sick/b_mask.png",
-      "sick/b_mask_1.png", "sick/c_mask.png", "normal/._a (1).png", ".ipynb_checkpoints/a.png"],
-     ["sick/b.png", "sick/c_mask.png"], {"masks beside their images": 3}),
-])
-def test_folders_beside_a_normal_one_are_abnormal_but_strays_and_masks_are_not(
-        names: list[str], abnormal: list[str], left_out: dict) -> None:
-    found, counts = layout(names)
-    assert [s.key for s in found.samples if s.label == ABNORMAL] == abnormal
-    for s in found.samples:
-        folders = Path(s.key).parts
-        assert s.finding == ("" if s.label == NORMAL else folders[-2])
-        assert s.split == (folders[0] if len(folders) == 3 else "")
-    assert counts == left_out
+    source = FolderSource(str(tmp_path))
+    assert [s.key for s in source.samples] == ["normal/0.png", "sick/1.png"]
+    assert source.left_out == {"folder of a run of this program": 2}
 
 
 def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> None:
@@ -231,21 +131,20 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("text", "place", "says"), [
-    ("path,finding\na.png,x\n", "list.csv", "list.csv has no column label"),
-    ("name,label\na.png,0\n", "list.csv", "list.csv has no column path"),
-    ("path;label\n", "list.csv", "its columns, parted by commas, are: path;label"),
+    ("path,size\na.png,x\n", "list.csv", "list.csv has no column label"),
+    ("name,label\n7,0\n", "list.csv", "list.csv has no column path"),
+    ("path;label\n", "list.csv", "its columns are: path, label"),
     ("path,label\na.png,0\nb.png,0\n", "list.csv", "1 of the 2 files that list.csv lists are not"),
-    ("path,label\na.png,\n", "list.csv", "list.csv row 2: path or label is empty"),
+    ("path,label\na.png,0\nb.png,\n", "list.csv", "list.csv row 3: path or label is empt"),
     ("path,label\na.png,7\n", "list.csv", "label 7 is neither 0"),
-    ("path,label\na.png,Unknown\n", "list.csv", "row 2: label Unknown says neither normal nor abn"),
-    ("path,label\na.png,0\na.png,0\n", "list.csv", "row 3: a.png is listed twice"),
-    ("path,label,split\na.png,0,dev\n", "list.csv", "split 'dev' is not one of"),
-    ("path,label,mask\na.png,1,gone.png\n", "list.csv", "1 of the 2 files that list.csv lists are"),
+    ("path,label\na.png,Unknown\n", "list.csv", "none of its .* is known to be normal"),
+    ("path,label,split\na.png,0,later\n", "list.csv", "split 'later' is not one of"),
+    ("path,label,mask\na.png,0,gone.png\n", "list.csv", "1 masks that list.csv .* is gone.png"),
     ("", "gone", "nothing at {}/gone; give a folder, a CSV, kaggle:owner/name, or synthetic"),
     ("", "https://www.kaggle.com/datasets/a/x", "give a folder, a CSV, kaggle:a/x, or synthetic"),
     ("", "my films/empty", "no images in it"),
     ("", "a.png", "neither a folder nor a CSV file; un"),
-    ("", "my films/Normal", "Give a place with a folder normal"),
+    ("", "my films/Normal", "give a CSV with the first line path,label"),
     ("", str(Path(__file__).parent.parent), "the program's own folder; put the images into one")])
 def test_a_wrong_place_or_table_is_one_line_that_names_it(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, place: str, says: str) -> None:
@@ -256,7 +155,8 @@ def test_a_wrong_place_or_table_is_one_line_that_names_it(
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(UserError, match=r"^[^\n]*$") as told:
         FolderSource(place)
-    assert says.format(tmp_path) in str(told.value) and place in str(told.value)
+    assert re.search(says.format(re.escape(str(tmp_path))), str(told.value))
+    assert place in str(told.value)
 
 
 def test_a_large_batch_is_noted_and_too_little_data_refused(xrays: Path, tmp_path: Path) -> None:
@@ -340,23 +240,6 @@ def test_splits_survive_their_file(tmp_path: Path) -> None:
         read_splits(file)
 
 
-def test_identical_files_in_two_splits_are_reported_and_few_read_in_full(tmp_path: Path) -> None:
-    for i in range(60):
-        write_image(tmp_path / "train" / "normal" / f"{i}.bmp", i)
-    for name, i in (("copy", 11), ("other", 900), ("nearly", 12)):
-        write_image(tmp_path / "test" / "normal" / f"{name}.bmp", i)
-    nearly = tmp_path / "test" / "normal" / "nearly.bmp"
-    nearly.write_bytes(nearly.read_bytes()[:-1] + b"x")  # like 12.bmp but for the last pixel
-    source, read = FolderSource(str(tmp_path)), []
-    digest = source.digest
-    source.digest = lambda s: read.append(s.key) or digest(s)
-    splits = split_for_training(source, Config(data=str(tmp_path)))
-    [note] = [n for n in splits.notes if "identical" in n]
-    assert note.startswith("1 pairs") and "11.bmp and test/normal/copy.bmp" in note
-    assert sorted(read) == ["test/normal/copy.bmp", "test/normal/nearly.bmp",
-                            "train/normal/11.bmp", "train/normal/12.bmp"]
-
-
 # Decoding
 
 
@@ -401,10 +284,10 @@ def test_every_format_of_the_list_is_found_in_a_folder_and_read(tmp_path: Path) 
     folder = tmp_path / "normal"
     folder.mkdir()
     for name, image, kind in (
-            ("a.png", RAMP, "PNG"), ("b.jpg", RAMP, "JPEG"), ("c.jpeg", RAMP, "JPEG"),
+            ("a.png", RAMP, "PNG"), ("b.jpg", RAMP, "JPEG"), ("c.jpeg", RAMP.clip(2), "JPEG"),
             ("d.bmp", RAMP, "BMP"), ("e.pgm", RAMP, "PPM"),
             ("g.tif", RAMP, "TIFF"), ("h.TIFF", wide, "TIFF"), ("j.png", wide, "PNG"),
-            ("i.tif", wide.astype(">u2"), "TIFF")):
+            ("i.tif", wide.clip(9).astype(">u2"), "TIFF")):
         (folder / name).write_bytes(encoded(Image.fromarray(image), kind))
     (folder / "f.pgm").write_bytes(b"P5 %d %d 65535\n" % RAMP.shape[::-1]
                                    + wide.astype(">u2").tobytes())
@@ -448,7 +331,8 @@ def test_an_image_or_mask_of_absurd_size_is_refused_before_it_is_decoded(tmp_pat
             decode_image(bytes(png), 32)
     (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(RAMP)))
     (tmp_path / "mask.png").write_bytes(png)
-    (tmp_path / "list.csv").write_text("path,label,mask\na.png,1,mask.png\n")
+    (tmp_path / "b.png").write_bytes(encoded(Image.fromarray(RAMP.T)))
+    (tmp_path / "list.csv").write_text("path,label,mask\na.png,1,mask.png\nb.png,0,\n")
     source = FolderSource(str(tmp_path))
     with pytest.raises(UserError, match=r"mask\.png is no readable mask"):
         source.mask(source.samples[0], 32)

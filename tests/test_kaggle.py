@@ -177,7 +177,7 @@ def test_an_archive_or_single_files_give_the_same_samples_order_and_pixels_as_th
 def test_tables_give_labels_and_splits_also_in_zip64_archives(kaggle: StandIn) -> None:
     nih = VirtualNIH(12_000, 375_000, 24)
     source = opened(kaggle, nih)
-    assert len(source.samples) == 12_000 and source.title.startswith("NIH ChestX-ray14")
+    assert len(source.samples) == 12_000 and "from the column Patient ID" in str(source.facts)
     assert {s.split for s in source.samples} == {"train", "test"}
     # Offsets beyond 4 GiB: the last film decodes to what was put in.
     assert nih.size > 1 << 32 and source.read(source.samples[-1]) == nih.content(11_999)
@@ -330,8 +330,8 @@ def test_a_large_table_that_is_not_needed_is_left_alone(
     source = opened(kaggle, images(40, **{"pixels.csv": b"1,2\n" * 500}))
     assert len(source.samples) == 40 and kaggle.calls["file"] == 0
     assert source.left_out == {"tables, too large to be looked into": 1}
-    with pytest.raises(UserError, match=r"Data_Entry_2017.csv cannot be read \(larger"):
-        opened(kaggle, images(40, **{"Data_Entry_2017.csv": b"1,2\n" * 500}))
+    with pytest.raises(UserError, match=r"none .*normal.*; labels.csv has too much in it"):
+        opened(kaggle, {"a/1.png": png(1), "labels.csv": b"1,2\n" * 500})
 
 
 def test_damaged_members_are_skipped_counted_and_named(kaggle: StandIn) -> None:
@@ -496,7 +496,7 @@ def test_whatever_passing_faults_come_nothing_is_lost_unnamed(kaggle: StandIn, s
 def test_a_set_of_42_gigabytes_starts_with_few_requests(kaggle: StandIn) -> None:
     kaggle.archives["nih-chest-xrays/data"] = nih = VirtualNIH()
     loaders = create_dataloaders(Config(data="kaggle:nih-chest-xrays/data", samples=2000))
-    assert nih.size > 42e9 and kaggle.calls == {"api": 1, "range": 8}
+    assert nih.size > 42e9 and kaggle.calls == {"api": 1, "range": 8 + 24}  # a look at some
     assert next(iter(loaders.train))[0].shape == (8, 1, 128, 128)
     assert len(loaders.source.samples) == 112_120 and len(loaders.splits.train) == 2000
 

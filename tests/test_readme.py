@@ -66,5 +66,5 @@ def test_additions_and_the_lines_from_python_work(copy: Path) -> None:
     assert shown == "(3, 1, 32, 32) (3, 1, 32, 32) (3,)\n"
     shown = run(copy, "train.py", "--model", "spatial_ae", "--objective", "erase", "--gamma", "0.3",
                 "--data", "named", "--epochs", "1", *SIZES)
-    assert "images named ok_ or ill_" in shown
+    assert "ill 10 -> abnormal" in shown
     assert "texture" in run(copy, "evaluate.py", "runs/spatial_ae", "--scorer", "texture")
