@@ -377,13 +377,12 @@ class Draws:
         return torch.randint(high, (self.total, *shape), generator=self.generator)[self.rows]
 
 
-def augment(images: Tensor, draws: Draws, framing: float = 1, exposure: float = 1) -> Tensor:
+def augment(images: Tensor, draws: Draws, framing: float = 1) -> Tensor:
     """Each image turned, moved, scaled, made brighter and of other contrast. Not mirrored: where
     the heart lies is part of what is normal.
 
     float [B,1,H,W] in [0,1] to the same. Rotation up to 5 degrees, shift 5 %, scale 5 %, times
-    `framing`; brightness 0.05, contrast 10 %, times `exposure`. What comes in from outside repeats
-    the edge.
+    `framing`; brightness 0.05, contrast 10 %. What comes in from outside repeats the edge.
     """
     B = len(images)
 
@@ -400,8 +399,8 @@ def augment(images: Tensor, draws: Draws, framing: float = 1, exposure: float = 
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     edge = 1 - 1 / images.shape[-1]  # border padding, which MPS does not have
     images = F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
-    contrast = (1 + uniform(exposure * 0.1)).view(B, 1, 1, 1).to(images.device)
-    brightness = uniform(exposure * 0.05).view(B, 1, 1, 1).to(images.device)
+    contrast = (1 + uniform(0.1)).view(B, 1, 1, 1).to(images.device)
+    brightness = uniform(0.05).view(B, 1, 1, 1).to(images.device)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return ((images - mean) * contrast + mean + brightness).clamp_(0, 1)
 
