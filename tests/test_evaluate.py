@@ -522,8 +522,11 @@ def test_large_images_are_scored_within_the_memory_that_they_were_trained_in(
     run.config = dataclasses.replace(run.config, image_size=1024, memory_limit_gb=0.25)
     t, streams, stream = ev.Result(run, source, source.samples[:12]), [], run.stream
     run.stream = lambda *given, **more: streams.append(stream(*given, **more)) or streams[-1]
-    run.score = lambda images, scorer: small.score(images[..., ::32, ::32].contiguous(), scorer)
-    ev.score_samples(t)
+    score = small.score  # what these models are that see a pixel in 32 is of no moment
+    with mock.patch.object(ev.TrainedRun, "score", lambda self, images: score(
+            images[..., ::32, ::32].contiguous())), mock.patch.object(
+                models, "untrained_model", lambda *_: small.model):
+        ev.score_samples(t)
     assert len(t.samples) == 12 and streams[0].memory.limit == 0.25 * 2**30
     assert 0 < streams[0].memory.peak_bytes <= streams[0].memory.limit
 
@@ -650,7 +653,8 @@ def test_scores_in_bf16_are_close_and_do_not_depend_on_the_other_images(
     _, scores, maps = run.score(images)
     assert not torch.equal(exact_map["zscore"], maps["zscore"])
     assert (maps["zscore"] - exact_map["zscore"]).abs().max() < 0.4  # standard deviations
-    for name in ("reader", "zscore", "mse"):
+    assert (scores["reader"] - exact["reader"]).abs().max() < 0.01  # it has hardly been trained
+    for name in ("zscore", "mse"):
         spread = run.scorer.normal_scores[name].std()
         assert (scores[name] - exact[name]).abs().max() < 0.2 * spread, name
     with run.setup.autocast(), models.no_autocast(run.setup.device):  # as while testing
@@ -714,7 +718,7 @@ def test_training_data_may_lie_elsewhere_or_be_gone(
         (tmp_path / "moved" / s.key).unlink()
     shutil.copytree(tmp_path / "moved", tmp_path / "xrays")
     capsys.readouterr()
-    assert len(ev.evaluate(folder)[0]["baselines"]) == 4
+    assert "PCA reconstruction error" not in ev.evaluate(folder)[0]["baselines"]
     assert "note: two trivial scores are left out (none of the" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "xrays")
     for above, n in (("a", 3), ("b", 4)):  # other data of one name: results are kept apart
