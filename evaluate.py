@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         help="val: choose settings there, never on test (default: test)")
     add("--samples", type=int, metavar="N",
         help="at most N images, drawn evenly from both labels (default: all)")
-    add("--scorer", metavar="NAME", help="reader, full_reader, zscore, mse, ssim, or "
+    add("--scorer", metavar="NAME", help="reader, zscore, mse, ssim, or "
         "all for a table of every one (default: fused)")
     add("--image", metavar="PATH", help="score this image, or every image in this folder, instead "
         "of testing")
@@ -971,7 +971,7 @@ def training_cost(run: TrainedRun) -> dict[str, float | None]:
 SIDE, GAP, LINE = 1.6, 0.08, 0.16  # inches: a tile's side, between tiles, a line of text
 
 
-UNITS = {"reader": "how much looks\nlike a lesion", "full_reader": "how much looks\nlike a lesion",
+UNITS = {"reader": "how much looks\nlike a lesion",
          "zscore": "residual (standard deviations\nof training normals)"}
 
 

@@ -579,14 +579,13 @@ def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
 SCORERS = {
     "reader": "share of the image that a small network, the reader, takes for a lesion; it sees "
               "residuals alone",
-    "full_reader": "the same by a reader that sees image and reconstructions, too",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
     "mse": "squared residual",
     "ssim": "1 - structural similarity",
 }
 DEFAULT_SCORER = "reader"
 BASELINE = "image_reader"  # a reader of the image alone: what can be found without an autoencoder
-READERS = ("reader", "full_reader", BASELINE)
+READERS = ("reader", BASELINE)
 # Sides of windows, as shares of the image side: of the low-passed residual, of local contrast.
 SCALES, TEXTURE_SCALES = (1 / 32, 1 / 16, 1 / 8), (1 / 16, 1 / 8)
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always; see reconstruct_evenly
@@ -750,8 +749,8 @@ def train_reader(inputs: Tensor, targets: Tensor, config: Config, device: torch.
                  tick: Callable[[int], object]) -> Reader:
     """Train a reader to tell drawn lesions, in a fixed number of steps: none is chosen on labels.
 
-    inputs: what it sees, float [n,C,h,w]; targets [n,1,h,w] in [0,1]: how much of a lesion is
-    there. Binary cross-entropy, AdamW, one cycle of the learning rate, mirrored at random.
+    inputs: what it sees, [n,C,h,w]; targets [n,1,h,w] in [0,1]: how much of a lesion is there.
+    Both of any floating type. Binary cross-entropy, AdamW, one cycle of the learning rate, mirrored at random.
     tick: called with 1 after each step.
     """
     generator = seeded(config.seed, "reader", 0)
@@ -763,7 +762,7 @@ def train_reader(inputs: Tensor, targets: Tensor, config: Config, device: torch.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, READER_LR, config.reader_steps)
     for _ in range(config.reader_steps):
         some = torch.randint(len(inputs), (READER_BATCH,), generator=generator)
-        x, y = inputs[some].to(device), targets[some].to(device)
+        x, y = inputs[some].to(device).float(), targets[some].to(device).float()
         if torch.rand((), generator=generator) < 0.5:
             x, y = x.flip(3), y.flip(3)
         loss = F.binary_cross_entropy_with_logits(
@@ -832,12 +831,9 @@ class AnomalyScorer:
         its grey values and its local contrast are seen.
         """
         x = output.images
-        residuals = pooled(torch.cat(list(z.values()), dim=1).clamp(-8, 8) / 2)
-        grey = torch.cat([x, output.reconstructions], dim=1)
-        grey = pooled(grey - grey.mean((2, 3), keepdim=True))
-        image = torch.cat([grey[:, :1], pooled(log_contrast(x, 1 / 16) / 2)], dim=1)
-        return {"reader": residuals, BASELINE: image,
-                "full_reader": torch.cat([residuals, image, grey[:, 1:]], dim=1)}
+        grey = x - x.mean((2, 3), keepdim=True)
+        return {"reader": pooled(torch.cat([*z.values()], dim=1).clamp(-8, 8) / 2),
+                BASELINE: pooled(torch.cat([grey, log_contrast(x, 1 / 16) / 2], dim=1))}
 
     def maps(self, output: Output) -> dict[str, Tensor]:
         """The anomaly map by every scorer and reader that is there: [B,1,H,W], at least 0."""

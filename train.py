@@ -643,15 +643,15 @@ def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
             images = next(groups)
             draws = Draws(seeded(config.seed, "drawn", number), len(images))
             seen, there = draw_lesions(to_float(images, torch.device("cpu")), draws)
-            targets.append(pooled(there))
+            targets.append(pooled(there).half())  # in half precision: they are many
             for output, real in reconstruct_evenly(model, (255 * seen).round().byte(), setup):
                 found = scorer.reader_inputs(output.first(real), scorer.z(output.first(real)))
                 for name in readers:
-                    inputs[name].append(found[name].cpu())
+                    inputs[name].append(found[name].half().cpu())
             bar.update(len(images))
     with progress(len(readers) * config.reader_steps, "training readers", unit="step") as bar:
         for name in readers:
-            scorer.readers[name] = train_reader(torch.cat(inputs[name]), torch.cat(targets),
+            scorer.readers[name] = train_reader(torch.cat(inputs.pop(name)), torch.cat(targets),
                                                 config, device, bar.update)
     refer_to_normals(scorer, model, loaders, config, setup)
     return scorer
