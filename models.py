@@ -750,7 +750,8 @@ def train_reader(inputs: Tensor, targets: Tensor, config: Config, device: torch.
     """Train a reader to tell drawn lesions, in a fixed number of steps: none is chosen on labels.
 
     inputs: what it sees, [n,C,h,w]; targets [n,1,h,w] in [0,1]: how much of a lesion is there.
-    Both of any floating type. Binary cross-entropy, AdamW, one cycle of the learning rate, mirrored at random.
+    Both of any floating type. Binary cross-entropy, AdamW, one cycle of the learning rate,
+    mirrored at random.
     tick: called with 1 after each step.
     """
     generator = seeded(config.seed, "reader", 0)
