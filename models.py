@@ -546,14 +546,14 @@ def warp(images: Tensor, draws: Draws) -> Tensor:
     return F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
 
 
-def draw_lesions(images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+def draw_lesions(images: Tensor, draws: Draws, framing: float = 2) -> tuple[Tensor, Tensor]:
     """(images with lesions drawn on, how much of a lesion each pixel holds) of normal images.
 
     float [B,1,H,W] in [0,1] to two of the same: what readers learn from. A fifth of the images
-    stays without. Framing varies twice as much as in training and sharpness too, for neither is a
-    disease.
+    stays without. Framing varies twice as much as in training (unless `framing` is 0), and
+    sharpness too, for neither is a disease.
     """
-    clean = augment(images, draws, framing=2)
+    clean = augment(images, draws, framing) if framing else images
     seen = add_lesions(clean, draws).clamp(0, 1)
     some = (draws.rand(1, 1, 1) < 0.8).to(images.device)
     blur = (draws.rand(1, 1, 1) - 0.5).to(images.device)  # below 0: sharpened

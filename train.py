@@ -642,7 +642,8 @@ def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
         while (number := len(targets)) * 4 * READ_AT_ONCE < drawn:
             images = next(groups)
             draws = Draws(seeded(config.seed, "drawn", number), len(images))
-            seen, there = draw_lesions(to_float(images, torch.device("cpu")), draws)
+            seen, there = draw_lesions(to_float(images, torch.device("cpu")), draws,
+                                       2 * config.augment)
             targets.append(pooled(there).half())  # in half precision: they are many
             for output, real in reconstruct_evenly(model, (255 * seen).round().byte(), setup):
                 found = scorer.reader_inputs(output.first(real), scorer.z(output.first(real)))
