@@ -7,8 +7,8 @@
     python evaluate.py runs/unet --image image.png        score new images, with heatmaps
 
 A test is written into RUN/eval/DATA/ (DATA-val/ with --split val), of a single run with the page
-report.html. A comparison lies beside its runs: comparison.html, .csv and .png, of other data than
-their own comparison-DATA.*, of the validation split comparison-DATA-val.*
+report.html. A comparison lies beside its runs: comparison.html and .png, of other data than their
+own comparison-DATA.*, of the validation split comparison-DATA-val.*
 """
 
 import os
@@ -31,7 +31,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     add("--samples", type=int, metavar="N",
         help="at most N images, drawn evenly from both labels (default: all)")
     add("--scorer", metavar="NAME", help="reader, full_reader, zscore, mse, ssim, or "
-        "all for a table of every one (default: fused)")
+        "all for a table of every one (default: reader)")
     add("--image", metavar="PATH", help="score this image, or every image in this folder, instead "
         "of testing")
     add("--out", metavar="DIR", help="where --image writes (default: predictions in the run "
@@ -58,6 +58,7 @@ import base64
 import contextlib
 import csv
 import datetime
+import functools
 import hashlib
 import io
 import itertools
@@ -70,7 +71,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
-from operator import itemgetter
+from operator import getitem
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -99,7 +100,7 @@ from models import (
 RESAMPLES = 1000
 NAMES = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-UNTRAINED = "untrained"
+IMAGE_ALONE, UNTRAINED = "a reader of the image alone", "the same network untrained"
 PEAK_TOLERANCE = 0.03  # of the image side: how far beside a lesion a map's peak may lie
 # Pixels are counted by their map value, for an AUROC to four digits in 20,000 ranges.
 PIXEL_BOUNDS = np.concatenate([[0], np.geomspace(1e-6, 1e4, 20_000), [np.inf]])
@@ -107,7 +108,7 @@ PHANTOM = "the built-in phantom: drawn chest images, not real X-rays"
 PICTURES = {"scores.png": "ROC curve and histogram of scores",
             "examples.png": "highest, borderline and lowest scores",
             "worst.png": "the worst abnormal images missed, and normal images flagged",
-            "healing.png": "what it makes of corrupted normal images, and of a lesion"}
+            "healing.png": "what it makes of corrupted normal images"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -230,16 +231,11 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
     groups, met = dict[tuple, list[TrainedRun]](), Counter[tuple]()
     for run in runs:
         key = (run.fingerprint, *(v for k, v in asdict(run.config).items() if k not in aside))
-        met[key, run.config.seed] += 1  # twice the same seed: another run
+        met[key, run.config.seed] += 1  # the same seed twice is another run
         groups.setdefault((key, met[key, run.config.seed]), []).append(run)
-    models_of = Counter(run.config.model for run in runs)
-    named: dict[str, list[TrainedRun]] = {}
-    for group in groups.values():
-        first = group[0].config
-        alone = len(group) == models_of[first.model]
-        name = NAMES[first.model] if alone and len(group) > 1 else group[0].name
-        named[name] = group
-        for run in group[: len(group) if len(group) > 1 else 0]:
+    named = {group[0].name: group for group in groups.values()}
+    for name, group in named.items():
+        for run in group if len(group) > 1 else ():
             run.name = f"{name}, seed {run.config.seed}"
     return named
 
@@ -309,16 +305,22 @@ def verdict(other: str, difference: float, low: float, high: float) -> str:
             f"by {difference:.3f} ({low:.3f} to {high:.3f})")
 
 
+def log_contrast_of(images: np.ndarray) -> Tensor:
+    """What detail uint8 images [B,1,H,W] have around each place: [B,1,H,W]."""
+    return models.log_contrast(torch.from_numpy(images) / 255, 1 / 8)
+
+
 class TrivialScores:
     """Scores that need no training worth the name: a model that does not beat them is no use.
-    reference: normal training images, uint8 [n,1,H,W]; without them two scores are left out."""
+    reference: normal training images, uint8 [n,1,H,W]; without them three scores are left out."""
 
     def __init__(self, reference: np.ndarray | None) -> None:
         self.pca = None
         if reference is not None:
             flat = reference.reshape(len(reference), -1) / np.float32(255)
-            self.mean, logs = flat.mean(0), self.log_contrast(reference)
-            self.usual, self.spread = logs.mean(0), logs.std(0).clamp(min=0.05)
+            logs = log_contrast_of(reference)
+            self.mean, self.usual = flat.mean(0), logs.mean(0)
+            self.spread = logs.std(0).clamp(min=0.05)
             self.pca = PCA(min(32, len(flat) - 1), random_state=0).fit(flat)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -329,16 +331,12 @@ class TrivialScores:
         scores = {"mean intensity": flat.mean(1), "standard deviation": flat.std(1),
                   "local contrast": rows.mean((1, 2)) + columns.mean((1, 2))}
         if self.pca:
-            haze = (self.usual - self.log_contrast(images)) / self.spread
+            haze = (self.usual - log_contrast_of(images)) / self.spread
             back = self.pca.inverse_transform(self.pca.transform(flat))
             scores |= {"distance to mean normal": np.square(flat - self.mean).mean(1),
                        "PCA reconstruction error": np.square(flat - back).mean(1),
                        "haze": haze.mean((1, 2, 3)).numpy()}
         return scores
-
-    def log_contrast(self, images: np.ndarray) -> Tensor:
-        """What detail uint8 images [B,1,H,W] have around each place: [B,1,H,W]."""
-        return models.log_contrast(torch.from_numpy(images) / 255, 1 / 8)
 
 
 def samples_to_score(run: TrainedRun, source: Source, split: str,
@@ -465,9 +463,9 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
         try:
             source = opened[key] = opened.get(key) or open_source(config)
         except UserError as error:
-            raise error if data else UserError(
-                f"{error}. {run.folder} was trained on it: if it lies elsewhere now, name that "
-                "place with --data") from None
+            elsewhere = (f". {run.folder} was trained on it: if it lies elsewhere now, name that "
+                         "place with --data")
+            raise UserError(f"{error}{'' if data else elsewhere}") from None
         chosen, external, notes = samples_to_score(run, source, split)
         plan = Result(run, source, draw_evenly(chosen, limit), scorer, split, external)
         if not plan.samples:
@@ -499,9 +497,8 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
           r.run.setup.autocast(), models.no_autocast(r.run.setup.device)):
         for images, positions in stream:
             _, scores, maps = r.run.score(images)
-            _, of_untrained, _ = untrained.score(images)
-            found.append({k: scores[k].numpy() for k in (*SCORERS, BASELINE)}
-                         | {UNTRAINED: of_untrained[DEFAULT_SCORER].numpy()}
+            scores[UNTRAINED] = untrained.score(images)[1][DEFAULT_SCORER]
+            found.append({k: v.numpy() for k, v in scores.items()}
                          | (trivial(images.numpy()) if trivial else {}))
             order += positions.tolist()
             for map_, i in zip(maps[r.scorer][:, 0].cpu().numpy(), positions.tolist(), strict=True):
@@ -516,8 +513,7 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     r.scored = {k: every.pop(k) for k in SCORERS}
     if not all(np.isfinite(v).all() for v in r.scored.values()):
         raise UserError(f"{r.run.folder}: its scores are not finite numbers; train it again")
-    r.baselines = {name: every.pop(key) for name, key in (
-        ("a reader of the image alone", BASELINE), ("the same network untrained", UNTRAINED))}
+    r.baselines = {IMAGE_ALONE: every.pop(BASELINE), UNTRAINED: every.pop(UNTRAINED)}
     if trivial:
         is_ap = np.array([s.view.startswith("AP") for s in r.samples], dtype=float)
         if 0 < is_ap.sum() < len(is_ap):
@@ -655,7 +651,7 @@ def evaluate(
             source = open_source(first.run.config) if first.external else first.source
             trivial = TrivialScores(first.run.some_normals(source, "train", 400).numpy())
         except UserError as error:
-            log.info(f"          note: two trivial scores are left out ({error})")
+            log.info(f"          note: three trivial scores are left out ({error})")
             trivial = TrivialScores(None)
         for r in tested:
             score_samples(r, trivial if r is first else None)
@@ -689,19 +685,17 @@ def write_test(r: Result) -> None:
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
         for i, s in enumerate(r.samples)])
     save_picture(folder / "scores.png", f"tested on {r.about}", tested=[r])
-    chosen: dict[int, str] = {}
-    away, threshold = abs(r.scores - m["threshold"]), f"threshold {m['threshold']:.3g}"
-    for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
-        chosen |= dict.fromkeys([i for i in np.argsort(order).tolist() if i not in chosen][:3], why)
-    draw_cases(r, folder / "examples.png", threshold, chosen)
+    order, threshold = np.argsort(r.scores), f"threshold {m['threshold']:.3g}"
+    near = np.argsort(abs(r.scores - m["threshold"]))
+    some = dict.fromkeys([*order[:-4:-1].tolist(), *near[:3].tolist(), *order[:3].tolist()])
+    draw_cases(r, "examples.png", f"highest, borderline and lowest scores, {threshold}", [*some])
     missed, flagged = worst(r)
-    draw_cases(r, folder / "worst.png", f"{len(missed)} of {m['n_abnormal']} abnormal images "
-               f"missed, {len(flagged)} of {m['n_normal']} normal images flagged: the worst of "
-               f"them, {threshold}", *({i: r.samples[i].key.rpartition("/")[2][-18:]
-                                        for i in found[:8]} for found in (missed, flagged)))
+    draw_cases(r, "worst.png", f"{len(missed)} of {m['n_abnormal']} abnormal images missed, "
+               f"{len(flagged)} of {m['n_normal']} normal images flagged: the worst of them, "
+               f"{threshold}", missed[:8], flagged[:8])
     if not r.external:
         try:
-            draw_healing(r, folder / "healing.png")
+            draw_healing(r)
         except UserError as error:  # its validation images are gone
             log.info(f"          note: no healing.png ({error})")
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
@@ -774,11 +768,6 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         own = not first.external and first.split == "test"
         page = first.run.folder.resolve().parent / (
             "comparison.html" if own else f"comparison-{first.folder.name}.html")
-        write_csv(page.with_suffix(".csv"), [
-            {"run": r.run.folder.name, "group": name}
-            | {k: v for k, v in r.metrics.items() if not isinstance(v, dict | tuple)}
-            | dict(zip(("auroc_low", "auroc_high"), r.metrics["auroc_ci"] or "  ", strict=True))
-            for name, group in groups.items() for r in group])
         draw_comparison([group[0] for group in groups.values()], page.with_suffix(".png"))
         pictures[page.with_suffix(".png")] = "ROC curves, histograms of scores, example cases"
     for name, (r, *_) in groups.items():
@@ -868,9 +857,10 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
     """Make all tables of figures. Those by model hold means over the seeds."""
     first, names = tested[0].metrics, list(groups)
 
-    def by_model(show: Callable[[Any], str], find: Callable[[dict], Any]) -> list[str]:
-        """Show a figure of each model, found in its metrics."""
-        found = [[find(r.metrics) for r in group] for group in groups.values()]
+    def by_model(show: Callable[[Any], str], *keys: str) -> list[str]:
+        """Show a figure of each model, found in its metrics under these keys."""
+        found: list[list[Any]] = [[functools.reduce(getitem, keys, r.metrics) for r in group]
+                                  for group in groups.values()]
         return [show(None if None in values else np.mean(values)) for values in found]
 
     every = [(r.run.name, r.metrics) for r in tested] + [
@@ -895,13 +885,13 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
             [name, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
             for name, x in aurocs.items() if len(x) > 1]))
     if known := first.get("baselines"):
-        tables.append(Table("AUROC of baselines: trivial scores, each in its better direction, and "
-                            "readers of other things", ["", *names], [
-            [name, *by_model(decimal, lambda m, name=name: m["baselines"][name])] for name in known]))
+        tables.append(Table("AUROC of baselines", ["", *names], [
+            [name, *by_model(decimal, "baselines", name)] for name in known],
+            "Trivial scores are taken in their better direction, which favours them."))
     for kind in ("finding", "view"):
         if known := first.get(key := f"auroc_by_{kind}"):
             tables.append(Table(f"AUROC by {kind}", ["", "images", *names], [
-                [name, str(group["n"]), *by_model(decimal, lambda m: m[key][name]["auroc"])]
+                [name, str(group["n"]), *by_model(decimal, key, name, "auroc")]
                 for name, group in known.items()]))
     if "n_located" in first:
         rows = {"map peak in lesion": "peak_in_lesion",
@@ -909,8 +899,8 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
                 "map peak in lesion, the larger half": "peak_in_large_lesion",
                 "share of map in lesion": "energy_in_lesion"}
         tables.append(Table(f"Where the maps point: {first['n_located']} lesions", ["", *names], [
-            ["pixel AUROC", *by_model(decimal, itemgetter("pixel_auroc"))],
-            *([title, *by_model(percent, itemgetter(key))] for title, key in rows.items())],
+            ["pixel AUROC", *by_model(decimal, "pixel_auroc")],
+            *([title, *by_model(percent, key)] for title, key in rows.items())],
             f"The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside the lesion. "
             f"Lesions cover {percent(first['lesion_area'])} of the image."))
     return tables
@@ -924,7 +914,7 @@ class Row(NamedTuple):
     """A row of a picture: a text beside it, and images with what there is above and over each."""
 
     beside: str
-    images: Sequence[np.ndarray]  # each [H,W] in [0,1]
+    images: Sequence[np.ndarray] | np.ndarray  # each [H,W] in [0,1]
     above: Sequence[str] = ()
     maps: Sequence[np.ndarray | None] = ()  # anomaly maps, each [H,W], at least 0
     masks: Sequence[np.ndarray | None] = ()  # of lesions to outline, each bool [H,W]
@@ -975,15 +965,14 @@ def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
     roc, *histograms = figure.subplots(1, 1 + len(tested))
     for axes in histograms[1:]:
         axes.sharey(histograms[0])
-    roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
+    roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":", label="guessing")
     every = np.concatenate([r.scores for r in tested])
     bins = np.linspace(every.min(), max(np.quantile(every, 0.995), every.min() + 1e-9), 31)
     for r, axes, colour in zip(tested, histograms, itertools.cycle(COLOURS), strict=False):
-        curve, told = ([0], [0]), "needs normal\nand abnormal images"
         if r.metrics["auroc"] is not None:
-            curve = roc_curve(r.labels, r.scores)[:2]
             told = decimal(r.metrics["auroc"], r.metrics["auroc_ci"])
-        roc.plot(*curve, color=colour, linewidth=2, label=f"{r.run.name}: {told}")
+            roc.plot(*roc_curve(r.labels, r.scores)[:2], color=colour, linewidth=2,
+                     label=f"{r.run.name}: {told}")
         scores = r.scores.clip(max=bins[-1])  # the last bar takes what lies beyond
         for label, name, shade in ((NORMAL, "normal", "0.55"), (ABNORMAL, "abnormal", colour)):
             axes.hist(scores[r.labels == label], bins, color=shade, alpha=0.65, label=name)
@@ -1001,7 +990,7 @@ def describe_sample(sample: Sample) -> str:
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
 
 
-def picture_rows(r: Result, images: Tensor, above: Iterable[str] = (),
+def picture_rows(r: Result, images: Tensor, above: Sequence[str] = (),
                  masks: Sequence[np.ndarray | None] = ()) -> list[Row]:
     """Make rows of uint8 images [n,1,H,W]: the images with texts above, each reconstruction, and
     the maps with scores above and lesions outlined."""
@@ -1010,19 +999,21 @@ def picture_rows(r: Result, images: Tensor, above: Iterable[str] = (),
     seen, *backs, found = views.swapaxes(0, 1)
     names = itertools.chain(["reconstruction"], itertools.repeat("the same,\nwithout skips"))
     told = [f"score {score:.3g}" for score in scores[r.scorer].tolist()]
-    return [Row("image", seen, [*above]), *map(Row, names, backs),
+    return [Row("image", seen, above), *map(Row, names, backs),
             Row("anomaly map", seen, told, found, masks)]
 
 
-def tested_rows(r: Result, cases: dict[int, str]) -> list[Row]:
-    """Make them of tested images, which are read once more; cases: position -> text above."""
-    samples = [r.samples[i] for i in cases]
+def tested_rows(r: Result, positions: Sequence[int]) -> tuple[Row, Row, Row]:
+    """Make rows of tested images, which are read once more: images, reconstructions and maps."""
+    samples = [r.samples[i] for i in positions]
     stream = r.run.stream(r.source, samples)
     images = [images for images, _ in stream]
     for key, reason in stream.bad.items():
         raise UserError(f"--data {r.source.spec}: {key} was scored, but cannot be read again for "
                         f"its picture ({reason})")
-    return picture_rows(r, torch.cat(images), cases.values(), [r.mask(s) for s in samples])
+    above = [f"{s.key.rpartition('/')[2][-18:]}\n{describe_sample(s)}" for s in samples]
+    image, back, *_, map_ = picture_rows(r, torch.cat(images), above, [*map(r.mask, samples)])
+    return image, back, map_
 
 
 def worst(r: Result) -> tuple[list[int], list[int]]:
@@ -1032,26 +1023,22 @@ def worst(r: Result) -> tuple[list[int], list[int]]:
     return order[sick & ~flagged].tolist(), order[~sick & flagged][::-1].tolist()
 
 
-def draw_cases(r: Result, file: Path, title: str, *groups: dict[int, str]) -> None:
-    """Draw tested images, each group in rows of its own; groups: position -> text above."""
+def draw_cases(r: Result, name: str, title: str, *groups: list[int]) -> None:
+    """Draw tested images, those at the positions of each group in rows of their own."""
     rows = [row for group in groups if group for row in tested_rows(r, group)]
-    save_picture(file, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer,
+    save_picture(r.folder / name, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer,
                  r.run.scorer.map_tops[r.scorer])
 
 
-def draw_healing(r: Result, file: Path) -> None:
-    """Draw validation normals, corrupted as in training, and tested lesions of middle scores."""
-    config, clean = r.run.config, r.run.some_normals(r.source, "val", 3)
+def draw_healing(r: Result) -> None:
+    """Draw validation normals, corrupted as in training, and what the model makes of them."""
+    config, clean = r.run.config, r.run.some_normals(r.source, "val", 6)
     draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
     seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
     corrupted, *rows = picture_rows(r, seen)
     rows = [Row("normal", clean[:, 0].numpy() / 255), corrupted._replace(beside="corrupted"), *rows]
-    sick = [i for i in np.argsort(r.scores).tolist() if r.labels[i] == ABNORMAL]
-    some = sick[max(0, len(sick) // 2 - 1) :][:3]
-    if some:
-        rows += tested_rows(r, {i: describe_sample(r.samples[i]) for i in some})
-    save_picture(file, f"{r.run.name}, objective {config.objective}", rows, r.scorer,
-                 r.run.scorer.map_tops[r.scorer])
+    save_picture(r.folder / "healing.png", f"{r.run.name}, objective {config.objective}", rows,
+                 r.scorer, r.run.scorer.map_tops[r.scorer])
 
 
 def draw_comparison(tested: list[Result], file: Path) -> None:
@@ -1059,14 +1046,14 @@ def draw_comparison(tested: list[Result], file: Path) -> None:
     those with the middle score of the six most common findings, so that nothing is picked by hand.
     """
     first, kinds = tested[0], [describe_sample(s) for s in tested[0].samples]
-    order, cases, rows = np.argsort(first.scores).tolist(), dict[int, str](), list[Row]()
-    for kind, count in Counter(kinds).most_common(6):
-        cases[[i for i in order if kinds[i] == kind][count // 2]] = kind
+    order, rows = np.argsort(first.scores).tolist(), list[Row]()
+    cases = [[i for i in order if kinds[i] == kind][count // 2]
+             for kind, count in Counter(kinds).most_common(6)]
     for r in tested:
-        image, back, *_, map_ = tested_rows(r, cases)
+        image, *others = tested_rows(r, cases)
         rows = rows or [image]
         rows += [row._replace(beside=f"{textwrap.fill(r.run.name, 22)}\n{row.beside}")
-                 for row in (back, map_)]
+                 for row in others]
     save_picture(file, f"{first.metrics['n_normal']} normal and {first.metrics['n_abnormal']} "
                  f"abnormal images, tested on {first.about}", rows, first.scorer,
                  max(r.run.scorer.map_tops[r.scorer] for r in tested), tested)
@@ -1152,31 +1139,30 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-        threshold, top = trained.scorer.threshold(scorer, 0.95), trained.scorer.map_tops[scorer]
-        stems, side = distinct_stems([s.key for s in source.samples]), trained.config.image_size
-        stream = trained.stream(source, source.samples)
+        calibrated, stream = trained.scorer, trained.stream(source, source.samples)
+        threshold, side = calibrated.threshold(scorer, 0.95), trained.config.image_size
+        stems = distinct_stems([s.key for s in source.samples])
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
-                    output, scores, maps = trained.score(images)
-                    percentiles = trained.scorer.percentile(scorer, scores[scorer]).tolist()
-                    views = torch.cat([output.images, output.reconstruction, maps[scorer]], 1)
-                    for i, score, percentile, (seen, back, map_) in zip(
-                            positions.tolist(), scores[scorer].tolist(), percentiles,
-                            views.cpu().numpy(), strict=True):
-                        y, x = np.unravel_index(map_.argmax(), map_.shape)
+                    backs, maps, scores = trained(images, scorer)
+                    percentiles = calibrated.percentile(scorer, torch.from_numpy(scores)).tolist()
+                    for i, (seen,), (back,), (map_,), score, percentile in zip(
+                            positions.tolist(), images.numpy() / np.float32(255), backs, maps,
+                            scores.tolist(), percentiles, strict=True):
+                        y, x = divmod(int(map_.argmax()), side)
                         rows.append({"image": source.samples[i].key, "score": round(score, 6),
                                      "percentile_among_normals": round(percentile, 1),
                                      "threshold": round(threshold, 6),
                                      "verdict": "abnormal" if score > threshold else "normal",
-                                     "peak_x": round((int(x) + 0.5) / side, 3),
-                                     "peak_y": round((int(y) + 0.5) / side, 3)})
+                                     "peak_x": round((x + 0.5) / side, 3),
+                                     "peak_y": round((y + 0.5) / side, 3)})
                         np.save(folder / f"{stems[i]}_map.npy", map_)
-                        save_picture(
-                            folder / f"{stems[i]}_heatmap.png",
-                            f"{TOLD.format(**rows[-1])} ({trained.name})",
-                            [Row("", [seen, back, seen], ["input", "reconstruction", "anomaly map"],
-                                 [None, None, map_])], scorer, top)
+                        titles = ["input", "reconstruction", "anomaly map"]
+                        row = Row("", [seen, back, seen], titles, [None, None, map_])
+                        save_picture(folder / f"{stems[i]}_heatmap.png",
+                                     f"{TOLD.format(**rows[-1])} ({trained.name})", [row], scorer,
+                                     calibrated.map_tops[scorer])
                         bar.update(1)
         finally:  # also when it was interrupted
             if rows:
@@ -1189,7 +1175,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             *(TOLD.format(**row) for row in rows[:40]),
             *[f"... and {len(rows) - 40} more in predictions.csv"] * (len(rows) > 40),
             f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
-            f"{len(trained.scorer.normal_scores[scorer])} validation normals. Not a diagnosis.",
+            f"{len(calibrated.normal_scores[scorer])} validation normals. Not a diagnosis.",
             f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
             "predictions.csv"]))
     return rows
