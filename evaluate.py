@@ -68,7 +68,7 @@ import re
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from operator import getitem
@@ -935,7 +935,7 @@ def save_picture(file: Path, title: str, rows: Sequence[Row] = (), scorer: str =
     if rows:
         draw_grid(parts[-1], rows, columns, scorer, top)
     title = "\n".join(textwrap.fill(line, int(12 * wide)) for line in title.split("\n"))
-    figure.text(0.5, 1, title, fontsize=9, ha="center", va="bottom")
+    figure.text(0.5, 1 + 0.3 / sum(heights), title, fontsize=9, ha="center", va="bottom")
     figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
