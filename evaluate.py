@@ -68,7 +68,7 @@ import re
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from operator import getitem
@@ -741,7 +741,7 @@ def cautions(tested: list[Result]) -> list[str]:
     if far := [(m["specificity_at_threshold"], m["specificity_ci"])
                for m in (r.metrics for r in tested) if m["n_normal"]
                and m["specificity_at_threshold"] < 0.90 and m["specificity_chance"] < 0.025]:
-        found.append(f"Careful: the threshold set for 95 % specificity reaches {percent(*min(far))}"
+        found.append(f"Careful: the threshold set for 95 % specificity reaches {decimal(*min(far))}"
                      " on these normals. They differ from the validation normals.")
     return found
 
@@ -841,13 +841,7 @@ def html_table(table: Table) -> str:
             f"</table></div>\n<p>{escape(table.note)}</p>\n")
 
 
-def percent(value: float | None, ends: Sequence[float] | None = None) -> str:
-    """'12.3 %' of 0.123, or with its interval '12.3 % (10 to 15)'; '-' of no figure."""
-    return "-" if value is None else f"{100 * value:.1f} %" + (
-        f" ({100 * ends[0]:.0f} to {100 * ends[1]:.0f})" if ends else "")
-
-
-def decimal(value: float | None, ends: Sequence[float] | None = None) -> str:
+def decimal(value: Any, ends: Sequence[float] | None = None) -> str:
     """'0.898', or with its interval '0.898 (0.850 to 0.936)'; '-' of no figure."""
     return "-" if value is None else f"{value:.3f}" + (
         f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
@@ -857,11 +851,11 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
     """Make all tables of figures. Those by model hold means over the seeds."""
     first, names = tested[0].metrics, list(groups)
 
-    def by_model(show: Callable[[Any], str], *keys: str) -> list[str]:
+    def by_model(*keys: str) -> list[str]:
         """Show a figure of each model, found in its metrics under these keys."""
         found: list[list[Any]] = [[functools.reduce(getitem, keys, r.metrics) for r in group]
                                   for group in groups.values()]
-        return [show(None if None in values else np.mean(values)) for values in found]
+        return [decimal(None if None in values else np.mean(values)) for values in found]
 
     every = [(r.run.name, r.metrics) for r in tested] + [
         (f"{r.run.name}, {name}", m) for r in tested
@@ -871,8 +865,8 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
         "sensitivity at 95 %", "specificity"], [
         [name, decimal(m["auroc"], m["auroc_ci"]),
          decimal(m["average_precision"], m["average_precision_ci"]),
-         percent(m["sensitivity_at_90_specificity"]), percent(m["sensitivity_at_95_specificity"]),
-         percent(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every],
+         decimal(m["sensitivity_at_90_specificity"]), decimal(m["sensitivity_at_95_specificity"]),
+         decimal(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every],
         "AUROC needs both normal and abnormal images: not computed. " * (first["auroc"] is None)
         + "Sensitivities are at the thresholds that 90 % and 95 % of the "
         f"{first['n_validation_normals']} validation normals stay under; the last column is the "
@@ -886,23 +880,22 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
             for name, x in aurocs.items() if len(x) > 1]))
     if known := first.get("baselines"):
         tables.append(Table("AUROC of baselines", ["", *names], [
-            [name, *by_model(decimal, "baselines", name)] for name in known],
+            [name, *by_model("baselines", name)] for name in known],
             "Trivial scores are taken in their better direction, which favours them."))
     for kind in ("finding", "view"):
         if known := first.get(key := f"auroc_by_{kind}"):
             tables.append(Table(f"AUROC by {kind}", ["", "images", *names], [
-                [name, str(group["n"]), *by_model(decimal, key, name, "auroc")]
+                [name, str(group["n"]), *by_model(key, name, "auroc")]
                 for name, group in known.items()]))
     if "n_located" in first:
-        rows = {"map peak in lesion": "peak_in_lesion",
+        rows = {"pixel AUROC": "pixel_auroc", "map peak in lesion": "peak_in_lesion",
                 "map peak in lesion, the smaller half": "peak_in_small_lesion",
                 "map peak in lesion, the larger half": "peak_in_large_lesion",
                 "share of map in lesion": "energy_in_lesion"}
         tables.append(Table(f"Where the maps point: {first['n_located']} lesions", ["", *names], [
-            ["pixel AUROC", *by_model(decimal, "pixel_auroc")],
-            *([title, *by_model(percent, key)] for title, key in rows.items())],
+            [title, *by_model(key)] for title, key in rows.items()],
             f"The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside the lesion. "
-            f"Lesions cover {percent(first['lesion_area'])} of the image."))
+            f"Lesions cover {decimal(first['lesion_area'])} of the image."))
     return tables
 
 

@@ -104,8 +104,8 @@ def test_misses_and_false_alarms_are_shown_the_worst_first(
 
 
 @pytest.mark.parametrize(("threshold", "validation", "of_normals", "says"), [
-    (0.5, 100, 100, "reaches 80.0 % (71 to 87) on these normals"), (0.5, 100, 5, None),
-    (0.5, 8, 100, "8 validation normals the threshold is rough: it cannot hold"),  # nor is a drift seen: it may be chance
+    (0.5, 100, 100, "reaches 0.800 (0.711 to 0.867) on these normals"), (0.5, 100, 5, None),
+    (0.5, 8, 100, "8 validation normals the threshold is rough: it cannot hold"),  # nor is a drift
     (0.5, 50, 5, "50 validation normals the threshold is rough"), (0.9, 100, 100, None)])
 def test_a_threshold_that_does_not_hold_is_warned_of_where_that_is_no_chance(
     runs: list[Path], threshold: float, validation: int, of_normals: int, says: str | None
@@ -253,7 +253,7 @@ def test_evaluation_writes_metrics_scores_and_pictures(
         saved["sensitivity_at_95_specificity"], abs=0.011)
     reached, (low, high) = saved["specificity_at_threshold"], saved["specificity_ci"]
     assert low < reached < high
-    assert f"{100 * reached:.1f} % ({100 * low:.0f} to {100 * high:.0f})" in text
+    assert f"{reached:.3f} ({low:.3f} to {high:.3f})" in text
     assert ((percentiles > 95) == (scores > threshold)).all()
     assert 0 <= saved["pixel_auroc"] <= 1 and saved["n_located"] == 100
     assert set(saved["auroc_by_finding"]) == {"opacity", "nodule", "effusion", "missing", "doubled"}
@@ -326,11 +326,11 @@ def test_two_runs_are_compared_on_the_same_images(
     for name, saved in zip(("U-Net", "Reversed AE"), results, strict=True):
         for title, m in ((name, saved), (f"{name}, zscore", saved["scorers"]["zscore"])):
             row = next(row for row in page.rows if row[0] == title)
-            assert row[1:5] == [
+            assert row[1:] == [
                 told(m["auroc"], m["auroc_ci"]),
                 told(m["average_precision"], m["average_precision_ci"]),
-                *(f"{100 * m[f'sensitivity_at_{at}_specificity']:.1f} %" for at in (90, 95))]
-            assert row[5].startswith(f"{100 * m['specificity_at_threshold']:.1f} % (")
+                *(f"{m[f'sensitivity_at_{at}_specificity']:.3f}" for at in (90, 95)),
+                told(m["specificity_at_threshold"], m["specificity_ci"])]
             assert re.search(r"  +".join(map(re.escape, row)), text)  # the same on the screen
     for name in results[0]["baselines"]:
         assert [name, *(f"{r['baselines'][name]:.3f}" for r in results)] in page.rows
@@ -448,8 +448,8 @@ def test_normals_alone_give_no_auroc_but_a_specificity(
     assert "not computed" in capsys.readouterr().out
     page = Page(next((runs[0] / "eval" / tmp_path.name).glob("*.html")))
     assert "clearly" not in page.text
-    low, high = (100 * end for end in metrics["specificity_ci"])
-    assert page.rows[1] == ["U-Net", "-", "-", "-", "-", f"0.0 % ({low:.0f} to {high:.0f})"]
+    low, high = metrics["specificity_ci"]
+    assert page.rows[1] == ["U-Net", "-", "-", "-", "-", f"0.000 ({low:.3f} to {high:.3f})"]
 
 
 def test_training_images_are_never_tested_on_under_another_path(
