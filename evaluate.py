@@ -104,7 +104,6 @@ IMAGE_ALONE, UNTRAINED = "a reader of the image alone", "the same network untrai
 PEAK_TOLERANCE = 0.03  # of the image side: how far beside a lesion a map's peak may lie
 # Pixels are counted by their map value, for an AUROC to four digits in 20,000 ranges.
 PIXEL_BOUNDS = np.concatenate([[0], np.geomspace(1e-6, 1e4, 20_000), [np.inf]])
-PHANTOM = "the built-in phantom: drawn chest images, not real X-rays"
 PICTURES = {"scores.png": "ROC curve and histogram of scores",
             "examples.png": "highest, borderline and lowest scores",
             "worst.png": "the worst abnormal images missed, and normal images flagged",
@@ -272,8 +271,8 @@ def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
     rng = np.random.Generator(np.random.PCG64(seed))
     weights = np.ones((1 + resamples, len(of_image)), dtype=np.float32)
     for row in weights[1:]:
-        drawn = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-        row[:] = drawn[of_image]
+        drawn = rng.integers(len(names), size=len(names))
+        row[:] = np.bincount(drawn, minlength=len(names))[of_image]
     return weights
 
 
@@ -299,15 +298,8 @@ def verdict(other: str, difference: float, low: float, high: float) -> str:
     if difference < 0:
         difference, low, high = -difference, -high, -low
     difference, low, high = (round(x, 3) + 0.0 for x in (difference, low, high))  # no -0.000
-    if low == high == 0:
-        return f"equal to {other}"
     return (f"{'clearly' if low > 0 else 'not clearly'} {side} {other}, "
             f"by {difference:.3f} ({low:.3f} to {high:.3f})")
-
-
-def log_contrast_of(images: np.ndarray) -> Tensor:
-    """What detail uint8 images [B,1,H,W] have around each place: [B,1,H,W]."""
-    return models.log_contrast(torch.from_numpy(images) / 255, 1 / 8)
 
 
 class TrivialScores:
@@ -318,7 +310,7 @@ class TrivialScores:
         self.pca = None
         if reference is not None:
             flat = reference.reshape(len(reference), -1) / np.float32(255)
-            logs = log_contrast_of(reference)
+            logs = models.log_contrast(torch.from_numpy(reference) / 255, 1 / 8)
             self.mean, self.usual = flat.mean(0), logs.mean(0)
             self.spread = logs.std(0).clamp(min=0.05)
             self.pca = PCA(min(32, len(flat) - 1), random_state=0).fit(flat)
@@ -331,7 +323,8 @@ class TrivialScores:
         scores = {"mean intensity": flat.mean(1), "standard deviation": flat.std(1),
                   "local contrast": rows.mean((1, 2)) + columns.mean((1, 2))}
         if self.pca:
-            haze = (self.usual - log_contrast_of(images)) / self.spread
+            logs = models.log_contrast(torch.from_numpy(images) / 255, 1 / 8)
+            haze = (self.usual - logs) / self.spread
             back = self.pca.inverse_transform(self.pca.transform(flat))
             scores |= {"distance to mean normal": np.square(flat - self.mean).mean(1),
                        "PCA reconstruction error": np.square(flat - back).mean(1),
@@ -441,8 +434,7 @@ class Result:
         """The data, without the place where it lies: whether it is real, and whether external."""
         place = Path(self.source.spec).resolve()
         title = self.source.title.replace(str(place), place.name)
-        return (PHANTOM if self.source.spec == "synthetic" else title) + self.external * (
-            "; an external test, nothing is fitted to these images")
+        return title + "; an external test, nothing is fitted to these images" * self.external
 
     def mask(self, sample: Sample) -> np.ndarray | None:
         """Where its lesions are, bool [H,W]: nowhere in a normal image of a source with masks."""
@@ -750,8 +742,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
     """Show what was found, and write it to report.html or the comparison."""
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
     tables, sentences = result_tables(tested, groups), [*verdicts, *cautions(tested)]
-    trained_on = [PHANTOM if r.run.config.data == "synthetic" else relative(r.run.config.data)
-                  for r in tested]
+    trained_on = [relative(r.run.config.data) for r in tested]
     facts = {
         "Trained on": "; ".join(dict.fromkeys(trained_on)), "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
@@ -955,7 +946,7 @@ def draw_grid(figure: Any, rows: Sequence[Row], columns: int, scorer: str, top: 
 
 def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
     """Draw the ROC curves of tests, and beside them histograms of the scores on one scale."""
-    roc, *histograms = figure.subplots(1, 1 + len(tested))
+    roc, *histograms = figure.subplots(1, 1 + len(tested), gridspec_kw={"wspace": 0.3})
     for axes in histograms[1:]:
         axes.sharey(histograms[0])
     roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":", label="guessing")
@@ -975,7 +966,7 @@ def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
         axes.legend(frameon=False, fontsize=9)
     roc.legend(loc="lower right", frameon=False, fontsize=9)
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
-            title="ROC, with AUROC and its 95 % interval", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+            title="ROC; AUROC (95 % interval)", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
 
 
 def describe_sample(sample: Sample) -> str:
