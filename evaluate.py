@@ -946,7 +946,8 @@ def draw_grid(figure: Any, rows: Sequence[Row], columns: int, scorer: str, top: 
 
 def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
     """Draw the ROC curves of tests, and beside them histograms of the scores on one scale."""
-    roc, *histograms = figure.subplots(1, 1 + len(tested), gridspec_kw={"wspace": 0.3})
+    roc, *histograms = figure.subplots(1, 1 + len(tested), gridspec_kw={
+        "wspace": 0.3, "bottom": 0.18, "top": 0.95})
     for axes in histograms[1:]:
         axes.sharey(histograms[0])
     roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":", label="guessing")
@@ -964,7 +965,7 @@ def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
                      label="threshold (95 % of\nvalidation normals)")
         axes.set(xlabel=f"anomaly score ({r.scorer})", ylabel="images", title=r.run.name)
         axes.legend(frameon=False, fontsize=9)
-    roc.legend(loc="lower right", frameon=False, fontsize=9)
+    roc.legend(loc="lower right", frameon=False, fontsize=9, handlelength=1)
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
             title="ROC; AUROC (95 % interval)", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
 
