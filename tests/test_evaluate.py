@@ -247,12 +247,11 @@ def test_evaluation_writes_metrics_scores_and_pictures(
     for name, value in saved["baselines"].items():
         assert value >= 0.5 or name in OTHER_READERS  # each in its better direction
     assert set(saved["baselines"]) > {"haze", "local contrast", *OTHER_READERS}
-    assert all(re.search(f"clearly (above|below) {name}, by |level with {name}|{name}, by", text)
-               for name in OTHER_READERS)
+    assert all(re.search(f"clearly (above|below) {name}, by ", text) for name in OTHER_READERS)
     assert (scores[labels == 1] > threshold).mean() == pytest.approx(
         saved["sensitivity_at_95_specificity"], abs=0.011)
     reached, (low, high) = saved["specificity_at_threshold"], saved["specificity_ci"]
-    assert low < reached < high
+    assert low < reached <= high
     assert f"{reached:.3f} ({low:.3f} to {high:.3f})" in text
     assert ((percentiles > 95) == (scores > threshold)).all()
     assert 0 <= saved["pixel_auroc"] <= 1 and saved["n_located"] == 100
