@@ -13,7 +13,7 @@ ARGS   ?=
 EVAL_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare evaluate colab test drills bench coverage lint clean
+.PHONY: help setup train compare evaluate colab test drills bench stress coverage lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ drills: setup ## run the long tests: faults, notebooks, the benchmark, what docs
 
 bench: setup ## measure speed and memory against plain loops, into bench.json
 	$(PY) tests/bench.py $(ARGS)
+
+stress: setup ## score validation images of all runs in OUT, changed as another hospital's may be
+	$(PY) tests/stress.py "$(OUT)" $(ARGS)
 
 coverage: setup ## run the tests and the drills, and say which lines they leave out
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TEST_PACKAGES) 'coverage>=7.10'

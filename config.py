@@ -72,13 +72,15 @@ class Config:
     # What is trained
     model: str = setting("unet", "which autoencoder; both trains one after the other",
                          (*MODELS, "both"))
-    objective: str = setting("heal", "heal: undo noise, opacities and foreign patches; denoise: "
+    objective: str = setting("heal", "heal: undo noise and drawn lesions; denoise: "
                              "undo coarse noise; plain: reproduce the input", OBJECTIVES)
     image_size: int = setting(128, "side of the images in pixels, a multiple of 16", low=16,
                               high=1024)
     latent_dim: int = setting(512, "numbers in the latent", low=1)
     width: int = setting(64, "channels of the first level; smaller is faster and weaker", low=1)
     dropout: float = setting(0.0, "dropout while training", high=0.9)
+    reader_steps: int = setting(600, "steps in which each reader, which gives the scores, is "
+                                "trained after the model", low=1)
 
     # On what
     data: str = setting("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "

@@ -7,8 +7,8 @@
     python evaluate.py runs/unet --image image.png        score new images, with heatmaps
 
 A test is written into RUN/eval/DATA/ (DATA-val/ with --split val), of a single run with the page
-report.html. A comparison lies beside its runs: comparison.html, .csv and .png, of other data than
-their own comparison-DATA.*, of the validation split comparison-DATA-val.*
+report.html. A comparison lies beside its runs: comparison.html and .png, of other data than their
+own comparison-DATA.*, of the validation split comparison-DATA-val.*
 """
 
 import os
@@ -32,8 +32,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         help="val: choose settings there, never on test (default: test)")
     add("--samples", type=int, metavar="N",
         help="at most N images, drawn evenly from both labels (default: all)")
-    add("--scorer", metavar="NAME", help="fused, zscore, peak, texture, haze, trace, mse, ssim, or "
-        "all for a table of every one (default: fused)")
+    add("--scorer", metavar="NAME", help="reader, zscore, mse, ssim, or "
+        "all for a table of every one (default: reader)")
     add("--image", metavar="PATH", help="score this image, or every image in this folder, instead "
         "of testing")
     add("--out", metavar="DIR", help="where --image writes (default: predictions in the run "
@@ -61,7 +61,6 @@ if __name__ == "__main__":  # --help and a mistyped flag are answered before tor
 import base64
 import contextlib
 import csv
-import dataclasses
 import datetime
 import functools
 import hashlib
@@ -69,21 +68,20 @@ import io
 import itertools
 import json
 import math
-import operator
 import re
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
+from operator import getitem
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
-import sklearn
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -100,19 +98,20 @@ from config import FIELDS, MODELS, Config, flag, load_config, log, on_screen
 from data import (
     ABNORMAL, IMAGE_SUFFIXES, NORMAL, SPLITS, FolderSource, ImageStream, KaggleSource, Sample,
     Source, flow, is_text, open_source, read_splits, same_data)
-from models import DEFAULT_SCORER, READ_AT_ONCE, SCORERS, AnomalyScorer, Output, Setup, map_name
+from models import (
+    BASELINE, DEFAULT_SCORER, READ_AT_ONCE, SCORERS, AnomalyScorer, Output, Setup)
 
 RESAMPLES = 1000
 NAMES = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+IMAGE_ALONE, UNTRAINED = "a reader of the image alone", "the same network untrained"
 PEAK_TOLERANCE = 0.03  # of the image side: how far beside a lesion a map's peak may lie
 # Pixels are counted by their map value, for an AUROC to four digits in 20,000 ranges.
 PIXEL_BOUNDS = np.concatenate([[0], np.geomspace(1e-6, 1e4, 20_000), [np.inf]])
-PHANTOM = "the built-in phantom: drawn chest images, not real X-rays"
 PICTURES = {"scores.png": "ROC curve and histogram of scores",
             "examples.png": "highest, borderline and lowest scores",
             "worst.png": "the worst abnormal images missed, and normal images flagged",
-            "healing.png": "what it makes of corrupted normal images, and of a lesion"}
+            "healing.png": "what it makes of corrupted normal images"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -128,6 +127,7 @@ class TrainedRun:
     config: Config
     model: nn.Module
     scorer: AnomalyScorer
+    untrained: AnomalyScorer  # the same of this network before training, as a baseline
     setup: Setup
     fingerprint: str  # of the data it was trained on
     made_with: str  # versions, device and precision of its training
@@ -143,17 +143,16 @@ class TrainedRun:
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        found = [(output.reconstruction, maps, scores[scorer]) for output, scores, maps in (
-            self.score(part, scorer) for part in x.split(8 * READ_AT_ONCE))]
+        check_scorer(scorer)
+        found = [(output.reconstruction, maps[scorer], scores[scorer]) for output, scores, maps in (
+            self.score(part) for part in x.split(8 * READ_AT_ONCE))]
         return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
     @torch.no_grad()
-    def score(self, images: Tensor, map_by: str = DEFAULT_SCORER,
-              ) -> tuple[Output, dict[str, Tensor], Tensor]:
-        """Score uint8 images [n,1,H,W]: (Output, scores [n] by every scorer, anomaly maps [n,1,H,W]
-        by `map_by`). Those of an image do not depend on the other images."""
-        check_scorer(map_by)
-        return models.score_images(self.model, self.scorer, images, self.setup, map_by)
+    def score(self, images: Tensor) -> tuple[Output, dict[str, Tensor], dict[str, Tensor]]:
+        """Score uint8 images [n,1,H,W]: (Output, scores [n], anomaly maps [n,1,H,W]), the last two
+        by every scorer. Those of an image do not depend on the other images."""
+        return models.score_images(self.model, self.scorer, images, self.setup)
 
     def stream(self, source: Source, samples: list[Sample], batch_size: int = READ_AT_ONCE,
                stop_on_bad: bool = False) -> ImageStream:
@@ -199,21 +198,20 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
                         "now)")
     where, _ = models.choose_device(device)
     setup = Setup(where, models.choose_precision(config.precision, where)[0])
-    model, scorer = models.create_model(config.model, config), AnomalyScorer()
-    model.load_state_dict(state["model"])
-    scorer.load_state_dict(state["scorer"])
-    name, own = NAMES[config.model], folder.resolve().name
-    if own != config.model:
-        name += f" ({own if len(own) <= 24 else f'{own[:8]}...{own[-13:]}'})"
     if state["precision"] != setup.precision:
         log.warning(f"note      {folder} was calibrated in {state['precision']} and scores in "
                     f"{setup.precision} here: scores differ a little")
-    if not scorer.discriminant.any():
-        log.warning(f"note      lesions drawn on images hardly change what {folder} reconstructs: "
-                    "its score trace is 0, and fused is made of the other three; after longer "
-                    "training that may change")
-    made_with = [*map(" ".join, state["versions"].items()), state["device"], state["precision"]]
-    return TrainedRun(folder, name, config, setup.place(model).eval(), scorer, setup,
+    model, scorer, untrained = (
+        models.create_model(config.model, config), AnomalyScorer(), AnomalyScorer())
+    model.load_state_dict(state["model"])
+    scorer.load_state_dict(state["scorer"], where)
+    untrained.load_state_dict(state["untrained"], where)
+    name, own = NAMES[config.model], folder.resolve().name
+    made_with = [f"{sum(p.numel() for p in model.parameters()):,} parameters",
+                 f"epoch {state['epoch']}", *map(" ".join, state["versions"].items()),
+                 state["device"], state["precision"]]
+    return TrainedRun(folder, name if own == config.model else f"{name} ({own[:24]})", config,
+                      setup.place(model).eval(), scorer, untrained, setup,
                       state["data_fingerprint"], ", ".join(made_with))
 
 
@@ -234,19 +232,14 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
         for run in runs:
             run.name = f"{NAMES[run.config.model]} ({os.path.relpath(run.folder.resolve(), above)})"
     aside = {"seed", *train.CHANGEABLE} - {"epochs", "patience", "min_delta"}
-    groups: dict[tuple, list[TrainedRun]] = {}
+    groups, met = dict[tuple, list[TrainedRun]](), Counter[tuple]()
     for run in runs:
-        settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in aside}
-        key = (run.fingerprint, *settings.values())
-        while run.config.seed in [other.config.seed for other in groups.get(key, [])]:
-            key += ("again",)  # the same seed twice is another run, on other hardware perhaps
-        groups.setdefault(key, []).append(run)
-    named: dict[str, list[TrainedRun]] = {}
-    for group in groups.values():
-        name = NAMES[group[0].config.model]
-        name = group[0].name if len(group) == 1 or name in named else name
-        named[name] = group
-        for run in group[: len(group) if len(group) > 1 else 0]:
+        key = (run.fingerprint, *(v for k, v in asdict(run.config).items() if k not in aside))
+        met[key, run.config.seed] += 1  # the same seed twice is another run
+        groups.setdefault((key, met[key, run.config.seed]), []).append(run)
+    named = {group[0].name: group for group in groups.values()}
+    for name, group in named.items():
+        for run in group if len(group) > 1 else ():
             run.name = f"{name}, seed {run.config.seed}"
     return named
 
@@ -283,8 +276,8 @@ def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
     rng = np.random.Generator(np.random.PCG64(seed))
     weights = np.ones((1 + resamples, len(of_image)), dtype=np.float32)
     for row in weights[1:]:
-        drawn = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-        row[:] = drawn[of_image]
+        drawn = rng.integers(len(names), size=len(names))
+        row[:] = np.bincount(drawn, minlength=len(names))[of_image]
     return weights
 
 
@@ -303,27 +296,28 @@ def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
     return float(two[0] - one[0]), *interval(two[1:] - one[1:])
 
 
-def verdict(name_a: str, name_b: str, difference: float, low: float, high: float) -> str:
-    """Tell the AUROC difference b - a: clear if its 95 % interval, as it is shown, leaves out 0."""
-    better, worse = (name_b, name_a) if difference >= 0 else (name_a, name_b)
+def verdict(other: str, difference: float, low: float, high: float) -> str:
+    """Tell the AUROC difference to another score: clear if its 95 % interval, as it is shown,
+    leaves out 0."""
+    side = "above" if difference >= 0 else "below"
     if difference < 0:
         difference, low, high = -difference, -high, -low
     difference, low, high = (round(x, 3) + 0.0 for x in (difference, low, high))  # no -0.000
-    if low == high == 0:
-        return f"{better} and {worse} score equally."
-    return (f"{better} scores {difference:.3f} higher than {worse}, 95 % interval {low:.3f} to "
-            f"{high:.3f}: {'a' if low > 0 else 'no'} clear difference.")
+    return (f"{'clearly' if low > 0 else 'not clearly'} {side} {other}, "
+            f"by {difference:.3f} ({low:.3f} to {high:.3f})")
 
 
 class TrivialScores:
     """Scores that need no training worth the name: a model that does not beat them is no use.
-    reference: normal training images, uint8 [n,1,H,W]; without them two scores are left out."""
+    reference: normal training images, uint8 [n,1,H,W]; without them three scores are left out."""
 
     def __init__(self, reference: np.ndarray | None) -> None:
         self.pca = None
         if reference is not None:
             flat = reference.reshape(len(reference), -1) / np.float32(255)
-            self.mean = flat.mean(0)
+            logs = models.log_contrast(torch.from_numpy(reference) / 255, 1 / 8)
+            self.mean, self.usual = flat.mean(0), logs.mean(0)
+            self.spread = logs.std(0).clamp(min=0.05)
             self.pca = PCA(min(32, len(flat) - 1), random_state=0).fit(flat)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -334,9 +328,12 @@ class TrivialScores:
         scores = {"mean intensity": flat.mean(1), "standard deviation": flat.std(1),
                   "local contrast": rows.mean((1, 2)) + columns.mean((1, 2))}
         if self.pca:
+            logs = models.log_contrast(torch.from_numpy(images) / 255, 1 / 8)
+            haze = (self.usual - logs) / self.spread
             back = self.pca.inverse_transform(self.pca.transform(flat))
             scores |= {"distance to mean normal": np.square(flat - self.mean).mean(1),
-                       "PCA reconstruction error": np.square(flat - back).mean(1)}
+                       "PCA reconstruction error": np.square(flat - back).mean(1),
+                       "haze": haze.mean((1, 2, 3)).numpy()}
         return scores
 
 
@@ -418,6 +415,7 @@ class Result:
     # What score_samples finds.
     scored: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> scores [n]
     trivial: dict[str, np.ndarray] = field(default_factory=dict)  # in their better direction
+    baselines: dict[str, np.ndarray] = field(default_factory=dict)  # scores by other readers
     bad: dict[str, str] = field(default_factory=dict)  # images that could not be read, and why
     # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
     # sum, and its share of the image's area, which is what a map that knows nothing would give.
@@ -441,8 +439,7 @@ class Result:
         """The data, without the place where it lies: whether it is real, and whether external."""
         place = Path(self.source.spec).resolve()
         title = self.source.title.replace(str(place), place.name)
-        return (PHANTOM if self.source.spec == "synthetic" else title) + self.external * (
-            "; an external test, nothing is fitted to these images")
+        return title + "; an external test, nothing is fitted to these images" * self.external
 
     def mask(self, sample: Sample) -> np.ndarray | None:
         """Where its lesions are, bool [H,W]: nowhere in a normal image of a source with masks."""
@@ -464,9 +461,9 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
         try:
             source = opened[key] = opened.get(key) or open_source(config)
         except UserError as error:
-            raise error if data else UserError(
-                f"{error}. {run.folder} was trained on it: if it lies elsewhere now, name that "
-                "place with --data") from None
+            elsewhere = (f". {run.folder} was trained on it: if it lies elsewhere now, name that "
+                         "place with --data")
+            raise UserError(f"{error}{'' if data else elsewhere}") from None
         chosen, external, notes = samples_to_score(run, source, split)
         plan = Result(run, source, draw_evenly(chosen, limit), scorer, split, external)
         if not plan.samples:
@@ -485,21 +482,24 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
 
 def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     """Score the images with every scorer, and note which of them could be read."""
-    # Several batches of READ_AT_ONCE, so that what is read twice fills some; fewer of large images.
+    # Several batches of READ_AT_ONCE; fewer of large images.
     several = max(1, min(8, 8 * 128**2 // r.run.config.image_size**2))
     stream = r.run.stream(r.source, r.samples, several * READ_AT_ONCE, stop_on_bad=True)
     found: list[dict[str, np.ndarray]] = []
     order: list[int] = []
+    untrained = replace(r.run, model=models.untrained_model(r.run.config, r.run.setup).eval(),
+                        scorer=r.run.untrained)
     # Inside, the weights that autocast has cast are kept, instead of being cast for each batch
     # anew: of the full-sized Reversed AE these are 270 million numbers.
     with (train.progress(len(r.samples), f"scoring with {r.run.name}") as bar,
           r.run.setup.autocast(), models.no_autocast(r.run.setup.device)):
         for images, positions in stream:
-            _, scores, maps = r.run.score(images, r.scorer)
-            found.append({k: scores[k].numpy() for k in SCORERS}
+            _, scores, maps = r.run.score(images)
+            scores[UNTRAINED] = untrained.score(images)[1][DEFAULT_SCORER]
+            found.append({k: v.numpy() for k, v in scores.items()}
                          | (trivial(images.numpy()) if trivial else {}))
             order += positions.tolist()
-            for map_, i in zip(maps[:, 0].cpu().numpy(), positions.tolist(), strict=True):
+            for map_, i in zip(maps[r.scorer][:, 0].cpu().numpy(), positions.tolist(), strict=True):
                 if (mask := r.mask(r.samples[i])) is not None:
                     locate(r, map_, mask)
             bar.update(len(images))
@@ -511,8 +511,8 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     r.scored = {k: every.pop(k) for k in SCORERS}
     if not all(np.isfinite(v).all() for v in r.scored.values()):
         raise UserError(f"{r.run.folder}: its scores are not finite numbers; train it again")
+    r.baselines = {IMAGE_ALONE: every.pop(BASELINE), UNTRAINED: every.pop(UNTRAINED)}
     if trivial:
-        every["haze"] = r.scored["haze"]  # no model has a part in it
         is_ap = np.array([s.view.startswith("AP") for s in r.samples], dtype=float)
         if 0 < is_ap.sum() < len(is_ap):
             every["is it an AP view"] = is_ap
@@ -603,7 +603,8 @@ def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str,
         "model": r.run.config.model, "seed": r.run.config.seed, "unreadable": r.bad,
         "left_out": dict(r.source.left_out)}
     if metrics["auroc"] is not None:
-        drawn = {k: weighted_metrics(v, r.labels, weights)[0] for k, v in r.trivial.items()}
+        drawn = {k: weighted_metrics(v, r.labels, weights)[0]
+                 for k, v in (r.trivial | r.baselines).items()}
         metrics |= {"baselines": {k: float(values[0]) for k, values in drawn.items()},
                     "baselines_ci": {k: interval(values[1:]) for k, values in drawn.items()}}
     if every_scorer:
@@ -649,7 +650,7 @@ def evaluate(
             source = open_source(first.run.config) if first.external else first.source
             trivial = TrivialScores(first.run.some_normals(source, "train", 400).numpy())
         except UserError as error:
-            log.info(f"          note: two trivial scores are left out ({error})")
+            log.info(f"          note: three trivial scores are left out ({error})")
             trivial = TrivialScores(None)
         for r in tested:
             score_samples(r, trivial if r is first else None)
@@ -683,19 +684,17 @@ def write_test(r: Result) -> None:
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
         for i, s in enumerate(r.samples)])
     save_picture(folder / "scores.png", f"tested on {r.about}", tested=[r])
-    chosen: dict[int, str] = {}
-    away, threshold = abs(r.scores - m["threshold"]), f"threshold {m['threshold']:.3g}"
-    for why, order in (("highest", -r.scores), ("borderline", away), ("lowest", r.scores)):
-        chosen |= dict.fromkeys([i for i in np.argsort(order).tolist() if i not in chosen][:3], why)
-    draw_cases(r, folder / "examples.png", threshold, chosen)
+    order, threshold = np.argsort(r.scores), f"threshold {m['threshold']:.3g}"
+    near = np.argsort(abs(r.scores - m["threshold"]))
+    some = dict.fromkeys([*order[:-4:-1].tolist(), *near[:3].tolist(), *order[:3].tolist()])
+    draw_cases(r, "examples.png", f"highest, borderline and lowest scores, {threshold}", [*some])
     missed, flagged = worst(r)
-    draw_cases(r, folder / "worst.png", f"{len(missed)} of {m['n_abnormal']} abnormal images "
-               f"missed, {len(flagged)} of {m['n_normal']} normal images flagged: the worst of "
-               f"them, {threshold}", *({i: r.samples[i].key.rpartition("/")[2][-18:]
-                                        for i in found[:8]} for found in (missed, flagged)))
+    draw_cases(r, "worst.png", f"{len(missed)} of {m['n_abnormal']} abnormal images missed, "
+               f"{len(flagged)} of {m['n_normal']} normal images flagged: the worst of them, "
+               f"{threshold}", missed[:8], flagged[:8])
     if not r.external:
         try:
-            draw_healing(r, folder / "healing.png")
+            draw_healing(r)
         except UserError as error:  # its validation images are gone
             log.info(f"          note: no healing.png ({error})")
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
@@ -712,26 +711,28 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[str]:
-    """Compare each pair of models, and each model with the best trivial score, in sentences."""
-    first = next(iter(groups.values()))[0]
-    if not (baselines := first.metrics.get("baselines")):
-        return []
-    every = [(name, np.array([r.scores for r in group])) for name, group in groups.items()]
-    best = max(baselines, key=baselines.get)
-    alone = (f"{best[0].upper()}{best[1:]} alone", first.trivial[best])
-    pairs = [*itertools.combinations(every, 2), *((alone, model) for model in every)]
-    return [verdict(a, b, *paired_difference(one, two, first.labels, weights))
-            for (a, one), (b, two) in pairs]
+    """Compare each model with those after it, the best trivial score, a reader of the image alone
+    and itself untrained: one sentence a model."""
+    first, found = next(iter(groups.values()))[0], list[str]()
+    if not (known := first.metrics.get("baselines")):
+        return found
+    every = {name: np.array([r.scores for r in group]) for name, group in groups.items()}
+    for number, (name, group) in enumerate(groups.items(), 1):
+        others = dict(itertools.islice(every.items(), number, None))
+        for other in (max(first.trivial, key=known.get), *first.baselines):
+            others[other] = np.array([(r.trivial | r.baselines)[other] for r in group])
+        found.append(f"AUROC of {name}, with 95 % intervals: " + "; ".join(
+            verdict(other, *paired_difference(scores, every[name], first.labels, weights))
+            for other, scores in others.items()) + ".")
+    return found
 
 
 def cautions(tested: list[Result]) -> list[str]:
     """Warn, in sentences, of changed data, and of thresholds that do not hold or cannot."""
     found, normals = [], min(r.metrics["n_validation_normals"] for r in tested)
-    if normals < 20:
-        found.append(f"Careful: {normals} validation normals cannot hold a threshold that 95 % of "
-                     "normals stay under. It takes 20, better 100.")
-    elif normals < 100:
-        found.append(f"Careful: with {normals} validation normals the threshold is rough.")
+    if normals < 100:
+        found.append(f"Careful: with {normals} validation normals the threshold is rough" + (
+            ": it cannot hold. It takes 20, better 100." if normals < 20 else "."))
     if not all(r.external or same_data(r.metrics["data_fingerprint"], r.run.fingerprint)
                for r in tested):
         found.append("Careful: the images, their names or labels have changed since training. "
@@ -739,7 +740,7 @@ def cautions(tested: list[Result]) -> list[str]:
     if far := [(m["specificity_at_threshold"], m["specificity_ci"])
                for m in (r.metrics for r in tested) if m["n_normal"]
                and m["specificity_at_threshold"] < 0.90 and m["specificity_chance"] < 0.025]:
-        found.append(f"Careful: the threshold set for 95 % specificity reaches {percent(*min(far))}"
+        found.append(f"Careful: the threshold set for 95 % specificity reaches {decimal(*min(far))}"
                      " on these normals. They differ from the validation normals.")
     return found
 
@@ -748,8 +749,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
     """Show what was found, and write it to report.html or the comparison."""
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
     tables, sentences = result_tables(tested, groups), [*verdicts, *cautions(tested)]
-    trained_on = [PHANTOM if r.run.config.data == "synthetic" else relative(r.run.config.data)
-                  for r in tested]
+    trained_on = [relative(r.run.config.data) for r in tested]
     facts = {
         "Trained on": "; ".join(dict.fromkeys(trained_on)), "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
@@ -766,11 +766,6 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         own = not first.external and first.split == "test"
         page = first.run.folder.resolve().parent / (
             "comparison.html" if own else f"comparison-{first.folder.name}.html")
-        write_csv(page.with_suffix(".csv"), [
-            {"run": r.run.folder.name, "group": name}
-            | {k: v for k, v in r.metrics.items() if not isinstance(v, dict | tuple)}
-            | dict(zip(("auroc_low", "auroc_high"), r.metrics["auroc_ci"] or "  ", strict=True))
-            | training_cost(r.run) for name, group in groups.items() for r in group])
         draw_comparison([group[0] for group in groups.values()], page.with_suffix(".png"))
         pictures[page.with_suffix(".png")] = "ROC curves, histograms of scores, example cases"
     for name, (r, *_) in groups.items():
@@ -780,8 +775,8 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
     made = {r.run.name: f"{command_to_train(r.run.config)}\n{r.run.made_with}; data "
                         f"{r.run.fingerprint}" for r in tested}
     made["This test"] = (
-        f"torch {torch.__version__}, numpy {np.__version__}, scikit-learn {sklearn.__version__}, "
-        f"{first.run.setup.device.type}, {first.run.setup.precision}; data {m['data_fingerprint']}")
+        f"torch {torch.__version__}, numpy {np.__version__}, {first.run.setup.device.type}, "
+        f"{first.run.setup.precision}; data {m['data_fingerprint']}")
     figures = [f'<figure class="scroll" tabindex="0"><figcaption>{escape(text)}</figcaption><img '
                f'alt="{escape(text)}" src="data:image/png;base64,'
                f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
@@ -804,21 +799,19 @@ def flow_of(r: Result) -> dict[str, str]:
         for name in SPLITS})
 
 
-def relative(path: str | Path) -> str:
-    """Shorten an absolute path, so that what is sent on tells nothing of the machine."""
-    if not os.path.isabs(path):
-        return str(path)
-    path, here = Path(path), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+def relative(path: str) -> str:
+    """Give the last part of an absolute path: what is sent on tells nothing of the machine."""
+    return Path(path).name if os.path.isabs(path) else path
 
 
 def command_to_train(config: Config) -> str:
     """Give what to type to train a run again: model, and every setting that is not the default."""
     words = ["python", "train.py"]
-    for name, value in dataclasses.asdict(config).items():
-        if name == "model" or value != FIELDS[name].default:
-            words += [flag(name if value else f"no_{name}")] if isinstance(value, bool) else [
-                flag(name), relative(str(value))]
+    for name, value in asdict(config).items():
+        if isinstance(value, bool) and value != FIELDS[name].default:
+            words.append(flag(name if value else f"no_{name}"))
+        elif name == "model" or value != FIELDS[name].default:
+            words += [flag(name), relative(str(value))]
     return shlex.join(words)
 
 
@@ -832,16 +825,12 @@ class Table(NamedTuple):
 
 
 def text_table(table: Table) -> str:
-    """Lay the table out as aligned text. Long column titles take several lines."""
-    columns = list(zip(*table.rows, strict=True))
-    titles = [textwrap.wrap(title, max([12, *map(len, column)]), break_long_words=False)
-              for title, column in zip(table.header, columns, strict=True)]
-    high = max(map(len, titles))
-    columns = [(*[""] * (high - len(t)), *t, *c) for t, c in zip(titles, columns, strict=True)]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line))
-             for line in zip(*columns, strict=True)]
-    return "\n".join([table.title, *map(str.rstrip, lines), *textwrap.wrap(table.note, 99)])
+    """Lay the table out as aligned text."""
+    lines = [table.header, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line))
+            for line in lines]
+    return "\n".join([table.title, *map(str.rstrip, text), *textwrap.wrap(table.note, 99)])
 
 
 def html_list(texts: dict[str, str]) -> str:
@@ -860,13 +849,7 @@ def html_table(table: Table) -> str:
             f"</table></div>\n<p>{escape(table.note)}</p>\n")
 
 
-def percent(value: float | None, ends: Sequence[float] | None = None) -> str:
-    """'12.3 %' of 0.123, or with its interval '12.3 % (10 to 15)'; '-' of no figure."""
-    return "-" if value is None else f"{100 * value:.1f} %" + (
-        f" ({100 * ends[0]:.0f} to {100 * ends[1]:.0f})" if ends else "")
-
-
-def decimal(value: float | None, ends: Sequence[float] | None = None) -> str:
+def decimal(value: Any, ends: Sequence[float] | None = None) -> str:
     """'0.898', or with its interval '0.898 (0.850 to 0.936)'; '-' of no figure."""
     return "-" if value is None else f"{value:.3f}" + (
         f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
@@ -876,175 +859,132 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
     """Make all tables of figures. Those by model hold means over the seeds."""
     first, names = tested[0].metrics, list(groups)
 
-    def by_model(show: Callable[[Any], str], *keys: str) -> list[str]:
+    def by_model(*keys: str) -> list[str]:
         """Show a figure of each model, found in its metrics under these keys."""
-        found: list[list[Any]] = [[functools.reduce(operator.getitem, keys, r.metrics)
-                                   for r in group] for group in groups.values()]
-        return [show(None if None in values else np.mean(values)) for values in found]
+        found: list[list[Any]] = [[functools.reduce(getitem, keys, r.metrics) for r in group]
+                                  for group in groups.values()]
+        return [decimal(None if None in values else np.mean(values)) for values in found]
 
     every = [(r.run.name, r.metrics) for r in tested] + [
         (f"{r.run.name}, {name}", m) for r in tested
         for name, m in r.metrics.get("scorers", {}).items() if name != r.scorer]
     tables = [Table(f"Results, scorer {tested[0].scorer}", [
         "", "AUROC (95 % interval)", "average precision", "sensitivity at 90 %",
-        "sensitivity at 95 %", "specificity reached"], [
+        "sensitivity at 95 %", "specificity"], [
         [name, decimal(m["auroc"], m["auroc_ci"]),
          decimal(m["average_precision"], m["average_precision_ci"]),
-         percent(m["sensitivity_at_90_specificity"]), percent(m["sensitivity_at_95_specificity"]),
-         percent(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every],
+         decimal(m["sensitivity_at_90_specificity"]), decimal(m["sensitivity_at_95_specificity"]),
+         decimal(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every],
         "AUROC needs both normal and abnormal images: not computed. " * (first["auroc"] is None)
         + "Sensitivities are at the thresholds that 90 % and 95 % of the "
         f"{first['n_validation_normals']} validation normals stay under; the last column is the "
         f"share of these normals under the second of them. Intervals: {RESAMPLES} bootstrap "
         "resamples of patients, the same for all; of specificity Wilson's.")]
-    if first["auroc"] is not None:
+    if len(groups) < len(tested) and first["auroc"] is not None:
         aurocs = {name: [r.metrics["auroc"] for r in group] for name, group in groups.items()}
-        if len(groups) < len(tested):
-            tables.append(Table("AUROC over seeds; the tables below hold means over them", [
-                "", "seeds", "mean", "standard deviation", "lowest", "highest"], [
-                [name, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
-                for name, x in aurocs.items() if len(x) > 1]))
-        tables.append(Table("Trivial scores, which need no model, each in its better direction", [
-            "", "AUROC (95 % interval)"], [[name, decimal(x, first["baselines_ci"][name])]
-                                           for name, x in first["baselines"].items()]))
+        tables.append(Table("AUROC over seeds; the tables below hold means over them", [
+            "", "seeds", "mean", "standard deviation", "lowest", "highest"], [
+            [name, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
+            for name, x in aurocs.items() if len(x) > 1]))
+    if known := first.get("baselines"):
+        tables.append(Table("AUROC of baselines", ["", *names], [
+            [name, *by_model("baselines", name)] for name in known],
+            "Trivial scores are taken in their better direction, which favours them."))
     for kind in ("finding", "view"):
         if known := first.get(key := f"auroc_by_{kind}"):
             tables.append(Table(f"AUROC by {kind}", ["", "images", *names], [
-                [name, str(group["n"]), *by_model(decimal, key, name, "auroc")]
+                [name, str(group["n"]), *by_model(key, name, "auroc")]
                 for name, group in known.items()]))
     if "n_located" in first:
-        rows = {"map peak in lesion": "peak_in_lesion",
+        rows = {"pixel AUROC": "pixel_auroc", "map peak in lesion": "peak_in_lesion",
                 "map peak in lesion, the smaller half": "peak_in_small_lesion",
                 "map peak in lesion, the larger half": "peak_in_large_lesion",
                 "share of map in lesion": "energy_in_lesion"}
         tables.append(Table(f"Where the maps point: {first['n_located']} lesions", ["", *names], [
-            ["pixel AUROC", *by_model(decimal, "pixel_auroc")],
-            *([title, *by_model(percent, key)] for title, key in rows.items())],
+            [title, *by_model(key)] for title, key in rows.items()],
             f"The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside the lesion. "
-            f"Lesions cover {percent(first['lesion_area'])} of the image."))
-    return [*tables, Table("Training", ["", "parameters", "epochs", "minutes", "images/s"], [
-        [r.run.name, *("-" if x is None else f"{x:,.1f}" if isinstance(x, float) else f"{x:,}"
-                       for x in training_cost(r.run).values())] for r in tested])]
-
-
-def training_cost(run: TrainedRun) -> dict[str, float | None]:
-    """Count parameters, epochs, minutes and images a second; None if log.csv is gone or damaged."""
-    cost: dict[str, float | None] = {"parameters": sum(p.numel() for p in run.model.parameters()),
-                                     "epochs": None, "minutes": None, "images_per_second": None}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, csv.Error):
-        with open(run.folder / "log.csv", newline="", encoding="utf-8") as f:
-            seconds, rates = np.array([(float(row["seconds"]), float(row["images_per_second"]))
-                                       for row in csv.DictReader(f)]).T
-        cost |= {"epochs": len(rates), "minutes": float(seconds.sum()) / 60,
-                 "images_per_second": float(rates.mean())}
-    return cost
+            f"Lesions cover {decimal(first['lesion_area'])} of the image."))
+    return tables
 
 
 # ----------------------------------------------------------------------------------------------
 # Pictures and page
 
 
-SIDE, GAP, LINE = 1.6, 0.08, 0.16  # inches: a tile's side, between tiles, a line of text
-
-
-class Tile(NamedTuple):
-    """A picture in a grid, a text above it, and an anomaly map and a lesion's outline over it."""
-
-    image: np.ndarray  # [H,W] in [0,1]
-    above: str = ""
-    map: np.ndarray | None = None  # [H,W], at least 0
-    mask: np.ndarray | None = None  # bool [H,W]
-
-
 class Row(NamedTuple):
-    """A row of a grid, with a text beside it."""
+    """A row of a picture: a text beside it, and images with what there is above and over each."""
 
     beside: str
-    tiles: Sequence[Tile]
+    images: Sequence[np.ndarray] | np.ndarray  # each [H,W] in [0,1]
+    above: Sequence[str] = ()
+    maps: Sequence[np.ndarray | None] = ()  # anomaly maps, each [H,W], at least 0
+    masks: Sequence[np.ndarray | None] = ()  # of lesions to outline, each bool [H,W]
 
 
 @matplotlib.style.context({"text.parse_math": False}, after_reset=True)  # a $ in a name is a $
 def save_picture(file: Path, title: str, rows: Sequence[Row] = (), scorer: str = "",
-                 top: float | None = None, tested: Sequence[Result] = ()) -> None:
+                 top: float = 1.0, tested: Sequence[Result] = ()) -> None:
     """Save a picture, whatever the user's settings of matplotlib: ROC curves and scores of tests,
-    and below them rows of tiles. top: where the maps' colours end; by default almost all do."""
-    columns = max((len(row.tiles) for row in rows), default=3)
-    wide = max(columns * (SIDE + GAP) + 1.9, 4.2 * (1 + len(tested)) * bool(tested))
-    title = "\n".join(textwrap.fill(line, int(12 * wide)) for line in title.split("\n"))
-    heights = [4.4] * bool(tested) + [0.3 + sum(map(height_of, rows))] * bool(rows) or [0.3]
-    figure = Figure(figsize=(wide, sum(heights) + LINE * (2 + title.count("\n"))),
-                    layout="constrained")
+    and below them rows of images. top: where the maps' colours end, the same in all pictures."""
+    columns = max((len(row.images) for row in rows), default=3)
+    wide = max(1.7 * columns + 1.2, 4.2 * (1 + len(tested)) * bool(tested))  # inches
+    heights = [4.6] * bool(tested) + [2.0 * len(rows)] * bool(rows) or [0.1]
+    figure = Figure(figsize=(wide, sum(heights)))
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     if tested:
         draw_scores(parts[0], tested)
     if rows:
-        draw_grid(parts[-1], rows, scorer, top)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(file, dpi=110)
+        draw_grid(parts[-1], rows, columns, scorer, top)
+    title = "\n".join(textwrap.fill(line, int(12 * wide)) for line in title.split("\n"))
+    figure.text(0.5, 1 + 0.3 / sum(heights), title, fontsize=9, ha="center", va="bottom")
+    figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
-def height_of(row: Row) -> float:
-    """Inches that a row takes, with the texts above its tiles."""
-    return SIDE + GAP + LINE * max(t.above.count("\n") + bool(t.above) for t in row.tiles)
-
-
-def draw_grid(figure: Any, rows: Sequence[Row], scorer: str, top: float | None) -> None:
-    """Draw rows of tiles in one coordinate system of inches: far faster than one for each."""
-    top = top or map_top([t.map for row in rows for t in row.tiles if t.map is not None])
-    axes, bottom = figure.subplots(), 0.0
-    for row in rows:
-        bottom += height_of(row)
-        y = bottom - SIDE - GAP
-        axes.text(-0.05, y + SIDE / 2, row.beside, fontsize=8, rotation=90, ha="right", va="center")
-        for i, tile in enumerate(row.tiles):
-            x = i * (SIDE + GAP)
-            where = (x, x + SIDE, y + SIDE, y)
-            axes.imshow(tile.image, cmap="gray", vmin=0, vmax=1, extent=where)
-            axes.text(x + SIDE / 2, y - 0.03, tile.above, fontsize=8, ha="center", va="bottom")
-            if tile.map is not None:  # opaque where it is high
-                axes.imshow(tile.map, cmap="inferno", vmin=0, vmax=top, extent=where,
-                            alpha=np.clip(tile.map / top, 0, 1) * 0.85)
-            if tile.mask is not None and tile.mask.any():
-                at = (np.arange(len(tile.mask)) + 0.5) * SIDE / len(tile.mask)
-                axes.contour(x + at, y + at, tile.mask, [0.5], colors="#56B4E9", linewidths=1)
-    axes.set(xlim=(0, max(len(row.tiles) for row in rows) * (SIDE + GAP)), ylim=(bottom, 0),
-             aspect="equal")
-    axes.axis("off")
-    unit = "\n(standard deviations\nof training normals)" * (map_name(scorer) in models.Z_MAPS)
-    figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=axes, extend="max", pad=0.02,
-                    label=map_name(scorer) + unit, shrink=min(1, 2.5 / bottom), aspect=15)
-
-
-def map_top(maps: Sequence[np.ndarray]) -> float:
-    """Choose the upper end of the colour scale of maps that are shown beside each other."""
-    return max(float(np.quantile(np.concatenate([m.ravel() for m in maps]), 0.998)), 1e-6)
+def draw_grid(figure: Any, rows: Sequence[Row], columns: int, scorer: str, top: float) -> None:
+    """Draw rows of images, and beside them what the colours of maps mean."""
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={
+        "left": 0, "right": 1, "bottom": 0, "top": 0.98, "wspace": 0.05, "hspace": 0.2})
+    for line, row in zip(grid, rows, strict=True):
+        line[0].set_ylabel(row.beside, fontsize=8)
+        for axes, image, above, map_, mask in itertools.zip_longest(line, *row[1:]):
+            axes.set(xticks=[], yticks=[], frame_on=False)
+            if image is not None:
+                axes.imshow(image, "gray", vmin=0, vmax=1)
+                axes.set_title(above or "", fontsize=8, pad=3)
+            if map_ is not None:  # opaque where it is high
+                axes.imshow(map_, "inferno", vmin=0, vmax=top,
+                            alpha=np.clip(map_ / top, 0, 1) * 0.85)
+            if mask is not None and mask.any():
+                axes.contour(mask, [0.5], colors="#56B4E9", linewidths=1)
+    figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=grid, pad=0.02, aspect=15,
+                    extend="neither" if "reader" in scorer else "max", fraction=0.05,
+                    shrink=min(1, 1.3 / len(rows)), label=f"anomaly map by {scorer}")
 
 
 def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
     """Draw the ROC curves of tests, and beside them histograms of the scores on one scale."""
-    roc, *histograms = figure.subplots(1, 1 + len(tested))
+    roc, *histograms = figure.subplots(1, 1 + len(tested), gridspec_kw={
+        "wspace": 0.3, "bottom": 0.18, "top": 0.95})
     for axes in histograms[1:]:
         axes.sharey(histograms[0])
-    roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
+    roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":", label="guessing")
     every = np.concatenate([r.scores for r in tested])
     bins = np.linspace(every.min(), max(np.quantile(every, 0.995), every.min() + 1e-9), 31)
     for r, axes, colour in zip(tested, histograms, itertools.cycle(COLOURS), strict=False):
-        curve, told = ([0], [0]), "needs normal\nand abnormal images"
         if r.metrics["auroc"] is not None:
-            curve = roc_curve(r.labels, r.scores)[:2]
             told = decimal(r.metrics["auroc"], r.metrics["auroc_ci"])
-        roc.plot(*curve, color=colour, linewidth=2, label=f"{r.run.name}: {told}")
+            roc.plot(*roc_curve(r.labels, r.scores)[:2], color=colour, linewidth=2,
+                     label=f"{r.run.name}: {told}")
+        scores = r.scores.clip(max=bins[-1])  # the last bar takes what lies beyond
         for label, name, shade in ((NORMAL, "normal", "0.55"), (ABNORMAL, "abnormal", colour)):
-            # The last bar takes what lies beyond.
-            axes.hist(r.scores[r.labels == label].clip(max=bins[-1]), bins, color=shade,
-                      alpha=0.65, label=name)
+            axes.hist(scores[r.labels == label], bins, color=shade, alpha=0.65, label=name)
         axes.axvline(r.metrics["threshold"], color="0.1", linestyle="--", linewidth=1.2,
                      label="threshold (95 % of\nvalidation normals)")
         axes.set(xlabel=f"anomaly score ({r.scorer})", ylabel="images", title=r.run.name)
         axes.legend(frameon=False, fontsize=9)
-    roc.legend(loc="lower right", frameon=False, fontsize=9)
+    roc.legend(loc="lower right", frameon=False, fontsize=9, handlelength=1)
     roc.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal",
-            title="ROC, with AUROC and its 95 % interval", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+            title="ROC; AUROC (95 % interval)", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
 
 
 def describe_sample(sample: Sample) -> str:
@@ -1052,25 +992,30 @@ def describe_sample(sample: Sample) -> str:
     return "normal" if sample.label == NORMAL else (sample.finding or "abnormal")[:18]
 
 
-def read_again(r: Result, positions: Iterable[int]) -> Tensor:
-    """Read images that have been scored once more: uint8 [n,1,H,W]."""
-    stream = r.run.stream(r.source, [r.samples[i] for i in positions])
+def picture_rows(r: Result, images: Tensor, above: Sequence[str] = (),
+                 masks: Sequence[np.ndarray | None] = ()) -> list[Row]:
+    """Make rows of uint8 images [n,1,H,W]: the images with texts above, each reconstruction, and
+    the maps with scores above and lesions outlined."""
+    output, scores, maps = r.run.score(images)
+    views = torch.cat([output.images, output.reconstructions, maps[r.scorer]], 1).cpu().numpy()
+    seen, *backs, found = views.swapaxes(0, 1)
+    names = itertools.chain(["reconstruction"], itertools.repeat("the same,\nwithout skips"))
+    told = [f"score {score:.3g}" for score in scores[r.scorer].tolist()]
+    return [Row("image", seen, above), *map(Row, names, backs),
+            Row("anomaly map", seen, told, found, masks)]
+
+
+def tested_rows(r: Result, positions: Sequence[int]) -> tuple[Row, Row, Row]:
+    """Make rows of tested images, which are read once more: images, reconstructions and maps."""
+    samples = [r.samples[i] for i in positions]
+    stream = r.run.stream(r.source, samples)
     images = [images for images, _ in stream]
     for key, reason in stream.bad.items():
         raise UserError(f"--data {r.source.spec}: {key} was scored, but cannot be read again for "
                         f"its picture ({reason})")
-    return torch.cat(images)
-
-
-def tiles_of(r: Result, images: Tensor, positions: Iterable[int] = (),
-             above: Sequence[str] = ()) -> list[list[Tile]]:
-    """Make tiles of uint8 images [n,1,H,W]: of each the image, with a text above, the
-    reconstructions, and the map, with the lesions of tested images at these positions."""
-    output, _, maps = r.run.score(images, r.scorer)
-    views = torch.cat([output.images, output.reconstructions, maps], 1).cpu().numpy()
-    masks = [r.mask(r.samples[i]) for i in positions]
-    return [[Tile(image, text or ""), *map(Tile, backs), Tile(image, "", map_, mask)]
-            for (image, *backs, map_), mask, text in itertools.zip_longest(views, masks, above)]
+    above = [f"{s.key.rpartition('/')[2][-18:]}\n{describe_sample(s)}" for s in samples]
+    image, back, *_, map_ = picture_rows(r, torch.cat(images), above, [*map(r.mask, samples)])
+    return image, back, map_
 
 
 def worst(r: Result) -> tuple[list[int], list[int]]:
@@ -1080,35 +1025,22 @@ def worst(r: Result) -> tuple[list[int], list[int]]:
     return order[sick & ~flagged].tolist(), order[~sick & flagged][::-1].tolist()
 
 
-def draw_cases(r: Result, file: Path, title: str, *groups: dict[int, str]) -> None:
-    """Draw image, reconstruction and map of tested images; groups: position -> text above."""
-    rows: list[Row] = []
-    for group in filter(None, groups):
-        images, backs, *_, maps = zip(*tiles_of(r, read_again(r, group), group, [
-            f"{text}\n{describe_sample(r.samples[i])}\nscore {r.scores[i]:.3g}"
-            for i, text in group.items()]), strict=True)
-        rows += [Row("image", images), Row("reconstruction", backs), Row("anomaly map", maps)]
-    save_picture(file, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer)
+def draw_cases(r: Result, name: str, title: str, *groups: list[int]) -> None:
+    """Draw tested images, those at the positions of each group in rows of their own."""
+    rows = [row for group in groups if group for row in tested_rows(r, group)]
+    save_picture(r.folder / name, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer,
+                 r.run.scorer.map_tops[r.scorer])
 
 
-def draw_healing(r: Result, file: Path) -> None:
-    """Draw three validation normals, corrupted as in training, and a tested lesion, healed."""
-    config, clean = r.run.config, r.run.some_normals(r.source, "val", 3)
+def draw_healing(r: Result) -> None:
+    """Draw validation normals, corrupted as in training, and what the model makes of them."""
+    config, clean = r.run.config, r.run.some_normals(r.source, "val", 6)
     draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
     seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
-    rows = [Row("normal, corrupted", [Tile(image[0] / 255), *tiles])
-            for image, tiles in zip(clean.numpy(), tiles_of(r, seen), strict=True)]
-    sick = [i for i in np.argsort(r.scores).tolist() if r.samples[i].label == ABNORMAL]
-    for i in sick[len(sick) // 2 :][:1]:
-        (tiles,) = tiles_of(r, read_again(r, [i]), [i])
-        rows.append(Row(describe_sample(r.samples[i]), [tiles[0], *tiles]))
-    *others, last = rows[0].tiles
-    titles = ["image", "what the model sees", "reconstruction", "the same, without skips"]
-    rows[0] = Row("normal, corrupted", [*(tile._replace(above=text) for tile, text in zip(
-        others, titles, strict=False)), last._replace(above="map")])
-    # The colours end where the least of the maps does: corruptions are stronger than findings.
-    save_picture(file, f"{r.run.name}, objective {config.objective}", rows, r.scorer,
-                 min(map_top([row.tiles[-1].map]) for row in rows))
+    corrupted, *rows = picture_rows(r, seen)
+    rows = [Row("normal", clean[:, 0].numpy() / 255), corrupted._replace(beside="corrupted"), *rows]
+    save_picture(r.folder / "healing.png", f"{r.run.name}, objective {config.objective}", rows,
+                 r.scorer, r.run.scorer.map_tops[r.scorer])
 
 
 def draw_comparison(tested: list[Result], file: Path) -> None:
@@ -1116,20 +1048,17 @@ def draw_comparison(tested: list[Result], file: Path) -> None:
     those with the middle score of the six most common findings, so that nothing is picked by hand.
     """
     first, kinds = tested[0], [describe_sample(s) for s in tested[0].samples]
-    order, cases = np.argsort(first.scores).tolist(), {}
-    for kind, count in Counter(kinds).most_common(6):
-        cases[[i for i in order if kinds[i] == kind][count // 2]] = kind
-    rows: list[list[Tile]] = [[] for _ in cases]
+    order, rows = np.argsort(first.scores).tolist(), list[Row]()
+    cases = [[i for i in order if kinds[i] == kind][count // 2]
+             for kind, count in Counter(kinds).most_common(6)]
     for r in tested:
-        names = [f"{textwrap.fill(r.run.name, 22)}\nreconstruction"] + [""] * (len(cases) - 1)
-        for row, i, name, (image, back, *_, map_) in zip(
-                rows, cases, names, tiles_of(r, read_again(r, cases), cases), strict=True):
-            row += [] if row else [image._replace(above="input" if name else "")]
-            score = "anomaly map\n" * bool(name) + f"score {r.scores[i]:.3g}"
-            row += [back._replace(above=name), map_._replace(above=score)]
+        image, *others = tested_rows(r, cases)
+        rows = rows or [image]
+        rows += [row._replace(beside=f"{textwrap.fill(r.run.name, 22)}\n{row.beside}")
+                 for row in others]
     save_picture(file, f"{first.metrics['n_normal']} normal and {first.metrics['n_abnormal']} "
-                 f"abnormal images, tested on {first.about}",
-                 list(map(Row, cases.values(), rows)), first.scorer, tested=tested)
+                 f"abnormal images, tested on {first.about}", rows, first.scorer,
+                 max(r.run.scorer.map_tops[r.scorer] for r in tested), tested)
 
 
 PAGE = Template("""<!doctype html>
@@ -1214,31 +1143,30 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-        threshold = trained.scorer.threshold(scorer, 0.95)
-        # Where the colours end at least, so that a normal image does not glow: at twice the score
-        # that 95 % of normal images stay under, of zscore's map the score `peak`.
-        like_map = "peak" if map_name(scorer) == "zscore" else scorer
-        usual = 2 * trained.scorer.threshold(like_map, 0.95)
+        calibrated, stream = trained.scorer, trained.stream(source, source.samples)
+        threshold, side = calibrated.threshold(scorer, 0.95), trained.config.image_size
         stems = distinct_stems([s.key for s in source.samples])
-        stream = trained.stream(source, source.samples)
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
-                    output, scores, maps = trained.score(images, scorer)
-                    views = torch.cat([output.images, output.reconstruction, maps], 1).cpu().numpy()
-                    for i, score, percentile, (seen, back, map_) in zip(
-                            positions.tolist(), scores[scorer].tolist(), trained.scorer.percentile(
-                                scorer, scores[scorer]).tolist(), views, strict=True):
+                    backs, maps, scores = trained(images, scorer)
+                    percentiles = calibrated.percentile(scorer, torch.from_numpy(scores)).tolist()
+                    for i, (seen,), (back,), (map_,), score, percentile in zip(
+                            positions.tolist(), images.numpy() / np.float32(255), backs, maps,
+                            scores.tolist(), percentiles, strict=True):
+                        y, x = divmod(int(map_.argmax()), side)
                         rows.append({"image": source.samples[i].key, "score": round(score, 6),
                                      "percentile_among_normals": round(percentile, 1),
                                      "threshold": round(threshold, 6),
-                                     "verdict": "abnormal" if score > threshold else "normal"})
+                                     "verdict": "abnormal" if score > threshold else "normal",
+                                     "peak_x": round((x + 0.5) / side, 3),
+                                     "peak_y": round((y + 0.5) / side, 3)})
                         np.save(folder / f"{stems[i]}_map.npy", map_)
-                        tiles = [Tile(seen, "input"), Tile(back, "reconstruction"),
-                                 Tile(seen, "anomaly map", map_)]
+                        titles = ["input", "reconstruction", "anomaly map"]
+                        row = Row("", [seen, back, seen], titles, [None, None, map_])
                         save_picture(folder / f"{stems[i]}_heatmap.png",
-                                     f"{TOLD.format(**rows[-1])} ({trained.name})",
-                                     [Row("", tiles)], scorer, max(float(map_.max()), usual))
+                                     f"{TOLD.format(**rows[-1])} ({trained.name})", [row], scorer,
+                                     calibrated.map_tops[scorer])
                         bar.update(1)
         finally:  # also when it was interrupted
             if rows:
@@ -1251,7 +1179,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             *(TOLD.format(**row) for row in rows[:40]),
             *[f"... and {len(rows) - 40} more in predictions.csv"] * (len(rows) > 40),
             f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
-            f"{len(trained.scorer.normal_scores[scorer])} validation normals. Not a diagnosis.",
+            f"{len(calibrated.normal_scores[scorer])} validation normals. Not a diagnosis.",
             f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
             "predictions.csv"]))
     return rows

@@ -9,11 +9,9 @@ Every image tensor here is float [B,1,H,W] with values in [0,1]; H = W = the mod
 
 import contextlib
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +167,13 @@ def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequen
     )
 
 
+def to_image(logits: Tensor) -> Tensor:
+    """The sigmoid. Its gradient is at least 0.05: pixels that the first steps drive to black or
+    white would stay there otherwise."""
+    image = torch.sigmoid(logits)
+    return image + 0.05 * (logits - logits.detach()) if logits.requires_grad else image
+
+
 class UNet(nn.Module):
     """U-Net with a fully connected bottleneck and two decoders over one encoder.
 
@@ -237,12 +242,12 @@ class UNet(nn.Module):
                     y.register_hook(lambda g: g.contiguous(memory_format=torch.channels_last))
                 y = torch.cat([skip, y], dim=1)
             y = block(y)
-        result = [torch.sigmoid(self.out(y))]
+        result = [to_image(self.out(y))]
         if skip_free_share > 0:
             z = bottom[: max(1, round(len(y) * skip_free_share))]
             for block in self.skip_free_up:
                 z = block(z)
-            result.append(torch.sigmoid(self.out(z)))
+            result.append(to_image(self.out(z)))
         return result
 
 
@@ -303,7 +308,7 @@ class ReversedAutoencoder(nn.Module):
         y = self.from_latent(self.to_latent(x.flatten(1))).view(-1, *self.bottom)
         for block in self.up:
             y = block(y)
-        return torch.sigmoid(self.out(y))
+        return to_image(self.out(y))
 
     def reconstructions(self, x: Tensor, skip_free_share: float = 1.0) -> list[Tensor]:
         """[forward(x)]: the one that this model gives, in the form that U-Net gives its two."""
@@ -328,6 +333,13 @@ def create_model(name: str, config: Config | None = None) -> UNet | ReversedAuto
     if name not in MODEL_CLASSES:
         raise UserError(f"model {name!r}: not one of {', '.join(MODEL_CLASSES)}")
     return MODEL_CLASSES[name](config.image_size, config.latent_dim, config.width, config.dropout)
+
+
+def untrained_model(config: Config, setup: Setup) -> Any:
+    """The model that training with these settings starts from, on the device."""
+    torch.manual_seed(config.seed)
+    return setup.place(create_model(config.model, config))
+
 
 MODEL_CLASSES: dict[str, type[UNet | ReversedAutoencoder]] = {
     "unet": UNet, "reversed_ae": ReversedAutoencoder}
@@ -365,20 +377,21 @@ class Draws:
         return torch.randint(high, (self.total, *shape), generator=self.generator)[self.rows]
 
 
-def augment(images: Tensor, draws: Draws) -> Tensor:
+def augment(images: Tensor, draws: Draws, framing: float = 1) -> Tensor:
     """Each image turned, moved, scaled, made brighter and of other contrast. Not mirrored: where
     the heart lies is part of what is normal.
 
-    float [B,1,H,W] in [0,1] to the same. Rotation up to 5 degrees, shift 5 %, scale 5 %,
-    brightness 0.05, contrast 10 %; what comes in from outside repeats the edge.
+    float [B,1,H,W] in [0,1] to the same. Rotation up to 5 degrees, shift 5 %, scale 5 %, times
+    `framing`; brightness 0.05, contrast 10 %. What comes in from outside repeats the edge.
     """
     B = len(images)
 
     def uniform(spread: float) -> Tensor:
         return (draws.rand() * 2 - 1) * spread
 
-    angle, zoom = uniform(math.radians(5)), 1 + uniform(0.05)
-    dx, dy = uniform(0.1), uniform(0.1)  # grid coordinates span 2, so this is 5 % of the side
+    angle, zoom = uniform(framing * math.radians(5)), 1 + uniform(framing * 0.05)
+    # Grid coordinates span 2, so this is 5 % of the side.
+    dx, dy = uniform(framing * 0.1), uniform(framing * 0.1)
     theta = torch.stack([
         torch.stack([angle.cos() * zoom, -angle.sin() * zoom, dx], dim=1),
         torch.stack([angle.sin() * zoom, angle.cos() * zoom, dy], dim=1),
@@ -502,8 +515,52 @@ def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
 
 
 def add_lesions(images: Tensor, draws: Draws) -> Tensor:
-    """Foreign patches and opacities on images [B,1,H,W]; same shape, may leave [0,1]."""
-    return add_opacities(add_foreign_patch(images, draws, images), draws)
+    """Foreign patches, opacities and veils on images [B,1,H,W]; same shape, may leave [0,1]."""
+    return add_veil(add_opacities(add_foreign_patch(images, draws, images), draws), draws)
+
+
+def add_veil(images: Tensor, draws: Draws) -> Tensor:
+    """Haze over much of an image, on two fifths of the images: detail gives way to the local mean,
+    and the grey value rises. [B,1,H,W] in [0,1] to the same."""
+    def uniform(low: float, high: float) -> Tensor:
+        return (low + (high - low) * draws.rand(1, 1, 1)).to(images.device)
+
+    shape = torch.sigmoid((smooth_noise(images, draws, 1, 3) - uniform(-0.5, 1)) * 4)
+    shape = shape * (uniform(0, 1) < 0.4)
+    mean = box_filter(images, window(1 / 8, images.shape[-1]))
+    images = images + shape * uniform(0.2, 0.9) * (mean - images)
+    return images + shape * uniform(0, 0.25) * (1 - images)
+
+
+def warp(images: Tensor, draws: Draws) -> Tensor:
+    """A part of each image displaced by up to a tenth of the side, softly. [B,1,H,W] to the same.
+
+    The lesion that readers are tested on, and that none of them is trained on.
+    """
+    shape = soft_shapes(images, draws, 1)[:, 0]
+    shift = (0.1 + 0.1 * draws.rand(2)) * torch.where(draws.rand(2) < 0.5, 1.0, -1.0)
+    theta = torch.eye(2, 3).expand(len(images), 2, 3).to(images.device)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    grid = grid + shape[..., None] * shift.to(images.device)[:, None, None]
+    edge = 1 - 1 / images.shape[-1]
+    return F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
+
+
+def draw_lesions(images: Tensor, draws: Draws, framing: float = 2) -> tuple[Tensor, Tensor]:
+    """(images with lesions drawn on, how much of a lesion each pixel holds) of normal images.
+
+    float [B,1,H,W] in [0,1] to two of the same: what readers learn from. A fifth of the images
+    stays without. Framing varies twice as much as in training (unless `framing` is 0), and
+    sharpness too, for neither is a disease.
+    """
+    clean = augment(images, draws, framing) if framing else images
+    seen = add_lesions(clean, draws).clamp(0, 1)
+    some = (draws.rand(1, 1, 1) < 0.8).to(images.device)
+    blur = (draws.rand(1, 1, 1) - 0.5).to(images.device)  # below 0: sharpened
+    seen, clean = (x + blur * (box_filter(x, 3) - x) for x in (torch.where(some, seen, clean),
+                                                               clean))
+    change = box_filter((seen - clean).abs(), window(1 / 16, images.shape[-1]))
+    return seen.clamp(0, 1), (change / LESION_CHANGE).clamp(0, 1)
 
 
 def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
@@ -520,31 +577,21 @@ def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
 # Scorers: from image and reconstruction to an anomaly map and an anomaly score
 
 SCORERS = {
-    "fused": "peak, texture, haze and trace, each in standard deviations of normal images",
+    "reader": "share of the image that a small network, the reader, takes for a lesion; it sees "
+              "residuals alone",
     "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
-    "peak": "the largest 0.3 % of zscore's pixels",
-    "texture": "local contrast of image and reconstruction, their log ratio as such a z-score",
-    "haze": "local contrast that the image lacks, as z-score among training normals; no model",
-    "trace": "local contrast of the reconstruction, along the change by drawn lesions",
     "mse": "squared residual",
     "ssim": "1 - structural similarity",
 }
-DEFAULT_SCORER = "fused"
-# What `fused` adds up: focal disease; diffuse disease; disease that hides detail, which is more
-# common than disease that adds any; and what lesions leave in reconstructions.
-FUSED = ("peak", "texture", "haze", "trace")
-OWN_MAP = ("texture", "haze", "mse", "ssim")  # the other scorers show the zscore map
+DEFAULT_SCORER = "reader"
+BASELINE = "image_reader"  # a reader of the image alone: what can be found without an autoencoder
+READERS = ("reader", BASELINE)
 # Sides of windows, as shares of the image side: of the low-passed residual, of local contrast.
 SCALES, TEXTURE_SCALES = (1 / 32, 1 / 16, 1 / 8), (1 / 16, 1 / 8)
-# Where a patient lies in the image is no disease. An image is also scored translated, down and
-# right by those of these shares of the side that make it most like a normal one.
-TRANSLATIONS = tuple(itertools.product((0, -0.05, 0.05, -0.1, 0.1), repeat=2))
 READ_AT_ONCE = 8  # images that a trained model is shown at a time, always; see reconstruct_evenly
-
-
-def map_name(scorer: str) -> str:
-    """What the map shows that goes with a scorer."""
-    return scorer if scorer in OWN_MAP else "zscore"
+READER_SIDE = 64  # about the side of what a reader sees and returns; the image is pooled to it
+READER_BATCH, READER_LR = 16, 3e-3
+LESION_CHANGE = 0.04  # grey change, averaged in a window of 1/16, from which a pixel is all lesion
 
 
 @dataclass(frozen=True)
@@ -558,12 +605,6 @@ class Output:
     def reconstruction(self) -> Tensor:
         """The model's first reconstruction, [B,1,H,W]."""
         return self.reconstructions[:, :1]
-
-    @cached_property
-    def log_contrasts(self) -> list[Tensor]:
-        """log_contrast of images and reconstructions, [B,1+V,H,W], for each of TEXTURE_SCALES."""
-        both = torch.cat([self.images, self.reconstructions], dim=1)
-        return [log_contrast(both, scale) for scale in TEXTURE_SCALES]
 
     def first(self, count: int) -> "Output":
         """The part that belongs to the first images."""
@@ -662,65 +703,109 @@ def texture(output: Output) -> Tensor:
     What is hazy or blurred loses contrast. A reconstruction has learnt what belongs there, and
     keeps it. Residuals, which are means of grey values, hardly see this.
     """
-    return torch.cat([log[:, :1] - log[:, 1:] for log in output.log_contrasts], dim=1)
+    both = torch.cat([output.images, output.reconstructions], dim=1)
+    logs = [log_contrast(both, scale) for scale in TEXTURE_SCALES]
+    return torch.cat([log[:, :1] - log[:, 1:] for log in logs], dim=1)
 
 
-def haze(output: Output) -> Tensor:
-    """Logarithm of the images' own local contrast, windows as for texture: [B,scales,H,W]."""
-    return torch.cat([log[:, :1] for log in output.log_contrasts], dim=1)
-
-
-def regional_contrast(output: Output) -> Tensor:
-    """The reconstruction's log_contrast, averaged in 3x3 regions: float64 [B,9] on the CPU."""
-    log = output.log_contrasts[0][:, 1:2]
-    return F.adaptive_avg_pool2d(log.cpu(), 3).flatten(1).double()  # MPS can't do uneven regions
-
-
-# What is compared with training normals, pixel by pixel: {scorer: (its maps, least standard
+# What is compared with training normals, pixel by pixel: {name: (its maps, least standard
 # deviation, window in which normals are averaged, as a share of the side)}. The least deviations
 # are one grey level of 255, and 5 % of local contrast. Where a patient lies varies: of local
 # contrast, what is usual nearby counts.
-Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 4),
-          "haze": (haze, 0.05, 1 / 4)}
+Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 4)}
+
+
+class Reader(nn.Module):
+    """Tells at every place how much the image looks like one with a lesion drawn on: a small
+    U-shaped network of three levels, logits [B,1,h,w] of maps [B,channels,h,w]."""
+
+    def __init__(self, channels: int, width: int = 16) -> None:
+        super().__init__()
+        w = width
+        self.down = nn.ModuleList(
+            conv_block(i, o, 0.0) for i, o in ((channels, w), (w, 2 * w), (2 * w, 4 * w)))
+        self.up = nn.ModuleList(conv_block(i, o, 0.0) for i, o in ((6 * w, 2 * w), (3 * w, w)))
+        self.out = nn.Conv2d(w, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [self.down[0](x)]
+        for block in self.down[1:]:
+            maps.append(block(F.max_pool2d(maps[-1], 2)))
+        y = maps.pop()
+        for block in self.up:
+            skip = maps.pop()
+            y = F.interpolate(y, size=skip.shape[2:], mode="bilinear", align_corners=False)
+            y = block(torch.cat([skip, y], dim=1))
+        return self.out(y)
+
+
+def pooled(maps: Tensor) -> Tensor:
+    """Average maps [B,C,H,W] to a side of about READER_SIDE: by a power of two."""
+    factor = 2 ** max(0, round(math.log2(maps.shape[-1] / READER_SIDE)))
+    return F.avg_pool2d(maps, factor)
+
+
+def train_reader(inputs: Tensor, targets: Tensor, config: Config, device: torch.device,
+                 tick: Callable[[int], object]) -> Reader:
+    """Train a reader to tell drawn lesions, in a fixed number of steps: none is chosen on labels.
+
+    inputs: what it sees, [n,C,h,w]; targets [n,1,h,w] in [0,1]: how much of a lesion is there.
+    Both of any floating type. Binary cross-entropy, AdamW, one cycle of the learning rate,
+    mirrored at random.
+    tick: called with 1 after each step.
+    """
+    generator = seeded(config.seed, "reader", 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
+        reader = Reader(inputs.shape[1])
+    reader = reader.to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(reader.parameters(), READER_LR)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, READER_LR, config.reader_steps)
+    for _ in range(config.reader_steps):
+        some = torch.randint(len(inputs), (READER_BATCH,), generator=generator)
+        x, y = inputs[some].to(device).float(), targets[some].to(device).float()
+        if torch.rand((), generator=generator) < 0.5:
+            x, y = x.flip(3), y.flip(3)
+        loss = F.binary_cross_entropy_with_logits(
+            reader(x.contiguous(memory_format=torch.channels_last)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        tick(1)
+    return reader.eval().requires_grad_(False)
 
 
 class AnomalyScorer:
     """Anomaly maps and scores, and what is normal for both.
 
-    Calibrated on normal images alone. Training normals give the mean image, and mean and standard
-    deviation of Z_MAPS at every pixel; some of them with lesions drawn on give the direction in
-    which lesions change regional contrast (`add` for each batch, then `finish`). Validation
-    normals give what scores are standardised by, thresholds and percentiles (`refer_to`).
+    Training normals give the mean image, and mean and standard deviation of Z_MAPS at every pixel
+    (`add` for each batch, then `finish`). Readers learn from some of them with lesions drawn on
+    (`readers`, from `train_reader`). Validation normals give thresholds and percentiles
+    (`refer_to`). Nothing is fitted to real anomalies.
     """
 
-    CALIBRATED = ("count", "mean", "std", "mean_image", "region_mean", "discriminant",
-                  "normal_scores")
+    CALIBRATED = ("count", "mean", "std", "mean_image", "normal_scores", "map_tops")
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # of each of Z_MAPS, and of squares: float64 [2,C,H,W]
         self._images = torch.zeros((), dtype=torch.float64)  # their sum, [1,H,W]
-        self._regions: list[Tensor] = []  # regional_contrast, and how lesions change it
-        self._changes: list[Tensor] = []
+        self.count = 0
+        self.readers: dict[str, Reader] = {}
         self.normal_scores: dict[str, Tensor] = {}  # scorer -> sorted float64 [n]
+        self.map_tops: dict[str, float] = {}  # scorer -> where the colours of its maps end
 
-    def add(self, output: Output, lesioned: Output | None = None) -> None:
-        """Take in the model's output for a batch of training normals.
-
-        lesioned: the output for the same images with lesions drawn on; some batches need it.
-        """
+    def add(self, output: Output) -> None:
+        """Take in the model's output for a batch of training normals."""
         for name, (measure, *_) in Z_MAPS.items():
             maps = measure(output).cpu().double()  # MPS has no float64
             sums = torch.stack([maps.sum(0), maps.square().sum(0)])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         self._images = self._images + output.images.cpu().double().sum(0)
-        self._regions.append(regional_contrast(output))
-        if lesioned is not None:
-            self._changes.append(regional_contrast(lesioned) - self._regions[-1])
+        self.count += len(output.images)
 
     def finish(self) -> None:
-        """Turn what was added into means, deviations and the lesion discriminant."""
-        regions = torch.cat(self._regions)
-        self.count = len(regions)
+        """Turn what was added into means and deviations."""
         self.mean_image = (self._images / self.count).float()
         self.mean, self.std = {}, {}  # of each of Z_MAPS: [C,H,W], C = reconstructions x scales
         for name, (_, floor, around) in Z_MAPS.items():
@@ -732,96 +817,44 @@ class AnomalyScorer:
             self.mean[name] = mean.float()
             smooth = box_filter(variance[None], window(1 / 32, size))[0]
             self.std[name] = smooth.sqrt().clamp(min=floor).float()
-        self.region_mean = regions.mean(0)
-        self.discriminant = self._lesion_discriminant(regions, torch.cat(self._changes))
-        self._sums, self._regions, self._changes = {}, [], []
-        self._images = torch.zeros((), dtype=torch.float64)
+        self._sums, self._images = {}, torch.zeros((), dtype=torch.float64)
 
-    def _lesion_discriminant(self, regions: Tensor, changes: Tensor) -> Tensor:
-        """Fisher's linear discriminant, float64 [9]: the inverse covariance of normal images times
-        the mean change by drawn lesions. Zero where lesions change nothing."""
-        away = regions - self.region_mean
-        # As in Z_MAPS a region varies by 5 % at least. Otherwise a network that draws the same
-        # every time would make much of nothing.
-        covariance = away.T @ away / self.count + 0.05**2 * torch.eye(away.shape[1])
-        direction = torch.linalg.solve(covariance, changes.mean(0))
-        # Where lesions change nothing, the direction would be made of chance. Along it the count
-        # times mean^2 / variance is Hotelling's T^2 at most, which chance alone leaves under 21.7
-        # in 99 cases of 100 (chi-squared, nine degrees of freedom). Of one image it is NaN.
-        along = changes @ direction
-        clear = len(along) * along.mean() ** 2 > 21.7 * along.var()
-        return direction if clear else torch.zeros_like(direction)
-
-    def z(self, name: str, output: Output) -> Tensor:
-        """One of Z_MAPS in standard deviations of training normals, [B,V x scales,H,W]."""
-        measure, *_ = Z_MAPS[name]
+    def z(self, output: Output) -> dict[str, Tensor]:
+        """Z_MAPS in standard deviations of training normals, each [B,V x scales,H,W]."""
         device = output.images.device
-        return (measure(output) - self.mean[name].to(device)) / self.std[name].to(device)
+        return {name: (measure(output) - self.mean[name].to(device)) / self.std[name].to(device)
+                for name, (measure, *_) in Z_MAPS.items()}
 
-    def anomaly_map(self, scorer: str, output: Output, z: Tensor | None = None) -> Tensor:
-        """How abnormal each pixel looks, [B,1,H,W], at least 0.
+    def reader_inputs(self, output: Output, z: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each of READERS sees of an output, pooled: {reader: [B,C,h,w]}. z: `self.z(output)`.
 
-        z: `self.z("zscore", output)`, where it is there already.
+        Residuals are seen in standard deviations of normal images: by all of Z_MAPS. Of an image
+        its grey values and its local contrast are seen.
         """
+        x = output.images
+        grey = x - x.mean((2, 3), keepdim=True)
+        return {"reader": pooled(torch.cat([*z.values()], dim=1).clamp(-8, 8) / 2),
+                BASELINE: pooled(torch.cat([grey, log_contrast(x, 1 / 16) / 2], dim=1))}
+
+    def maps(self, output: Output) -> dict[str, Tensor]:
+        """The anomaly map by every scorer and reader that is there: [B,1,H,W], at least 0."""
         x, y = output.images, output.reconstruction
-        if scorer == "mse":
-            return (x - y).square()
-        if scorer == "ssim":
-            return 1 - ssim_map(x, y)
-        if scorer == "texture":
-            return self.z("texture", output).abs().mean(1, keepdim=True)
-        if scorer == "haze":
-            return self.z("haze", output).neg().clamp(min=0).mean(1, keepdim=True)
-        z = self.z("zscore", output) if z is None else z
-        # The root mean square over scales, reconstructions and a window shows where a lesion lies
-        # better than the mean that the score takes. As a score it is no better.
-        side = window(SCALES[0], z.shape[-1])
-        return box_filter(z.square().mean(1, keepdim=True), side).sqrt()
+        z = self.z(output)
+        maps = {"zscore": z["zscore"].abs().mean(1, keepdim=True), "mse": (x - y).square(),
+                "ssim": 1 - ssim_map(x, y)}
+        inputs = self.reader_inputs(output, z)
+        for name, reader in self.readers.items():
+            with no_autocast(x.device):
+                there = torch.sigmoid(reader(inputs[name]))
+            maps[name] = F.interpolate(there, size=x.shape[2:], mode="bilinear",
+                                       align_corners=False)
+        return maps
 
-    def scores(self, output: Output, z: Tensor | None = None) -> dict[str, Tensor]:
-        """Anomaly scores by every scorer, float64 [B] on the CPU; fused only after `refer_to`.
-
-        z: `self.z("zscore", output)`, where it is there already.
-        """
-        z = (self.z("zscore", output) if z is None else z).abs().mean(1).flatten(1)
-        scores = {
-            "zscore": z.mean(1),
-            "peak": z.topk(max(1, round(0.003 * z.shape[1])), dim=1).values.mean(1),
-            "haze": -self.z("haze", output).mean((1, 2, 3)),
-        }
-        for name in OWN_MAP:
-            if name not in scores:
-                scores[name] = self.anomaly_map(name, output).mean((1, 2, 3))
-        scores = {name: value.cpu().double() for name, value in scores.items()}
-        # Row by row: a product of matrices rounds differently for batches of different sizes.
-        regions = regional_contrast(output) - self.region_mean
-        scores["trace"] = torch.stack([(row * self.discriminant).sum() for row in regions])
-        return self._fuse(scores) if self.normal_scores else scores
-
-    def lower(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The lower of two `scores` of the same images, by every scorer; fused from these."""
-        scores = {name: torch.minimum(one[name], other[name]) for name in one if name != "fused"}
-        return self._fuse(scores) if self.normal_scores else scores
-
-    def _fuse(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The scores with the fused one added, in the order of SCORERS."""
-        fused = torch.zeros((), dtype=torch.float64)
-        for name in FUSED:
-            normal = self.normal_scores[name]
-            deviation = normal.std(correction=0).clamp(min=1e-9)
-            away = (scores[name] - normal.mean()) / deviation
-            # Softplus: what is unusual to one part is not made up for by another. One by one: the
-            # last few numbers of a tensor may be rounded differently.
-            soft = [max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in away.tolist()]
-            fused = fused + torch.tensor(soft, dtype=torch.float64)
-        scores = scores | {"fused": fused / len(FUSED)}
-        return {name: scores[name] for name in SCORERS}
-
-    def refer_to(self, normals: list[dict[str, Tensor]]) -> None:
-        """Take the `scores` of all batches of validation normals as what is normal."""
-        scores = {name: torch.cat([s[name] for s in normals]) for name in normals[0]}
+    def refer_to(self, scores: dict[str, Tensor], tops: dict[str, float]) -> None:
+        """Take scores [n] of validation normals as what is normal, by every scorer, and where the
+        colours of maps end."""
         self.normal_scores = {name: value.sort().values for name, value in scores.items()}
-        self.normal_scores["fused"] = self._fuse(scores)["fused"].sort().values
+        self.map_tops = tops
 
     def threshold(self, scorer: str, specificity: float) -> float:
         """The score at or under which that share of the validation normals lie."""
@@ -833,47 +866,20 @@ class AnomalyScorer:
         normal = self.normal_scores[scorer]
         return 100 * torch.searchsorted(normal, scores.double(), right=True) / len(normal)
 
-    def alignment(self, images: Tensor) -> Tensor:
-        """How many pixels down and right each of images [B,1,H,W] must move to be most like
-        the mean training normal, by Pearson's correlation: one of TRANSLATIONS, int64 [B,2].
-
-        It depends on the image alone, and so is the same for every model and precision.
-        """
-        side, normal = images.shape[-1], self.mean_image.to(images.device)
-        shifts = [[round(share * side) for share in shares] for shares in TRANSLATIONS]
-        border = max(map(max, shifts))
-        wide = F.pad(images, (border, border, border, border), mode="replicate")
-        every = torch.stack([wide[..., border - down :, border - right :][..., :side, :side]
-                             for down, right in shifts])  # [25,B,1,H,W]
-        every = every - every.mean((3, 4), keepdim=True)
-        spread = every.square().mean((2, 3, 4)).sqrt().clamp(min=1e-6)
-        alike = (every * (normal - normal.mean())).mean((2, 3, 4)) / spread
-        return torch.tensor(shifts, device=images.device)[alike.argmax(0)]
-
     def state_dict(self) -> dict[str, object]:
         """Everything calibrated, as tensors and plain numbers."""
-        return {name: getattr(self, name) for name in self.CALIBRATED}
+        readers = {name: reader.state_dict() for name, reader in self.readers.items()}
+        return {name: getattr(self, name) for name in self.CALIBRATED} | {"readers": readers}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take in what `state_dict` gave."""
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """Take in what `state_dict` gave; readers are put on the device."""
         for name in self.CALIBRATED:
             setattr(self, name, state[name])
-
-
-def translate(maps: Tensor, shift: Tensor) -> Tensor:
-    """Move maps [B,C,H,W] by so many pixels down and right, int64 [B,2]. The edge is repeated."""
-    _, C, H, W = maps.shape
-    rows, columns = ((torch.arange(length, device=maps.device) - by[:, None]).clamp(0, length - 1)
-                     for length, by in ((H, shift[:, 0]), (W, shift[:, 1])))
-    maps = maps.gather(2, rows[:, None, :, None].expand(-1, C, -1, W))
-    return maps.gather(3, columns[:, None, None].expand(-1, C, H, -1))
-
-
-def with_lesions(images: Tensor, number: int) -> Tensor:
-    """uint8 images [n,1,H,W] with lesions drawn on, which the number decides on; on the CPU."""
-    draws = Draws(seeded(0, "calibrate", number), len(images))
-    seen = add_lesions(to_float(images, torch.device("cpu")), draws)
-    return (seen.clamp(0, 1) * 255).round().to(torch.uint8)
+        for name, weights in state["readers"].items():
+            reader = Reader(weights["down.0.0.weight"].shape[1])
+            reader.load_state_dict(weights)
+            self.readers[name] = reader.to(device).to(
+                memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -895,36 +901,17 @@ def reconstruct_evenly(model: Any, images: Tensor, setup: Setup) -> list[tuple[O
 
 
 def score_images(model: Any, scorer: AnomalyScorer, images: Tensor, setup: Setup,
-                 map_by: str = DEFAULT_SCORER) -> tuple[Output, dict[str, Tensor], Tensor]:
-    """(Output, scores [n] by every scorer, anomaly maps [n,1,H,W] by `map_by`) of uint8 images
-    [n,1,H,W].
+                 ) -> tuple[Output, dict[str, Tensor], dict[str, Tensor]]:
+    """Score uint8 images [n,1,H,W]: (Output, scores, maps), the last two by every scorer.
 
-    Scores each image twice: as is, and translated to its best match with the mean normal image
-    (unless that is where it is). The lower score counts. The map is that of the lower score,
-    translated back.
+    A score is the mean of its map [n,1,H,W]: float64 [n] on the CPU.
     """
-    def scored(outputs: list[tuple[Output, int]]) -> tuple[dict[str, Tensor], Tensor]:
-        scores, maps = [], []
-        for output, count in outputs:
-            z = scorer.z("zscore", output)
-            scores.append({k: v[:count] for k, v in scorer.scores(output, z).items()})
-            maps.append(scorer.anomaly_map(map_by, output, z)[:count])
-        return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, torch.cat(maps)
-
+    outputs, maps = [], []
     with setup.autocast(), no_autocast(setup.device):  # weights are cast once; scores are fp32
-        outputs = reconstruct_evenly(model, images, setup)
-        scores, maps = scored(outputs)
-        shift = torch.cat([scorer.alignment(o.images)[:count] for o, count in outputs])
-        away = shift.any(1).nonzero()[:, 0]
-        if len(away):
-            shift = shift[away]
-            aligned = translate(images.to(setup.device)[away], shift)
-            found, again = scored(reconstruct_evenly(model, aligned, setup))
-            others = {name: value.index_copy(0, away.cpu(), found[name])
-                      for name, value in scores.items()}
-            decides = map_name(map_by)
-            lower = (others[decides] < scores[decides]).to(setup.device)[away, None, None, None]
-            maps[away] = torch.where(lower, translate(again, -shift), maps[away])
-            scores = scorer.lower(scores, others)
-    return Output(torch.cat([o.images[:count] for o, count in outputs]),
-                  torch.cat([o.reconstructions[:count] for o, count in outputs])), scores, maps
+        for output, count in reconstruct_evenly(model, images, setup):
+            maps.append({k: m[:count] for k, m in scorer.maps(output).items()})
+            outputs.append(output.first(count))
+    every = {k: torch.cat([m[k] for m in maps]) for k in maps[0]}
+    return (Output(*(torch.cat([getattr(o, k) for o in outputs])
+                     for k in ("images", "reconstructions"))),
+            {k: m.mean((1, 2, 3)).cpu().double() for k, m in every.items()}, every)

@@ -37,7 +37,7 @@ import shutil
 import signal
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ from data import (
     PHANTOM_SAMPLES, ImageStream, KaggleSource, Loaders, Source, create_dataloaders, describe,
     describe_memory, same_data, write_splits)
 from models import (
-    READ_AT_ONCE, AnomalyScorer, Draws, Setup, augment, choose_device, choose_precision,
-    corrupt, create_model, objective_loss, reconstruct_evenly, score_images, seeded, to_float,
-    with_lesions)
+    BASELINE, DEFAULT_SCORER, READ_AT_ONCE, READER_BATCH, READERS, AnomalyScorer, Draws, Setup,
+    augment, choose_device, choose_precision, corrupt, create_model, draw_lesions, objective_loss,
+    pooled, reconstruct_evenly, score_images, seeded, to_float, train_reader, untrained_model, warp)
 
-FORMAT = 13  # of the checkpoints
+FORMAT = 14  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
-LESIONED = 128  # of these, at least, are scored with lesions drawn on as well
+LEAST_DRAWN, MOST_DRAWN = 512, 2048  # training normals with lesions drawn on, for the readers
 # Settings that a resumed run may change. Any other change makes it another run.
 CHANGEABLE = ("epochs", "patience", "min_delta", "checkpoint_minutes", "device",
               "precision", "micro_batch", "compile", "deterministic", "memory_limit_gb", "seeds",
@@ -114,10 +114,11 @@ def process_memory() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
-def progress(total: int, label: str, initial: int = 0, show: bool = True) -> tqdm:
+def progress(total: int, label: str, initial: int = 0, show: bool = True,
+             unit: str = "images") -> tqdm:
     """A progress bar over images; where nobody watches, a line every 15 seconds."""
     pause = 0.2 if sys.stderr.isatty() else 15
-    return tqdm(total=total, desc=label, initial=initial, unit=" images", leave=False,
+    return tqdm(total=total, desc=label, initial=initial, unit=f" {unit}", leave=False,
                 mininterval=pause, delay=pause, dynamic_ncols=True, disable=not show)
 
 
@@ -436,8 +437,7 @@ class TrainingState:
 
 def new_state(config: Config, setup: Setup) -> TrainingState:
     """An untrained model and its optimizer, on the device."""
-    torch.manual_seed(config.seed)
-    model: Any = setup.place(create_model(config.model, config))
+    model = untrained_model(config, setup)
     slice_size = math.ceil(config.batch_size / setup.world)
     rule = model.cpu_micro_batch if setup.device.type == "cpu" else slice_size
     return TrainingState(
@@ -613,35 +613,83 @@ def validate(state: TrainingState, stream: ImageStream, signals: Signals | None 
     return setup.sum(total) / setup.sum(count)
 
 
-@torch.no_grad()
-def calibrate(model: nn.Module, loaders: Loaders, setup: Setup) -> AnomalyScorer:
-    """A scorer calibrated on training normals, some of them with lesions drawn on as well, with the
-    scores of the validation normals."""
+def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
+              readers: Sequence[str] = READERS) -> AnomalyScorer:
+    """A scorer of what the model makes of images: calibrated on training normals, with readers
+    trained on some of them with lesions drawn on, and with the scores of the validation normals.
+
+    Takes at most a quarter of the time that a normal training took.
+    """
     model.eval()
-    scorer = AnomalyScorer()
-    training, stride = loaders.train, math.ceil(len(loaders.train.samples) / CALIBRATION_IMAGES)
-    some, normals = training.every(stride), loaders.val.every(1)  # not a slice of them
-    n_some = math.ceil(len(training.samples) / stride)
-    step = max(1, n_some // LESIONED)
-    with progress(n_some + len(loaders.val.samples), "calibrating") as bar:
-        for number, images in enumerate(in_groups(some, READ_AT_ONCE)):
-            [(output, count)] = reconstruct_evenly(model, images, setup)
-            lesioned = None
-            if number % step == 0:
-                [(lesioned, _)] = reconstruct_evenly(model, with_lesions(images, number), setup)
-                lesioned = lesioned.first(count)
-            scorer.add(output.first(count), lesioned)
-            bar.update(count)
+    scorer, stream, device = AnomalyScorer(), loaders.train, setup.device
+    stride = math.ceil(len(stream.samples) / CALIBRATION_IMAGES)
+    count = math.ceil(len(stream.samples) / stride)
+    drawn = min(max(config.epochs * len(stream.samples) // 4, LEAST_DRAWN), MOST_DRAWN,
+                config.reader_steps * READER_BATCH)  # no more than are shown
+    inputs, targets = {name: list[Tensor]() for name in readers}, list[Tensor]()
+    with progress(count + drawn, "calibrating") as bar, torch.no_grad():
+        for images in in_groups(stream.every(stride), READ_AT_ONCE):  # not a slice of them
+            [(output, real)] = reconstruct_evenly(model, images, setup)
+            scorer.add(output.first(real))
+            bar.update(real)
         if not bar.n:
             raise UserError("none of the training images that the scores are calibrated on can be "
                             "read")
         scorer.finish()
-        scores = []
-        for images in in_groups(normals, 4 * READ_AT_ONCE):
-            scores.append(score_images(model, scorer, images, setup)[1])
+        stride = max(1, len(stream.samples) // drawn)
+        groups = itertools.chain.from_iterable(
+            in_groups(stream.every(stride), 4 * READ_AT_ONCE) for _ in itertools.count())
+        while (number := len(targets)) * 4 * READ_AT_ONCE < drawn:
+            images = next(groups)
+            draws = Draws(seeded(config.seed, "drawn", number), len(images))
+            seen, there = draw_lesions(to_float(images, torch.device("cpu")), draws,
+                                       2 * config.augment)
+            targets.append(pooled(there).half())  # in half precision: they are many
+            for output, real in reconstruct_evenly(model, (255 * seen).round().byte(), setup):
+                found = scorer.reader_inputs(output.first(real), scorer.z(output.first(real)))
+                for name in readers:
+                    inputs[name].append(found[name].half().cpu())
             bar.update(len(images))
-    scorer.refer_to(scores)
+    with progress(len(readers) * config.reader_steps, "training readers", unit="step") as bar:
+        for name in readers:
+            scorer.readers[name] = train_reader(torch.cat(inputs.pop(name)), torch.cat(targets),
+                                                config, device, bar.update)
+    refer_to_normals(scorer, model, loaders, config, setup)
     return scorer
+
+
+def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, config: Config,
+                     setup: Setup) -> None:
+    """Score the validation normals, and tell what the reader finds of a kind of lesion that it was
+    not trained on, and whether the model reconstructs at all."""
+    cpu, scores, moved, errors = torch.device("cpu"), list[dict[str, Tensor]](), [], []
+    tops = dict.fromkeys(scorer.readers, 1.0)
+    for number, images in enumerate(in_groups(loaders.val.every(1), 4 * READ_AT_ONCE)):
+        output, found, maps = score_images(model, scorer, images, setup)
+        scores.append(found)
+        for name in maps.keys() - scorer.readers.keys():
+            top = 2 * float(maps[name].flatten(1).quantile(0.999, dim=1).mean())
+            tops[name] = max(top, tops.get(name, 0.0))
+        draws = Draws(seeded(config.seed, "warp", number), len(images))
+        warped = (255 * warp(to_float(images, cpu), draws)).round().byte()
+        moved.append(score_images(model, scorer, warped, setup)[1]["reader"])
+        mean = scorer.mean_image.to(setup.device)
+        errors.append(torch.stack([(output.images - x).abs().mean((1, 2, 3))
+                                   for x in (output.reconstruction, mean)]))
+    if not scores:
+        raise UserError("no validation image could be read")
+    normal = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    scorer.refer_to(normal, tops)
+    reader, (own, of_mean) = normal[DEFAULT_SCORER], torch.cat(errors, dim=1).mean(1).tolist()
+    if BASELINE not in scorer.readers:  # an untrained model: nothing to tell
+        return
+    told = (torch.cat(moved)[:, None] > reader).double().mean()
+    size = sum(p.numel() for p in scorer.readers[DEFAULT_SCORER].parameters())
+    log.info(f"reader    {size:,} parameters; AUROC {told:.3f} for parts moved in validation "
+             "images, a kind of lesion that it was not trained on")
+    if own >= of_mean:
+        log.warning(f"careful   {type(model).__name__}'s reconstructions of validation images are "
+                    f"no better than the mean training image (mean error {own:.4f}, {of_mean:.4f})")
 
 
 def in_groups(stream: Iterable[tuple[Tensor, Any]], size: int) -> Iterator[Tensor]:
@@ -893,9 +941,14 @@ def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]
     best = load_checkpoint(folder / "best.pt")
     state.model.load_state_dict(best["model"])
     if not best["scorer"]:
-        scorer = calibrate(state.model, loaders, setup)
-        write_file(folder / "best.pt", best | {"config": common["config"],
-                                               "scorer": scorer.state_dict()})
+        scorer = calibrate(state.model, loaders, config, setup)
+        state.model.to("cpu")
+        # What its own reader finds in what an untrained network makes of images, as a baseline.
+        untrained = calibrate(untrained_model(config, setup).eval(), loaders, config, setup,
+                              (DEFAULT_SCORER,))
+        write_file(folder / "best.pt", best | {
+            "config": common["config"], "scorer": scorer.state_dict(),
+            "untrained": untrained.state_dict()})
     write_log(state.log, folder / "log.csv")  # also where nothing was left to train
     draw_curves(state.log, folder / "curves.png", folder.name)
     log.info(f"memory    images took {loaders.train.memory.peak_bytes / 1e6:,.1f} MB at the most")

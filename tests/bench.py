@@ -297,11 +297,13 @@ def scoring_and_forward(config: Config, images: int) -> Answer:
     network = train.new_state(config, setup).model.eval()
     loaders = create_dataloaders(config)
     # What it refers to is of no moment: a few images.
-    scorer = train.calibrate(network, loaders._replace(val=loaders.train), setup)
+    config = dataclasses.replace(config, reader_steps=1)
+    scorer = train.calibrate(network, loaders._replace(val=loaders.train), config, setup,
+                             ("reader",))
     phantom = phantoms(images, config.image_size)
 
     def scoring() -> int:
-        return len(score_images(network, scorer, phantom, setup)[2])
+        return len(score_images(network, scorer, phantom, setup)[0].images)
 
     @torch.no_grad()  # in inference mode autocast would cast the weights each time
     def forward() -> int:

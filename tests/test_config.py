@@ -104,6 +104,15 @@ def test_help_and_mistakes_are_answered_without_loading_torch(script: str) -> No
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal")
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_ctrl_c_while_packages_are_loaded_is_one_line(script: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = run(sys.executable, script, *["runs"] * (script == "evaluate.py"),
+               PYTHONPATH=str(tmp_path))
+    assert done.returncode == 130 and done.stderr == f"{script}: interrupted\n"
+
+
 def test_what_the_screen_cannot_show_ends_nothing() -> None:
     done = run(sys.executable, "-c", "from config import log, on_screen, run_command\n"
                "@on_screen()\ndef main():\n    print('Nguy\u1ec5n')\n"

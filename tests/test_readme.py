@@ -67,4 +67,4 @@ def test_additions_and_the_lines_from_python_work(copy: Path) -> None:
     shown = run(copy, "train.py", "--model", "spatial_ae", "--objective", "erase", "--gamma", "0.3",
                 "--data", "named", "--epochs", "1", *SIZES)
     assert "ill 10 -> abnormal" in shown
-    assert "maximum" in run(copy, "evaluate.py", "runs/spatial_ae", "--scorer", "maximum")
+    assert "texture" in run(copy, "evaluate.py", "runs/spatial_ae", "--scorer", "texture")

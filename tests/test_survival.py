@@ -387,7 +387,7 @@ def test_calibration_depends_on_neither_batch_nor_parts(tmp_path: Path) -> None:
     states = []
     for batch_size in (16, 3):
         loaders = create_dataloaders(dataclasses.replace(config, batch_size=batch_size))
-        states.append(train_module.calibrate(model, loaders, setup).state_dict())
+        states.append(train_module.calibrate(model, loaders, config, setup).state_dict())
     assert states[0]["count"] == 61 and same_state(*states)
 
 
