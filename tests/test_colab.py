@@ -15,6 +15,8 @@ import matplotlib.font_manager  # makes its cache of fonts, once for all kernels
 import pytest
 from conftest import write_image
 
+from evaluate import IMAGE_ALONE, UNTRAINED
+
 jupyter_client = pytest.importorskip("jupyter_client")
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("ipykernel")
@@ -76,6 +78,8 @@ class Kernel:
         # stop_on_error would have an earlier kernel refuse what is sent soon after an error.
         self.client.execute_interactive(code, timeout=900, allow_stdin=False,
                                         stop_on_error=False, output_hook=hook)
+        # A progress bar is no complaint.
+        output.stderr = re.sub(r"[^\r\n]*\d+/\d+ \[[^\]\r\n]*\]?|\s", "", output.stderr)
         return output
 
     def run_all(self, notebook: dict, **settings: object) -> list[SimpleNamespace]:
@@ -178,5 +182,6 @@ def test_the_notebook_runs_with_its_own_settings(tmp_path: Path) -> None:
     outputs = Kernel(tmp_path).run_all(colab.notebook())
     for model in MODELS:
         metrics = json.loads((tmp_path / f"runs/{model}/eval/synthetic/metrics.json").read_text())
-        assert metrics["auroc"] > max(metrics["baselines"].values()) + 0.1
+        trivial = [v for k, v in metrics["baselines"].items() if k not in (IMAGE_ALONE, UNTRAINED)]
+        assert metrics["auroc"] > max(trivial) + 0.1
     assert sum(len(output.pictures) for output in outputs) == 3
