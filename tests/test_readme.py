@@ -9,7 +9,7 @@ import pytest
 from conftest import write_image
 
 ROOT = Path(__file__).parent.parent
-SIZES = ["--width", "4", "--image-size", "32", "--latent-dim", "64"]
+SIZES = ["--reader-steps", "5", "--width", "4", "--image-size", "32", "--latent-dim", "64"]
 
 
 def extend(folder: Path) -> None:
