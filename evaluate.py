@@ -911,6 +911,10 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
 # Pictures and page
 
 
+UNITS = {"reader": "how much looks\nlike a lesion, 0 to 1",
+         "zscore": "residual in standard deviations\nof training normals"}
+
+
 class Row(NamedTuple):
     """A row of a picture: a text beside it, and images with what there is above and over each."""
 
@@ -957,8 +961,8 @@ def draw_grid(figure: Any, rows: Sequence[Row], columns: int, scorer: str, top: 
             if mask is not None and mask.any():
                 axes.contour(mask, [0.5], colors="#56B4E9", linewidths=1)
     figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=grid, pad=0.02, aspect=15,
-                    extend="neither" if "reader" in scorer else "max", fraction=0.05,
-                    shrink=min(1, 1.3 / len(rows)), label=f"anomaly map by {scorer}")
+                    extend="neither" if scorer == DEFAULT_SCORER else "max", fraction=0.05,
+                    shrink=min(1, 1.3 / len(rows)), label=UNITS.get(scorer, scorer))
 
 
 def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
