@@ -152,6 +152,12 @@ def test_a_run_interrupted_within_or_between_epochs_and_resumed_is_bitwise_the_u
     assert_same_run(whole, *train(dataclasses.replace(part, resume="auto")))
 
 
+def test_a_validation_without_a_readable_image_is_one_line(tmp_path: Path) -> None:
+    state = train_module.new_state(tiny(tmp_path), Setup(torch.device("cpu")))
+    with pytest.raises(UserError, match="no validation image could be read"):
+        train_module.validate(state, [])
+
+
 def test_ending_a_run_that_was_interrupted_within_an_epoch_calibrates_on_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
