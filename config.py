@@ -96,7 +96,7 @@ class Config:
 
     # How
     epochs: int | None = setting(None, "passes over the images, those before a --resume included; "
-                                 "default: 20, 3 on the phantom", low=1)
+                                 "default: 10 (U-Net), 20 (Reversed AE), 3 on the phantom", low=1)
     batch_size: int = setting(8, "images in a training step, over all processes", low=2)
     micro_batch: int | None = setting(None, "images at a time, halved when memory runs out; "
                                       "default: 8 (U-Net) or 16 on a CPU, else all", low=1)

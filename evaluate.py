@@ -5,6 +5,8 @@
     python evaluate.py runs                               all models and seeds in that folder
     python evaluate.py runs/unet --data other_xrays       an external test
     python evaluate.py runs/unet --image image.png        score new images, with heatmaps
+    python evaluate.py runs/unet --calibrate normals      a threshold for another site
+    python evaluate.py runs/unet --export model.onnx      take the model elsewhere (or model.pt2)
 
 A test is written into RUN/eval/DATA/ (DATA-val/ with --split val), of a single run with the page
 report.html. A comparison lies beside its runs: comparison.html and .png, of other data than their
@@ -38,17 +40,31 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         "of testing")
     add("--out", metavar="DIR", help="where --image writes (default: predictions in the run "
         "folder); a number is added if predictions are there already")
+    add("--specificity", type=float, metavar="SHARE", help="place the threshold above this share of "
+        "the normal images (default: 0.95)")
+    add("--calibrate", metavar="FOLDER", help="take known normal images of another site, at least "
+        "30, for threshold and percentiles; kept as calibration-NAME.pt")
+    add("--calibration", metavar="NAME", help="test, score or export with the calibration of this "
+        "name; with --calibrate: the name (default: that of the folder)")
+    add("--export", metavar="FILE", help="write model, reader and threshold as one graph: "
+        "FILE.onnx or FILE.pt2")
     add("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
     arguments = parser.values(argv)
     if not arguments["runs"]:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
     if arguments["samples"] is not None and arguments["samples"] < 1:
         raise UserError(f"--samples: {arguments['samples']} is less than 1")
-    if arguments["normal"] and not arguments["data"]:
+    if arguments["normal"] and not (arguments["data"] or arguments["calibrate"]):
         raise UserError("--normal: goes with --data; a run's own data keeps the words of training")
+    if arguments["specificity"] is not None and not 0 < arguments["specificity"] < 1:
+        raise UserError(f"--specificity: {arguments['specificity']:g} is not between 0 and 1; give a "
+                        "share, such as 0.95")
     tests = arguments["data"], arguments["samples"], arguments["split"] != "test"
-    if arguments["image"] and (any(tests) or len(arguments["runs"]) > 1):
-        raise UserError("--image: scores images by one run; leave out --data, --split, --samples")
+    asked = [name for name in ("image", "calibrate", "export") if arguments[name]]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]}: one thing at a time; leave out --{asked[1]}")
+    if asked and (any(tests) or len(arguments["runs"]) > 1):
+        raise UserError(f"--{asked[0]}: takes one run; leave out --data, --split, --samples")
     if arguments["out"] and not arguments["image"]:
         raise UserError("--out: goes with --image; tests are written to RUN/eval/")
     arguments["runs"] = [os.path.expanduser(run) for run in arguments["runs"]]
@@ -71,8 +87,9 @@ import math
 import re
 import shlex
 import textwrap
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from operator import getitem
@@ -86,8 +103,9 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy.ndimage import distance_transform_edt
-from scipy.stats import betabinom, binomtest
+from scipy.stats import betabinom, binomtest, ks_2samp
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
@@ -97,11 +115,17 @@ import train
 from config import FIELDS, MODELS, Config, flag, load_config, log, on_screen
 from data import (
     ABNORMAL, IMAGE_SUFFIXES, NORMAL, SPLITS, FolderSource, ImageStream, KaggleSource, Sample,
-    Source, flow, is_text, open_source, read_splits, same_data)
+    Source, decode_image, flow, is_text, open_source, read_splits, same_data)
 from models import (
-    BASELINE, DEFAULT_SCORER, READ_AT_ONCE, SCORERS, AnomalyScorer, Output, Setup)
+    BASELINE, DEFAULT_SCORER, READ_AT_ONCE, SCORERS, TRAITS, AnomalyScorer, Output, Setup,
+    normals_needed)
 
 RESAMPLES = 1000
+SPECIFICITY, LEVELS, PREVALENCES = 0.95, (0.90, 0.95, 0.99), (0.01, 0.05, 0.20)
+OVERLAY_SIDE = 4096  # pixels
+FEWEST_NORMALS = 30  # of another site, for a calibration
+RECALIBRATE = (f"With {FEWEST_NORMALS} or more normal images from there, set it anew: evaluate.py RUN "
+               "--calibrate FOLDER_OF_NORMALS.")
 NAMES = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 IMAGE_ALONE, UNTRAINED = "a reader of the image alone", "the same network untrained"
@@ -131,6 +155,24 @@ class TrainedRun:
     setup: Setup
     fingerprint: str  # of the data it was trained on
     made_with: str  # versions, device and precision of its training
+    calibration: str = ""  # the name of that of another site
+    calibrated_on: Collection[str] = ()  # digests of its images
+
+    @property
+    def normals(self) -> str:
+        """What threshold and percentiles come from."""
+        count = max(map(len, self.scorer.normal_scores.values()))
+        return f"{count:,} " + (f"normal images of calibration {self.calibration}" if
+                                self.calibration else "validation normals")
+
+    def threshold(self, scorer: str, specificity: float | None) -> float:
+        """The threshold at a specificity, SPECIFICITY if None is asked for. UserError if the one
+        that is asked for takes more normal images."""
+        if specificity is not None and (
+                normals_needed(specificity) > len(self.scorer.normal_scores[scorer])):
+            raise UserError(f"--specificity {specificity:g}: takes {normals_needed(specificity):,} "
+                            f"normal images, and {self.folder} has {self.normals}")
+        return self.scorer.threshold(scorer, specificity or SPECIFICITY)
 
     def __call__(self, images: np.ndarray | Tensor, scorer: str = DEFAULT_SCORER,
                  ) -> tuple[np.ndarray, ...]:
@@ -179,8 +221,9 @@ def check_scorer(name: str) -> None:
         raise UserError(f"--scorer {name}: {why} {', '.join(SCORERS)}")
 
 
-def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
-    """Load a run folder's best.pt. UserError if there is none, or it is unfinished."""
+def load_run(path: str | Path, device: str = "auto", calibration: str | None = None) -> TrainedRun:
+    """Load a run folder's best.pt, perhaps with another site's calibration. UserError if there is
+    none, or it is unfinished."""
     folder = Path(path)
     if not (folder / "best.pt").exists():
         inside = shlex.join(str(p.parent) for p in sorted(folder.glob("*/best.pt")))
@@ -210,9 +253,36 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
     made_with = [f"{sum(p.numel() for p in model.parameters()):,} parameters",
                  f"epoch {state['epoch']}", *map(" ".join, state["versions"].items()),
                  state["device"], state["precision"]]
-    return TrainedRun(folder, name if own == config.model else f"{name} ({own[:24]})", config,
-                      setup.place(model).eval(), scorer, untrained, setup,
-                      state["data_fingerprint"], ", ".join(made_with))
+    run = TrainedRun(folder, name if own == config.model else f"{name} ({own[:24]})", config,
+                     setup.place(model).eval(), scorer, untrained, setup,
+                     state["data_fingerprint"], ", ".join(made_with))
+    if calibration:
+        file = folder / f"calibration-{calibration}.pt"
+        if not file.exists():
+            there = [p.stem.removeprefix("calibration-") for p in folder.glob("calibration-*.pt")]
+            raise UserError(f"--calibration {calibration}: {folder} has none of that name; it has "
+                            f"{', '.join(sorted(there)) or 'none'}. One is made by --calibrate")
+        site = train.load_checkpoint(file)
+        if site.get("made_for") != identity(scorer):
+            raise UserError(f"--calibration {calibration}: {file} was made for another run, or "
+                            f"before {folder} was trained anew; make it again by --calibrate")
+        scorer.refer_to(site["normal_scores"], site["normal_traits"])
+        run.calibration, run.calibrated_on = calibration, frozenset(site["images"])
+        run.name += f", calibrated at {calibration}"
+    return run
+
+
+def identity(scorer: AnomalyScorer) -> str:
+    """A digest that tells trained runs apart."""
+    return digest(*scorer.mean.values(), *scorer.readers[DEFAULT_SCORER].parameters())
+
+
+def digest(*tensors: Tensor) -> str:
+    """A digest of tensors' content."""
+    content = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()
 
 
 def runs_in(path: str | Path) -> list[Path]:
@@ -412,11 +482,15 @@ class Result:
     scorer: str = DEFAULT_SCORER  # the one that counts
     split: str = "test"
     external: bool = False  # whether the data is not what the run was trained on
+    specificity: float | None = None  # at which the threshold is asked for
     # What score_samples finds.
     scored: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> scores [n]
     trivial: dict[str, np.ndarray] = field(default_factory=dict)  # in their better direction
     baselines: dict[str, np.ndarray] = field(default_factory=dict)  # scores by other readers
     bad: dict[str, str] = field(default_factory=dict)  # images that could not be read, and why
+    traits: Tensor = field(default_factory=lambda: torch.empty(0, len(TRAITS)))
+    known: int = 0  # images that the calibration was made from
+    scored_before: int = 0  # how often this run had been tested on this split
     # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
     # sum, and its share of the image's area, which is what a map that knows nothing would give.
     located: list[tuple[bool, float, float]] = field(default_factory=list)
@@ -450,7 +524,8 @@ class Result:
 
 
 def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int | None,
-               scorer: str, normal: str | None = None) -> list[Result]:
+               scorer: str, normal: str | None = None, specificity: float | None = None,
+               ) -> list[Result]:
     """Choose what each run is tested on; UserError if that is not the same for all."""
     plans: list[Result] = []
     opened: dict[tuple, Source] = {}
@@ -465,7 +540,8 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
                          "place with --data")
             raise UserError(f"{error}{'' if data else elsewhere}") from None
         chosen, external, notes = samples_to_score(run, source, split)
-        plan = Result(run, source, draw_evenly(chosen, limit), scorer, split, external)
+        run.threshold(scorer, specificity)  # refused before anything is scored
+        plan = Result(run, source, draw_evenly(chosen, limit), scorer, split, external, specificity)
         if not plan.samples:
             raise UserError(f"--data {source.spec}: no images to score in its {split} split")
         plans.append(plan)
@@ -486,7 +562,7 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     several = max(1, min(8, 8 * 128**2 // r.run.config.image_size**2))
     stream = r.run.stream(r.source, r.samples, several * READ_AT_ONCE, stop_on_bad=True)
     found: list[dict[str, np.ndarray]] = []
-    order: list[int] = []
+    order, traits = list[int](), list[Tensor]()
     untrained = replace(r.run, model=models.untrained_model(r.run.config, r.run.setup).eval(),
                         scorer=r.run.untrained)
     # Inside, the weights that autocast has cast are kept, instead of being cast for each batch
@@ -499,6 +575,8 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
             found.append({k: v.numpy() for k, v in scores.items()}
                          | (trivial(images.numpy()) if trivial else {}))
             order += positions.tolist()
+            traits.append(r.run.scorer.traits(images))
+            r.known += sum(digest(image) in r.run.calibrated_on for image in images)
             for map_, i in zip(maps[r.scorer][:, 0].cpu().numpy(), positions.tolist(), strict=True):
                 if (mask := r.mask(r.samples[i])) is not None:
                     locate(r, map_, mask)
@@ -506,7 +584,7 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     if not order:
         raise UserError(f"--data {r.source.spec}: none of the {len(r.samples)} images could be "
                         "read")
-    r.samples, r.bad = [r.samples[i] for i in order], stream.bad
+    r.samples, r.bad, r.traits = [r.samples[i] for i in order], stream.bad, torch.cat(traits)
     every = {k: np.concatenate([scores[k] for scores in found]) for k in found[0]}
     r.scored = {k: every.pop(k) for k in SCORERS}
     if not all(np.isfinite(v).all() for v in r.scored.values()):
@@ -541,18 +619,18 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
     """Compute the metrics with one scorer; None where the labels do not allow a figure."""
     scores, labels, normal = r.scored[scorer], r.labels, r.run.scorer.normal_scores[scorer]
     sick, well = scores[labels == ABNORMAL], scores[labels == NORMAL]
-    threshold90, threshold95 = (r.run.scorer.threshold(scorer, s) for s in (0.90, 0.95))
+    threshold = r.run.threshold(scorer, r.specificity)
     result: dict[str, Any] = {
         "auroc": None, "auroc_ci": None, "average_precision": None, "average_precision_ci": None,
-        "sensitivity_at_90_specificity": mean_of(sick > threshold90),
-        "sensitivity_at_95_specificity": mean_of(sick > threshold95),
-        "threshold": threshold95, "specificity_at_threshold": mean_of(well <= threshold95),
+        "specificity_wanted": r.specificity or SPECIFICITY,
+        "threshold": threshold, "sensitivity_at_threshold": mean_of(sick > threshold),
+        "specificity_at_threshold": mean_of(well <= threshold),
         "specificity_ci": None, "specificity_chance": None,
         "n_normal": len(well), "n_abnormal": len(sick),
         "n_patients": len({s.patient for s in r.samples}), "n_validation_normals": len(normal),
         "score_mean_normal": mean_of(well), "score_mean_abnormal": mean_of(sick)}
     if len(well):
-        under, rank = int((well <= threshold95).sum()), int((normal <= threshold95).sum())
+        under, rank = int((well <= threshold).sum()), int((normal <= threshold).sum())
         low, high = binomtest(under, len(well)).proportion_ci(method="wilson")
         # The chance that so few test normals, or fewer, lie under the value of that rank among the
         # validation normals, if both are alike: a threshold from few images is a matter of chance.
@@ -563,7 +641,23 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
         for name, values in zip(("auroc", "average_precision"), drawn, strict=True):
             result |= {name: float(values[0]), f"{name}_ci": interval(values[1:])}
         result |= {f"auroc_by_{kind}": by_group(r, scores, kind) for kind in ("finding", "view")}
+    for level in (90, 95):  # whatever threshold counts
+        at = r.run.scorer.threshold(scorer, level / 100)
+        result[f"sensitivity_at_{level}_specificity"] = mean_of(sick > at)
+    result["at_specificity"] = {str(s): {
+        "threshold": (at := r.run.scorer.threshold(scorer, s)), "sensitivity": mean_of(sick > at),
+        "specificity": mean_of(well <= at)} for s in LEVELS if normals_needed(s) <= len(normal)}
     return result
+
+
+def predictive_values(sensitivity: float, specificity: float, prevalence: float) -> str:
+    """Give the shares of the flagged images that are abnormal, and of the others that are normal,
+    where that share of all images is abnormal."""
+    ill, well = prevalence, 1 - prevalence
+    pairs = ((ill * sensitivity, well * (1 - specificity)),
+             (well * specificity, ill * (1 - sensitivity)))
+    return ", ".join(decimal(right / (right + wrong) if right + wrong else None)
+                     for right, wrong in pairs)
 
 
 def by_group(r: Result, scores: np.ndarray, kind: str) -> dict[str, dict[str, float]]:
@@ -619,7 +713,7 @@ def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str,
 def evaluate(
     runs: str | Path | Sequence[str | Path], data: str | None = None, split: str = "test",
     samples: int | None = None, scorer: str | None = None, device: str = "auto",
-    normal: str | None = None,
+    normal: str | None = None, specificity: float | None = None, calibration: str | None = None,
 ) -> list[dict[str, Any]]:
     """Test runs, or all in a folder, on the test split of their data (or on other `data`): the
     metrics of each. Shows the tables, and writes <run>/eval/<data name>/ and for several runs the
@@ -634,7 +728,7 @@ def evaluate(
         loaded = []
         for path in paths:
             try:
-                loaded.append(load_run(path, device))
+                loaded.append(load_run(path, device, calibration))
             except UserError as error:
                 if path in map(Path, given) or len(paths) == 1:
                     raise
@@ -644,7 +738,7 @@ def evaluate(
         if locked := [run.folder for run in loaded if not os.access(run.folder, os.W_OK)]:
             raise UserError(f"{locked[0]}: results cannot be written there")
         named = group_by_seed(loaded)
-        tested = plan_tests(loaded, data, split, samples, by, normal)
+        tested = plan_tests(loaded, data, split, samples, by, normal, specificity)
         first = tested[0]
         try:
             source = open_source(first.run.config) if first.external else first.source
@@ -668,13 +762,15 @@ def evaluate(
 
 def write_test(r: Result) -> None:
     """Write what a test found to <run>/eval/<data name>/, with a digest if other data is there."""
-    m, name = r.metrics, r.source.name + "-val" * (r.split == "val")
+    m, name = r.metrics, "-".join(filter(None, (
+        r.source.name, "val" * (r.split == "val"), r.run.calibration)))
     folder = r.folder = r.run.folder / "eval" / name
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         there = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         if not same_data(there["data_fingerprint"], m["data_fingerprint"]):
             folder = r.folder = folder.with_name(f"{name}-{m['data_fingerprint'][-6:]}")
     folder.mkdir(parents=True, exist_ok=True)
+    r.scored_before = note_test(r)
     train.write_file(folder / "metrics.json", json.dumps(m, indent=2) + "\n")
     percentiles = {k: r.run.scorer.percentile(k, torch.from_numpy(v)).tolist()
                    for k, v in r.scored.items()}
@@ -698,6 +794,18 @@ def write_test(r: Result) -> None:
         except UserError as error:  # its validation images are gone
             log.info(f"          note: no healing.png ({error})")
     log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
+
+
+def note_test(r: Result) -> int:
+    """Write the test down in RUN/eval/tests.csv; how often that split had been scored before."""
+    file, before = r.run.folder / "eval" / "tests.csv", ["day,data,split,fingerprint,images,scorer"]
+    with contextlib.suppress(OSError):
+        before = file.read_text(encoding="utf-8", errors="replace").splitlines() or before
+    known = r.source.fingerprint()
+    train.write_file(file, "\n".join([*before, ",".join(map(str, (
+        datetime.date.today(), r.source.name, r.split, known, len(r.samples), r.scorer)))]) + "\n")
+    return sum(same_data(cells[3], known) for cells in (line.split(",") for line in before)
+               if len(cells) == 6 and cells[2] == r.split)
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -739,10 +847,37 @@ def cautions(tested: list[Result]) -> list[str]:
                      "Train again, unless the test images alone were meant to change.")
     if far := [(m["specificity_at_threshold"], m["specificity_ci"])
                for m in (r.metrics for r in tested) if m["n_normal"]
-               and m["specificity_at_threshold"] < 0.90 and m["specificity_chance"] < 0.025]:
-        found.append(f"Careful: the threshold set for 95 % specificity reaches {decimal(*min(far))}"
-                     " on these normals. They differ from the validation normals.")
+               and m["specificity_at_threshold"] < m["specificity_wanted"] - 0.05
+               and m["specificity_chance"] < 0.025]:
+        first = tested[0].metrics["specificity_wanted"]
+        found.append(f"Careful: the threshold set for {100 * first:g} % specificity reaches "
+                     f"{decimal(*min(far))} on these normals. They differ from the "
+                     f"{tested[0].run.normals}. {RECALIBRATE}")
+    elif (r := tested[0]).external:
+        chosen = r.labels == NORMAL if (r.labels == NORMAL).any() else r.labels == ABNORMAL
+        found += drift(r.run, r.scorer, r.traits[chosen], r.scores[chosen])
+    if known := max(r.known for r in tested):
+        found.append(f"Careful: {known} of these images are among those that the threshold was "
+                     "calibrated on. Its specificity is flattered by them.")
     return found
+
+
+def drift(run: TrainedRun, scorer: str, traits: Tensor, scores: np.ndarray) -> list[str]:
+    """Tell, in a sentence, if 20 images or more differ as a whole from those that the threshold
+    comes from: traits [n,4], scores [n].
+
+    Kolmogorov-Smirnov tests of the scores and of each of TRAITS, at 5 % in all (Bonferroni). What
+    is clear but slight (distributions that lie less than 0.15 apart) is not told.
+    """
+    own = [*run.scorer.normal_traits.T.numpy(), run.scorer.normal_scores[scorer].numpy()]
+    new, found = [*traits.T.numpy(), scores], list[str]()
+    for name, x, y in zip((*TRAITS, "score"), new, own, strict=True):
+        if len(x) >= 20 and (test := ks_2samp(x, y)).pvalue < 0.05 / len(new) and (
+                test.statistic > 0.15):
+            found.append(f"{name} {np.median(x):.3g} instead of {np.median(y):.3g}")
+    return [f"Careful: these images differ as a whole from the {run.normals} (medians: "
+            f"{'; '.join(found)}). Unless many of them are abnormal, the threshold may not hold. "
+            f"{RECALIBRATE}"] if found else []
 
 
 def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str]) -> None:
@@ -754,7 +889,10 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         "Trained on": "; ".join(dict.fromkeys(trained_on)), "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
         f"abnormal, of {m['n_patients']:,} patients"
-        + (f"; {len(first.bad)} could not be read" if first.bad else "")}
+        + (f"; {len(first.bad)} could not be read" if first.bad else ""),
+        "Scored before": f"this split, by this run: {first.scored_before} times",
+        "Chosen by": "weights: the lowest loss on corrupted normal validation images; threshold: "
+        f"{first.run.normals}. No abnormal image had a part in either"}
     log.info("\n" + "\n\n".join(["\n".join(map(": ".join, facts.items())),
                                  *map(text_table, tables), *sentences]) + "\n")
     for image, reason in first.bad.items():
@@ -763,7 +901,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         log.info(first.source.report())
     page, pictures = first.folder / "report.html", {}
     if several:
-        own = not first.external and first.split == "test"
+        own = not (first.external or first.run.calibration) and first.split == "test"
         page = first.run.folder.resolve().parent / (
             "comparison.html" if own else f"comparison-{first.folder.name}.html")
         draw_comparison([group[0] for group in groups.values()], page.with_suffix(".png"))
@@ -869,17 +1007,29 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
         (f"{r.run.name}, {name}", m) for r in tested
         for name, m in r.metrics.get("scorers", {}).items() if name != r.scorer]
     tables = [Table(f"Results, scorer {tested[0].scorer}", [
-        "", "AUROC (95 % interval)", "average precision", "sensitivity at 90 %",
-        "sensitivity at 95 %", "specificity"], [
+        "", "AUROC (95 % interval)", "average precision", "sensitivity", "specificity"], [
         [name, decimal(m["auroc"], m["auroc_ci"]),
          decimal(m["average_precision"], m["average_precision_ci"]),
-         decimal(m["sensitivity_at_90_specificity"]), decimal(m["sensitivity_at_95_specificity"]),
+         decimal(m["sensitivity_at_threshold"]),
          decimal(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every],
         "AUROC needs both normal and abnormal images: not computed. " * (first["auroc"] is None)
-        + "Sensitivities are at the thresholds that 90 % and 95 % of the "
-        f"{first['n_validation_normals']} validation normals stay under; the last column is the "
-        f"share of these normals under the second of them. Intervals: {RESAMPLES} bootstrap "
-        "resamples of patients, the same for all; of specificity Wilson's.")]
+        + f"At the threshold that {100 * first['specificity_wanted']:g} % of the "
+        f"{tested[0].run.normals} stay under; specificity is the share of these normals under it. "
+        f"Intervals: {RESAMPLES} bootstrap resamples of patients, the same for all; of specificity "
+        "Wilson's.")]
+    if first["auroc"] is not None:
+        rows = []
+        for name, group in groups.items():
+            for level in set.intersection(*({*r.metrics["at_specificity"]} for r in group)):
+                one, two = (float(np.mean([r.metrics["at_specificity"][level][k] for r in group]))
+                            for k in ("sensitivity", "specificity"))
+                rows.append([f"{name}, {100 * float(level):g} %", decimal(two), decimal(one),
+                             *(predictive_values(one, two, p) for p in PREVALENCES)])
+        tables.append(Table("Thresholds for a specificity, and predictive values", [
+            "", "specificity", "sensitivity",
+            *(f"{100 * p:g} % ill: PPV, NPV" for p in PREVALENCES)], sorted(rows),
+            "PPV: share of the flagged images that are abnormal; NPV: share of the others that are "
+            "normal; if so many of all images were abnormal."))
     if len(groups) < len(tested) and first["auroc"] is not None:
         aurocs = {name: [r.metrics["auroc"] for r in group] for name, group in groups.items()}
         tables.append(Table("AUROC over seeds; the tables below hold means over them", [
@@ -983,7 +1133,8 @@ def draw_scores(figure: Any, tested: Sequence[Result]) -> None:
         for label, name, shade in ((NORMAL, "normal", "0.55"), (ABNORMAL, "abnormal", colour)):
             axes.hist(scores[r.labels == label], bins, color=shade, alpha=0.65, label=name)
         axes.axvline(r.metrics["threshold"], color="0.1", linestyle="--", linewidth=1.2,
-                     label="threshold (95 % of\nvalidation normals)")
+                     label=f"threshold ({100 * r.metrics['specificity_wanted']:g} % of\n"
+                           f"{'validation' if not r.run.calibration else 'calibration'} normals)")
         axes.set(xlabel=f"anomaly score ({r.scorer})", ylabel="images", title=r.run.name)
         axes.legend(frameon=False, fontsize=9)
     roc.legend(loc="lower right", frameon=False, fontsize=9, handlelength=1)
@@ -1118,8 +1269,8 @@ class NewImages(FolderSource):
         if path.is_dir():  # a heatmap of an earlier prediction has its map beside it
             self.root, files = path, sorted(
                 p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
-                and not (p.name.endswith("_heatmap.png")
-                         and Path(f"{str(p).removesuffix('_heatmap.png')}_map.npy").exists()))
+                and not Path(re.sub(r"_(heatmap|overlay)\.png$|$", "_map.npy", str(p), 1)).exists()
+)
         # A pipe would be waited for.
         names = [p.relative_to(self.root).as_posix() for p in files if p.is_file()]
         if not names:
@@ -1132,13 +1283,16 @@ class NewImages(FolderSource):
 
 
 def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
-            scorer: str | None = None, device: str = "auto") -> list[dict[str, Any]]:
+            scorer: str | None = None, device: str = "auto", specificity: float | None = None,
+            calibration: str | None = None) -> list[dict[str, Any]]:
     """Score an image file, or every image in a folder that can be read; one row of results an
-    image. Writes NAME_heatmap.png, NAME_map.npy (float32 [H,W]) and predictions.csv to `out`, by
-    default <run>/predictions; a number is added to that name if predictions lie there already."""
+    image. Writes NAME_heatmap.png, NAME_overlay.png (the map over the image at its own size),
+    NAME_map.npy (float32 [H,W]) and predictions.csv to `out`, by default <run>/predictions; a number
+    is added to that name if predictions lie there already."""
     with on_screen():
-        trained, scorer = load_run(run, device), scorer or DEFAULT_SCORER
+        trained, scorer = load_run(run, device, calibration), scorer or DEFAULT_SCORER
         check_scorer(scorer)
+        threshold, top = trained.threshold(scorer, specificity), trained.scorer.map_tops[scorer]
         source, rows, number = NewImages(Path(image)), list[dict[str, Any]](), 1
         wanted = folder = Path(out) if out else trained.folder / "predictions"
         while (folder / "predictions.csv").exists():
@@ -1147,17 +1301,17 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-        calibrated, stream = trained.scorer, trained.stream(source, source.samples)
-        threshold, side = calibrated.threshold(scorer, 0.95), trained.config.image_size
-        stems = distinct_stems([s.key for s in source.samples])
+        stream, traits = trained.stream(source, source.samples), list[Tensor]()
+        stems, side = distinct_stems([s.key for s in source.samples]), trained.config.image_size
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
                     backs, maps, scores = trained(images, scorer)
-                    percentiles = calibrated.percentile(scorer, torch.from_numpy(scores)).tolist()
+                    percentiles = trained.scorer.percentile(scorer, torch.from_numpy(scores))
+                    traits.append(trained.scorer.traits(images))
                     for i, (seen,), (back,), (map_,), score, percentile in zip(
                             positions.tolist(), images.numpy() / np.float32(255), backs, maps,
-                            scores.tolist(), percentiles, strict=True):
+                            scores.tolist(), percentiles.tolist(), strict=True):
                         y, x = divmod(int(map_.argmax()), side)
                         rows.append({"image": source.samples[i].key, "score": round(score, 6),
                                      "percentile_among_normals": round(percentile, 1),
@@ -1170,7 +1324,8 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
                         row = Row("", [seen, back, seen], titles, [None, None, map_])
                         save_picture(folder / f"{stems[i]}_heatmap.png",
                                      f"{TOLD.format(**rows[-1])} ({trained.name})", [row], scorer,
-                                     calibrated.map_tops[scorer])
+                                     top)
+                        overlay(stream, i, map_ / top).save(folder / f"{stems[i]}_overlay.png")
                         bar.update(1)
         finally:  # also when it was interrupted
             if rows:
@@ -1182,11 +1337,26 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             *(f"skipped   {name}: {reason}" for name, reason in bad.items()),
             *(TOLD.format(**row) for row in rows[:40]),
             *[f"... and {len(rows) - 40} more in predictions.csv"] * (len(rows) > 40),
-            f"{trained.name} trained on {trained.config.data}; abnormal means: above 95 % of "
-            f"{len(calibrated.normal_scores[scorer])} validation normals. Not a diagnosis.",
-            f"written   {folder}/: a heatmap (.png) and a raw map (.npy) an image, "
-            "predictions.csv"]))
+            f"{trained.name} trained on {trained.config.data}; abnormal means: above "
+            f"{100 * (specificity or SPECIFICITY):g} % of {trained.normals}. Not a diagnosis.",
+            *drift(trained, scorer, torch.cat(traits), np.array([row["score"] for row in rows])),
+            f"written   {folder}/: for each image a heatmap, an overlay in its own size (.png) and "
+            "the raw map (.npy); predictions.csv"]))
     return rows
+
+
+def overlay(stream: ImageStream, position: int, map_: np.ndarray) -> Image.Image:
+    """Lay an anomaly map [H,W], 1 where its colours end, over the image at its own size and shape,
+    at most OVERLAY_SIDE a side."""
+    sample, hold = stream.samples[position], functools.partial(stream.memory.hold, "pixels")
+    sides = stream.source.size_of(sample)
+    width, height = (round(side * min(1, OVERLAY_SIDE / max(sides))) or 1 for side in sides)
+    values = decode_image(stream.source.read(sample), max(width, height), hold, stream.bits)
+    image = Image.fromarray(values).resize((width, height)).convert("RGB")
+    heat = Image.fromarray(map_.clip(0, 1)).resize((width, height), Image.Resampling.BILINEAR)
+    colours = matplotlib.colormaps["inferno"](np.asarray(heat), bytes=True)[..., :3]
+    cover = Image.fromarray((0.85 * 255 * np.asarray(heat)).astype(np.uint8))
+    return Image.composite(Image.fromarray(colours), image, cover)
 
 
 def distinct_stems(names: list[str]) -> list[str]:
@@ -1198,15 +1368,197 @@ def distinct_stems(names: list[str]) -> list[str]:
             for stem, name in zip(stems, names, strict=True)]
 
 
+# ----------------------------------------------------------------------------------------------
+# Another site, and elsewhere
+
+
+def calibrate(run: str | Path, folder: str, calibration: str | None = None,
+              specificity: float | None = None, normal: str | None = None,
+              device: str = "auto") -> Path:
+    """Take the normal images in a folder for threshold and percentiles: those labelled so, or all
+    of them if nothing tells which are. Writes RUN/calibration-NAME.pt, and tells what it changes;
+    nothing of the run is changed. UserError if they are too few, or the name is taken."""
+    with on_screen():
+        trained = load_run(run, device)
+        name = calibration or re.sub(r"[^\w.-]+", "_", Path(folder).resolve().name)
+        file = trained.folder / f"calibration-{name}.pt"
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"--calibration {name!r}: give letters, digits, '-', '_' and '.' only")
+        if file.exists():
+            raise UserError(f"--calibration {name}: {file} is there already; give another name")
+        config = replace(trained.config, data=folder, samples=None,
+                         normal=normal or trained.config.normal)
+        try:
+            source: Source = open_source(config)
+            samples = [s for s in source.samples if s.label == NORMAL]
+            log.info(f"normals   {len(samples):,} of {len(source.samples):,} images of "
+                     f"{source.title}, by its labels")
+        except UserError as error:
+            if normal or not Path(folder).is_dir():
+                raise
+            source = NewImages(Path(folder))
+            samples = source.samples
+            log.info(f"normals   all {len(samples):,} images in {folder} are taken for normal: "
+                     f"{str(error).partition(';')[0]}")
+        splits = read_splits(trained.folder / "split.csv")
+        learnt = {file_of(trained.config.data, s.key) for s in splits.train + splits.val}
+        fresh = [s for s in samples if file_of(source.spec, s.key) not in learnt]
+        if len(fresh) < len(samples):
+            log.info(f"          note: {len(samples) - len(fresh)} images left out: the run was "
+                     "trained or validated on them")
+        stream, parts, traits, images = trained.stream(source, fresh), [], [], list[str]()
+        order = list[int]()
+        with train.progress(len(fresh), "scoring") as bar:
+            for batch, positions in stream:
+                parts.append(trained.score(batch)[1])
+                traits.append(trained.scorer.traits(batch))
+                images += map(digest, batch)
+                order += positions.tolist()
+                bar.update(len(batch))
+        for key, reason in stream.bad.items():
+            log.info(f"skipped   {key}: {reason}")
+        wanted, n = specificity or SPECIFICITY, len(order)
+        if n < (needed := max(FEWEST_NORMALS, normals_needed(wanted))):
+            raise UserError(f"--calibrate {folder}: {n} normal images can be used; {100 * wanted:g} "
+                            f"% specificity takes {needed} or more, better 100")
+        scores = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+        own = scores[DEFAULT_SCORER]
+        ends = own.log().quantile(own.new_tensor([0.25, 0.75])).tolist()
+        odd = (own.log() > ends[1] + 3 * (ends[1] - ends[0])).nonzero()[:, 0].tolist()
+        if odd:  # Tukey's far outliers
+            log.warning(f"careful   {len(odd)} of these images score far above the others: are they "
+                        f"normal? {', '.join(fresh[order[i]].key for i in odd[:5])}")
+        old = trained.scorer.threshold(DEFAULT_SCORER, wanted)
+        trained.scorer.refer_to(scores, torch.cat(traits))
+        rank = math.ceil(round(n * wanted, 9))  # of n - 1 others: what leaving each out gives
+        told = []
+        for text, under in (("before", int((own <= old).sum())), ("now", rank)):
+            low, high = binomtest(under, n).proportion_ci(method="exact")
+            told.append(f"{text} {decimal(under / n, (low, high))}")
+        train.write_file(file, {
+            "format": train.FORMAT, "made_for": identity(trained.scorer), "images": images,
+            "normal_scores": trained.scorer.normal_scores,
+            "normal_traits": trained.scorer.normal_traits})
+        log.info(f"threshold {trained.scorer.threshold(DEFAULT_SCORER, wanted):.4g} instead of "
+                 f"{old:.4g}, for {100 * wanted:g} % specificity (which takes "
+                 f"{normals_needed(wanted)} normals or more)\nspecificity on these {n} images: "
+                 f"{'; '.join(told)} (each judged by the others; 95 % intervals: Clopper-Pearson)"
+                 f"\nwritten   {file}\nnext      {command('evaluate.py')} "
+                 f"{shlex.quote(str(trained.folder))} --calibration {name} --image NEW_IMAGES")
+    return file
+
+
+class Exported(nn.Module):
+    """A run as one graph: image float [1,1,H,W] in [0,1] -> score [1], percentile [1], whether it
+    is abnormal, bool [1], anomaly map [1,1,H,W]."""
+
+    def __init__(self, run: TrainedRun, scorer: str, threshold: float) -> None:
+        super().__init__()
+        self.model, self.scorer, self.name, self.threshold = run.model, run.scorer, scorer, threshold
+        self.readers = nn.ModuleDict(run.scorer.readers)  # so that their weights are the graph's
+        self.normal = run.scorer.normal_scores[scorer].float()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        output = Output(image, torch.cat(self.model.reconstructions(image), 1))
+        map_ = self.scorer.maps(output)[self.name]
+        score = map_.mean((1, 2, 3))
+        percentile = 100 * (self.normal <= score[:, None]).float().mean(1)
+        return score, percentile, score > self.threshold, map_
+
+
+def export(run: str | Path, file: str | Path, scorer: str | None = None,
+           specificity: float | None = None, calibration: str | None = None) -> Path:
+    """Write a run as one graph, FILE.onnx or FILE.pt2 (torch.export), in fp32. It is kept if it
+    gives eight validation images the program's scores, to a thousandth of the normals' standard
+    deviation; UserError if not, or if a package is missing."""
+    with on_screen():
+        file, names = Path(file), ["score", "percentile", "abnormal", "map"]
+        if file.suffix not in (".onnx", ".pt2"):
+            raise UserError(f"--export {file}: give a name that ends in .onnx or .pt2")
+        if not os.access(file.parent, os.W_OK):
+            raise UserError(f"--export {file}: {file.parent} cannot be written")
+        scorer = scorer or DEFAULT_SCORER
+        check_scorer(scorer)
+        trained = load_run(run, "cpu", calibration)
+        threshold = trained.threshold(scorer, specificity)
+        images = trained.some_normals(open_source(trained.config), "val", 8)[:8]
+        here = trained.score(images)[1][scorer]
+        trained = replace(trained, setup=Setup(torch.device("cpu")),
+                          model=trained.model.to(memory_format=torch.contiguous_format))
+        graph = Exported(trained, scorer, threshold).eval().requires_grad_(False)
+        about = {"made_by": f"ImgAE-Dx, {trained.name}", "scorer": scorer,
+                 "threshold": f"{threshold:.6g}, above {100 * (specificity or SPECIFICITY):g} % of "
+                              f"{trained.normals}",
+                 "input": f"image: float32 [1,1,{images.shape[2]},{images.shape[3]}] in 0 to 1",
+                 "preprocessing": "grey (ITU-R 601), the whole image stretched to this square by "
+                                  "antialiased bilinear resampling, rounded to 0..255, over 255",
+                 "outputs": "score; percentile among normals; abnormal: score above the threshold; "
+                            f"map: {UNITS.get(scorer, scorer)}", "use": "Research only."}
+        written = file.with_name(f".{file.name}")
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(graph, (images[:1] / 255,))
+                if file.suffix == ".pt2":
+                    torch.export.save(program, written, extra_files={"about.json": json.dumps(about)})
+                    answer = torch.export.load(written).module()
+                else:
+                    answer = to_onnx(program, written, names, about)
+                found = [answer(image[None] / 255) for image in images]
+        except OSError as error:
+            raise UserError(f"--export {file}: cannot be written ({error.strerror})") from None
+        spread = trained.scorer.normal_scores[scorer].std()
+        there = torch.cat([torch.as_tensor(score) for score, *_ in found]).double()
+        away = ((there - trained.score(images)[1][scorer]).abs().max() / spread).item()
+        if not away <= 1e-3:
+            written.unlink()
+            raise UserError(f"--export {file}: not kept, since its scores are up to {away:.2g} "
+                            "standard deviations of normals away from the program's")
+        os.replace(written, file)
+        log.info(f"written   {file}: {file.stat().st_size / 1e6:.1f} MB; image -> {', '.join(names)}\n"
+                 f"checked   on {len(images)} validation images: scores at most {away:.1g} standard "
+                 f"deviations of normals away from the program's in fp32, {abs(there - here).max() / spread:.1g} from "
+                 f"those in {load_run(run, 'cpu').setup.precision}, as it scores here")
+    return file
+
+
+def to_onnx(program: Any, file: Path, names: list[str], about: dict[str, str]) -> Callable:
+    """Write an exported program as ONNX; what computes its outputs, by onnxruntime if it is
+    installed. UserError if onnxscript is not."""
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("--export: ONNX needs a package: pip install onnxscript onnxruntime; a name "
+                        "that ends in .pt2 needs none") from None
+    made = torch.onnx.export(program, (), input_names=["image"], output_names=names, dynamo=True,
+                             verbose=False)
+    made.model.metadata_props.update(about)
+    made.save(file, external_data=False)
+    try:
+        import onnxruntime
+    except ImportError:
+        log.warning("careful   onnxruntime is not installed: the graph is tried by PyTorch alone")
+        return program.module()
+    session = onnxruntime.InferenceSession(file)
+    return lambda image: session.run(None, {"image": image.numpy()})
+
+
 def main() -> None:
     """Do what the command line asks for."""
-    arguments = parse_arguments()
-    image, out = arguments.pop("image"), arguments.pop("out")
+    given = parse_arguments()
+    asked = {name: given.pop(name) for name in ("image", "calibrate", "export")}
+    run, own = given["runs"][0], {k: given[k] for k in ("specificity", "calibration")}
+    scorer, device, out = given["scorer"], given["device"], given.pop("out")
     try:
-        if image is None:
-            evaluate(**arguments)
+        if asked["image"] is not None:
+            predict(run, asked["image"], out, scorer, device, **own)
+        elif asked["calibrate"] is not None:
+            calibrate(run, asked["calibrate"], normal=given["normal"], device=device, **own)
+        elif asked["export"] is not None:
+            export(run, asked["export"], scorer, **own)
         else:
-            predict(arguments["runs"][0], image, out, arguments["scorer"], arguments["device"])
+            evaluate(**given)
     except (RuntimeError, MemoryError) as error:
         if not train.is_out_of_memory(error):
             raise

@@ -114,8 +114,10 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """The context in which nothing is cast to a narrower type on that device."""
-    if torch.amp.is_autocast_available(device.type):  # not on MPS before PyTorch 2.5
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    # MPS has none before PyTorch 2.5, and an export does not understand what changes nothing.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 
@@ -550,13 +552,16 @@ def draw_lesions(images: Tensor, draws: Draws, framing: float = 2) -> tuple[Tens
     """(images with lesions drawn on, how much of a lesion each pixel holds) of normal images.
 
     float [B,1,H,W] in [0,1] to two of the same: what readers learn from. A fifth of the images
-    stays without. Framing varies twice as much as in training (unless `framing` is 0), and
-    sharpness too, for neither is a disease.
+    stays without. Framing varies twice as much as in training (unless `framing` is 0), sharpness
+    from a 3x3 blur to its opposite, and half of the images get another exposure (gamma 0.7 to 1.4):
+    these are no diseases.
     """
     clean = augment(images, draws, framing) if framing else images
+    gamma = (2 * draws.rand(1, 1, 1) - 1) * (draws.rand(1, 1, 1) < 0.5) * math.log(1.4)
+    clean = clean ** gamma.exp().to(images.device)
     seen = add_lesions(clean, draws).clamp(0, 1)
     some = (draws.rand(1, 1, 1) < 0.8).to(images.device)
-    blur = (draws.rand(1, 1, 1) - 0.5).to(images.device)  # below 0: sharpened
+    blur = (2 * draws.rand(1, 1, 1) - 1).to(images.device)  # below 0: sharpened
     seen, clean = (x + blur * (box_filter(x, 3) - x) for x in (torch.where(some, seen, clean),
                                                                clean))
     change = box_filter((seen - clean).abs(), window(1 / 16, images.shape[-1]))
@@ -592,6 +597,16 @@ READ_AT_ONCE = 8  # images that a trained model is shown at a time, always; see 
 READER_SIDE = 64  # about the side of what a reader sees and returns; the image is pooled to it
 READER_BATCH, READER_LR = 16, 3e-3
 LESION_CHANGE = 0.04  # grey change, averaged in a window of 1/16, from which a pixel is all lesion
+
+
+# What another device, place or hand changes in images: mean, standard deviation, share of detail
+# finer than three pixels, correlation with the mean training normal.
+TRAITS = ("brightness", "contrast", "sharpness", "framing")
+
+
+def normals_needed(specificity: float) -> int:
+    """How many normal images a threshold of that specificity takes."""
+    return math.ceil(round(specificity / (1 - specificity), 9))
 
 
 @dataclass(frozen=True)
@@ -685,7 +700,7 @@ def exposed_like(images: Tensor, reconstructions: Tensor) -> Tensor:
     image, back = (x - x.mean((2, 3), keepdim=True) for x in (images, reconstructions))
     contrast = (image * back).mean((2, 3), keepdim=True) / back.square().mean(
         (2, 3), keepdim=True).clamp(min=1e-6)
-    return images.mean((2, 3), keepdim=True) + contrast.clamp(0.5, 2) * back
+    return images.mean((2, 3), keepdim=True) + contrast.clamp(0.5, 2.0) * back
 
 
 def low_passed(output: Output) -> Tensor:
@@ -785,7 +800,8 @@ class AnomalyScorer:
     (`refer_to`). Nothing is fitted to real anomalies.
     """
 
-    CALIBRATED = ("count", "mean", "std", "mean_image", "normal_scores", "map_tops")
+    CALIBRATED = (
+        "count", "mean", "std", "mean_image", "normal_scores", "normal_traits", "map_tops")
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # of each of Z_MAPS, and of squares: float64 [2,C,H,W]
@@ -793,6 +809,7 @@ class AnomalyScorer:
         self.count = 0
         self.readers: dict[str, Reader] = {}
         self.normal_scores: dict[str, Tensor] = {}  # scorer -> sorted float64 [n]
+        self.normal_traits = torch.empty(0, len(TRAITS))  # of the same images, as `traits` gives
         self.map_tops: dict[str, float] = {}  # scorer -> where the colours of its maps end
 
     def add(self, output: Output) -> None:
@@ -850,16 +867,29 @@ class AnomalyScorer:
                                        align_corners=False)
         return maps
 
-    def refer_to(self, scores: dict[str, Tensor], tops: dict[str, float]) -> None:
-        """Take scores [n] of validation normals as what is normal, by every scorer, and where the
-        colours of maps end."""
+    def traits(self, images: Tensor) -> Tensor:
+        """Measure TRAITS of uint8 images [n,1,H,W]: float64 [n,4]."""
+        x, mean = images.double() / 255, self.mean_image[None].double()
+        grey, mean = (u - u.mean((1, 2, 3), keepdim=True) for u in (x, mean))
+        contrast = grey.square().mean((1, 2, 3)).sqrt().clamp(min=1e-6)
+        alike = (grey * mean).mean((1, 2, 3)) / contrast / mean.square().mean().sqrt()
+        fine = (x - box_filter(x, 3)).abs().mean((1, 2, 3)) / contrast
+        return torch.stack([x.mean((1, 2, 3)), contrast, fine, alike], dim=1)
+
+    def refer_to(self, scores: dict[str, Tensor], traits: Tensor) -> None:
+        """Take these images as what is normal: scores [n] by every scorer, and `traits` [n,4]."""
         self.normal_scores = {name: value.sort().values for name, value in scores.items()}
-        self.map_tops = tops
+        self.normal_traits = traits
 
     def threshold(self, scorer: str, specificity: float) -> float:
-        """The score at or under which that share of the validation normals lie."""
-        return float(torch.quantile(self.normal_scores[scorer], specificity,
-                                    interpolation="higher"))
+        """The ceil((n + 1) x specificity)-th smallest of the n scores of normal images.
+
+        A new normal image of the same kind lies at or under it with at least that chance (Vovk et
+        al. 2005, prop. 4.1). Of fewer images than `normals_needed` it is the largest score.
+        """
+        normal = self.normal_scores[scorer]
+        rank = math.ceil(round((len(normal) + 1) * specificity, 9))
+        return normal[min(rank, len(normal)) - 1].item()
 
     def percentile(self, scorer: str, scores: Tensor) -> Tensor:
         """Share of validation normals with a smaller or equal score, in percent, [B]."""

@@ -54,7 +54,8 @@ from models import (
     augment, choose_device, choose_precision, corrupt, create_model, draw_lesions, objective_loss,
     pooled, reconstruct_evenly, score_images, seeded, to_float, train_reader, untrained_model, warp)
 
-FORMAT = 14  # of the checkpoints
+FORMAT = 15  # of the checkpoints
+EPOCHS = {"unet": 10, "reversed_ae": 20}  # by default; more find nothing clear more
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 LEAST_DRAWN, MOST_DRAWN = 512, 2048  # training normals with lesions drawn on, for the readers
 # Settings that a resumed run may change. Any other change makes it another run.
@@ -668,11 +669,13 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
                      setup: Setup) -> None:
     """Score the validation normals. Of a trained model, tell what its reader finds of a kind of
     lesion that it was not trained on, and whether it reconstructs at all."""
-    scores, moved, errors = list[dict[str, Tensor]](), list[Tensor](), list[Tensor]()
+    scores, traits = list[dict[str, Tensor]](), list[Tensor]()
+    moved, errors = list[Tensor](), list[Tensor]()
     tops, trained = dict.fromkeys(scorer.readers, 1.0), BASELINE in scorer.readers
     for number, images in enumerate(in_groups(loaders.val.every(1), group_of(config))):
         output, found, maps = score_images(model, scorer, images, setup)
         scores.append(found)
+        traits.append(scorer.traits(images))
         for name in maps.keys() - scorer.readers.keys():  # twice what 999 of 1,000 pixels lie under
             pixels = maps[name].flatten(1)
             top = 2 * pixels.topk(math.ceil(pixels.shape[1] / 1000)).values[:, -1].mean().item()
@@ -688,7 +691,8 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
     if not scores:
         raise UserError("no validation image could be read")
     normal = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
-    scorer.refer_to(normal, tops)
+    scorer.map_tops = tops
+    scorer.refer_to(normal, torch.cat(traits))
     if not trained:
         return
     told = (torch.cat(moved)[:, None] > normal[DEFAULT_SCORER]).double().mean()
@@ -749,7 +753,7 @@ def one_by_one(config: Config) -> list[Config]:
     models = MODELS if config.model == "both" else (config.model,)
     return [dataclasses.replace(
         config, model=model, seed=config.seed + i, seeds=1,
-        epochs=config.epochs or (3 if synthetic else 20),
+        epochs=config.epochs or (3 if synthetic else EPOCHS[model]),
         samples=config.samples or (PHANTOM_SAMPLES if synthetic else None),
         # Absolute, so that the run can be evaluated from anywhere.
         data=os.path.abspath(config.data) if os.path.exists(config.data) and not synthetic
