@@ -40,14 +40,14 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
         "of testing")
     add("--out", metavar="DIR", help="where --image writes (default: predictions in the run "
         "folder); a number is added if predictions are there already")
-    add("--specificity", type=float, metavar="SHARE", help="place the threshold above this share of "
-        "the normal images (default: 0.95)")
-    add("--calibrate", metavar="FOLDER", help="take known normal images of another site, at least "
-        "30, for threshold and percentiles; kept as calibration-NAME.pt")
+    add("--specificity", type=float, metavar="SHARE",
+        help="place the threshold above this share of normal images (default: 0.95)")
+    add("--calibrate", metavar="FOLDER", help="take threshold and percentiles from these normal "
+        "images of another site, at least 30; kept as calibration-NAME.pt")
     add("--calibration", metavar="NAME", help="test, score or export with the calibration of this "
-        "name; with --calibrate: the name (default: that of the folder)")
-    add("--export", metavar="FILE", help="write model, reader and threshold as one graph: "
-        "FILE.onnx or FILE.pt2")
+        "name; with --calibrate: its name (default: that of the folder)")
+    add("--export", metavar="FILE", help="write model, reader and threshold as one graph: a name "
+        "that ends in .onnx or .pt2")
     add("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
     arguments = parser.values(argv)
     if not arguments["runs"]:
@@ -57,8 +57,8 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     if arguments["normal"] and not (arguments["data"] or arguments["calibrate"]):
         raise UserError("--normal: goes with --data; a run's own data keeps the words of training")
     if arguments["specificity"] is not None and not 0 < arguments["specificity"] < 1:
-        raise UserError(f"--specificity: {arguments['specificity']:g} is not between 0 and 1; give a "
-                        "share, such as 0.95")
+        raise UserError(f"--specificity: {arguments['specificity']:g} is not between 0 and 1; give "
+                        "a share, such as 0.95")
     tests = arguments["data"], arguments["samples"], arguments["split"] != "test"
     asked = [name for name in ("image", "calibrate", "export") if arguments[name]]
     if len(asked) > 1:
@@ -89,7 +89,7 @@ import shlex
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from operator import getitem
@@ -123,9 +123,10 @@ from models import (
 RESAMPLES = 1000
 SPECIFICITY, LEVELS, PREVALENCES = 0.95, (0.90, 0.95, 0.99), (0.01, 0.05, 0.20)
 OVERLAY_SIDE = 4096  # pixels
+OUTPUTS = ["score", "percentile", "abnormal", "map"]  # of an exported graph
 FEWEST_NORMALS = 30  # of another site, for a calibration
-RECALIBRATE = (f"With {FEWEST_NORMALS} or more normal images from there, set it anew: evaluate.py RUN "
-               "--calibrate FOLDER_OF_NORMALS.")
+RECALIBRATE = (f"With {FEWEST_NORMALS} or more normal images from there set it anew: "
+               "evaluate.py RUN --calibrate FOLDER_OF_NORMALS.")
 NAMES = {"unet": "U-Net", "reversed_ae": "Reversed AE"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 IMAGE_ALONE, UNTRAINED = "a reader of the image alone", "the same network untrained"
@@ -156,7 +157,7 @@ class TrainedRun:
     fingerprint: str  # of the data it was trained on
     made_with: str  # versions, device and precision of its training
     calibration: str = ""  # the name of that of another site
-    calibrated_on: Collection[str] = ()  # digests of its images
+    calibrated_on: frozenset[str] = frozenset()  # digests of its images
 
     @property
     def normals(self) -> str:
@@ -489,7 +490,7 @@ class Result:
     baselines: dict[str, np.ndarray] = field(default_factory=dict)  # scores by other readers
     bad: dict[str, str] = field(default_factory=dict)  # images that could not be read, and why
     traits: Tensor = field(default_factory=lambda: torch.empty(0, len(TRAITS)))
-    known: int = 0  # images that the calibration was made from
+    digests: list[str] = field(default_factory=list)
     scored_before: int = 0  # how often this run had been tested on this split
     # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
     # sum, and its share of the image's area, which is what a map that knows nothing would give.
@@ -576,7 +577,7 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
                          | (trivial(images.numpy()) if trivial else {}))
             order += positions.tolist()
             traits.append(r.run.scorer.traits(images))
-            r.known += sum(digest(image) in r.run.calibrated_on for image in images)
+            r.digests += map(digest, images)
             for map_, i in zip(maps[r.scorer][:, 0].cpu().numpy(), positions.tolist(), strict=True):
                 if (mask := r.mask(r.samples[i])) is not None:
                     locate(r, map_, mask)
@@ -856,7 +857,7 @@ def cautions(tested: list[Result]) -> list[str]:
     elif (r := tested[0]).external:
         chosen = r.labels == NORMAL if (r.labels == NORMAL).any() else r.labels == ABNORMAL
         found += drift(r.run, r.scorer, r.traits[chosen], r.scores[chosen])
-    if known := max(r.known for r in tested):
+    if known := max(len(r.run.calibrated_on & {*r.digests}) for r in tested):
         found.append(f"Careful: {known} of these images are among those that the threshold was "
                      "calibrated on. Its specificity is flattered by them.")
     return found
@@ -1018,16 +1019,16 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
         f"Intervals: {RESAMPLES} bootstrap resamples of patients, the same for all; of specificity "
         "Wilson's.")]
     if first["auroc"] is not None:
-        rows = []
-        for name, group in groups.items():
-            for level in set.intersection(*({*r.metrics["at_specificity"]} for r in group)):
-                one, two = (float(np.mean([r.metrics["at_specificity"][level][k] for r in group]))
-                            for k in ("sensitivity", "specificity"))
-                rows.append([f"{name}, {100 * float(level):g} %", decimal(two), decimal(one),
-                             *(predictive_values(one, two, p) for p in PREVALENCES)])
+        points = []
+        for name, level in itertools.product(groups, first["at_specificity"]):
+            found = [r.metrics["at_specificity"][level] for r in groups[name]]
+            one, two = (float(np.mean([at[k] for at in found]))
+                        for k in ("sensitivity", "specificity"))
+            points.append([f"{name}, {100 * float(level):g} %", decimal(two), decimal(one),
+                           *(predictive_values(one, two, p) for p in PREVALENCES)])
         tables.append(Table("Thresholds for a specificity, and predictive values", [
             "", "specificity", "sensitivity",
-            *(f"{100 * p:g} % ill: PPV, NPV" for p in PREVALENCES)], sorted(rows),
+            *(f"{100 * p:g} % ill: PPV, NPV" for p in PREVALENCES)], points,
             "PPV: share of the flagged images that are abnormal; NPV: share of the others that are "
             "normal; if so many of all images were abnormal."))
     if len(groups) < len(tested) and first["auroc"] is not None:
@@ -1261,22 +1262,27 @@ TOLD = ("{image}: score {score:.4g}, percentile {percentile_among_normals:.0f} a
         "{verdict} (threshold {threshold:.4g})")
 
 
+def is_prediction(path: Path) -> bool:
+    """Whether a picture is one of an earlier prediction: it has its map beside it."""
+    stem = re.sub(r"_(heatmap|overlay)\.png$", "", str(path))
+    return stem != str(path) and Path(f"{stem}_map.npy").exists()
+
+
 class NewImages(FolderSource):
     """An image file, or all in a folder, without labels."""
 
     def __init__(self, path: Path) -> None:
         self.spec, self.root, files = str(path), path.parent, [path]
-        if path.is_dir():  # a heatmap of an earlier prediction has its map beside it
-            self.root, files = path, sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
-                and not Path(re.sub(r"_(heatmap|overlay)\.png$|$", "_map.npy", str(p), 1)).exists()
-)
+        if path.is_dir():
+            self.root, files = path, sorted(p for p in path.rglob("*") if p.suffix.lower() in (
+                IMAGE_SUFFIXES) and not is_prediction(p))
         # A pipe would be waited for.
         names = [p.relative_to(self.root).as_posix() for p in files if p.is_file()]
         if not names:
             raise UserError(f"--image {path}: " + (
                 f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
                 if path.is_dir() else f"there is no file at {path.resolve()}"))
+        self.name, self.masks, self.boxes, self.left_out = path.stem, {}, {}, Counter()
         self.samples = [Sample(name, name, NORMAL) for name in names if is_text(name)]
         self.bad = {ascii(name)[1:-1]: "its name is not UTF-8" for name in names
                     if not is_text(name)}  # neither table nor picture could hold it
@@ -1287,8 +1293,8 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             calibration: str | None = None) -> list[dict[str, Any]]:
     """Score an image file, or every image in a folder that can be read; one row of results an
     image. Writes NAME_heatmap.png, NAME_overlay.png (the map over the image at its own size),
-    NAME_map.npy (float32 [H,W]) and predictions.csv to `out`, by default <run>/predictions; a number
-    is added to that name if predictions lie there already."""
+    NAME_map.npy (float32 [H,W]) and predictions.csv to `out`, by default <run>/predictions; a
+    number is added to that name if predictions lie there already."""
     with on_screen():
         trained, scorer = load_run(run, device, calibration), scorer or DEFAULT_SCORER
         check_scorer(scorer)
@@ -1376,92 +1382,79 @@ def calibrate(run: str | Path, folder: str, calibration: str | None = None,
               specificity: float | None = None, normal: str | None = None,
               device: str = "auto") -> Path:
     """Take the normal images in a folder for threshold and percentiles: those labelled so, or all
-    of them if nothing tells which are. Writes RUN/calibration-NAME.pt, and tells what it changes;
-    nothing of the run is changed. UserError if they are too few, or the name is taken."""
+    if nothing there tells. Tells what that changes, and writes RUN/calibration-NAME.pt; nothing
+    else is changed. UserError if they are too few, or the name is taken."""
     with on_screen():
-        trained = load_run(run, device)
+        trained, wanted = load_run(run, device), specificity or SPECIFICITY
         name = calibration or re.sub(r"[^\w.-]+", "_", Path(folder).resolve().name)
         file = trained.folder / f"calibration-{name}.pt"
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise UserError(f"--calibration {name!r}: give letters, digits, '-', '_' and '.' only")
-        if file.exists():
-            raise UserError(f"--calibration {name}: {file} is there already; give another name")
-        config = replace(trained.config, data=folder, samples=None,
-                         normal=normal or trained.config.normal)
-        try:
-            source: Source = open_source(config)
-            samples = [s for s in source.samples if s.label == NORMAL]
-            log.info(f"normals   {len(samples):,} of {len(source.samples):,} images of "
-                     f"{source.title}, by its labels")
-        except UserError as error:
-            if normal or not Path(folder).is_dir():
-                raise
-            source = NewImages(Path(folder))
-            samples = source.samples
-            log.info(f"normals   all {len(samples):,} images in {folder} are taken for normal: "
-                     f"{str(error).partition(';')[0]}")
-        splits = read_splits(trained.folder / "split.csv")
-        learnt = {file_of(trained.config.data, s.key) for s in splits.train + splits.val}
-        fresh = [s for s in samples if file_of(source.spec, s.key) not in learnt]
-        if len(fresh) < len(samples):
-            log.info(f"          note: {len(samples) - len(fresh)} images left out: the run was "
-                     "trained or validated on them")
-        stream, parts, traits, images = trained.stream(source, fresh), [], [], list[str]()
-        order = list[int]()
-        with train.progress(len(fresh), "scoring") as bar:
-            for batch, positions in stream:
-                parts.append(trained.score(batch)[1])
-                traits.append(trained.scorer.traits(batch))
-                images += map(digest, batch)
-                order += positions.tolist()
-                bar.update(len(batch))
-        for key, reason in stream.bad.items():
+        if not re.fullmatch(r"[\w.-]+", name) or file.exists():
+            why = f"{file} is there already; give another" if file.exists() else "give a"
+            raise UserError(f"--calibration {name}: {why} name, of letters, digits, '.', '_', '-'")
+        r = Result(trained, *normals_in(trained, folder, normal))
+        score_samples(r)
+        for key, reason in r.bad.items():
             log.info(f"skipped   {key}: {reason}")
-        wanted, n = specificity or SPECIFICITY, len(order)
+        scores, n = torch.from_numpy(r.scores), len(r.samples)
         if n < (needed := max(FEWEST_NORMALS, normals_needed(wanted))):
-            raise UserError(f"--calibrate {folder}: {n} normal images can be used; {100 * wanted:g} "
-                            f"% specificity takes {needed} or more, better 100")
-        scores = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-        own = scores[DEFAULT_SCORER]
-        ends = own.log().quantile(own.new_tensor([0.25, 0.75])).tolist()
-        odd = (own.log() > ends[1] + 3 * (ends[1] - ends[0])).nonzero()[:, 0].tolist()
-        if odd:  # Tukey's far outliers
-            log.warning(f"careful   {len(odd)} of these images score far above the others: are they "
-                        f"normal? {', '.join(fresh[order[i]].key for i in odd[:5])}")
+            raise UserError(f"--calibrate {folder}: {n} normal images can be used; "
+                            f"{100 * wanted:g} % specificity takes {needed} or more, better 100")
+        low, high = scores.log().quantile(scores.new_tensor([0.25, 0.75]))
+        odd = np.flatnonzero(scores.log() > high + 3 * (high - low))  # Tukey 1977: far out
+        if len(odd):
+            log.warning(f"careful   {len(odd)} of these images score far above the others: are "
+                        f"they normal? {', '.join(r.samples[i].key for i in odd[:5])}")
         old = trained.scorer.threshold(DEFAULT_SCORER, wanted)
-        trained.scorer.refer_to(scores, torch.cat(traits))
-        rank = math.ceil(round(n * wanted, 9))  # of n - 1 others: what leaving each out gives
-        told = []
-        for text, under in (("before", int((own <= old).sum())), ("now", rank)):
-            low, high = binomtest(under, n).proportion_ci(method="exact")
-            told.append(f"{text} {decimal(under / n, (low, high))}")
+        trained.scorer.refer_to({k: torch.from_numpy(v) for k, v in r.scored.items()}, r.traits)
         train.write_file(file, {
-            "format": train.FORMAT, "made_for": identity(trained.scorer), "images": images,
-            "normal_scores": trained.scorer.normal_scores,
-            "normal_traits": trained.scorer.normal_traits})
+            "format": train.FORMAT, "made_for": identity(trained.scorer), "images": r.digests,
+            "normal_scores": trained.scorer.normal_scores, "normal_traits": r.traits})
+        # Judged by the threshold of the n - 1 others, as many images stay under as its rank there.
+        told = [(k / n, binomtest(k, n).proportion_ci(method="exact")) for k in (
+            int((scores <= old).sum()), math.ceil(round(n * wanted, 9)))]
         log.info(f"threshold {trained.scorer.threshold(DEFAULT_SCORER, wanted):.4g} instead of "
-                 f"{old:.4g}, for {100 * wanted:g} % specificity (which takes "
-                 f"{normals_needed(wanted)} normals or more)\nspecificity on these {n} images: "
-                 f"{'; '.join(told)} (each judged by the others; 95 % intervals: Clopper-Pearson)"
+                 f"{old:.4g}, for {100 * wanted:g} % specificity, which takes "
+                 f"{normals_needed(wanted)} normal images or more\n"
+                 f"specificity on these {n} images: before {decimal(*told[0])}; now "
+                 f"{decimal(*told[1])}, each judged by the others (95 % intervals: Clopper-Pearson)"
                  f"\nwritten   {file}\nnext      {command('evaluate.py')} "
                  f"{shlex.quote(str(trained.folder))} --calibration {name} --image NEW_IMAGES")
     return file
 
 
+def normals_in(run: TrainedRun, folder: str, normal: str | None) -> tuple[Source, list[Sample]]:
+    """Find the normal images in a folder that the run was neither trained nor validated on."""
+    config = replace(run.config, data=folder, samples=None, normal=normal or run.config.normal)
+    try:
+        source: Source = open_source(config)
+        told = f"those labelled so among the {len(source.samples):,} images of {source.title}"
+    except UserError as error:
+        if normal or not Path(folder).is_dir():
+            raise
+        source = NewImages(Path(folder))
+        told = f"all {len(source.samples):,} images there, since {str(error).partition(';')[0]}"
+    log.info(f"normals   {told}")
+    splits = read_splits(run.folder / "split.csv")
+    learnt = {file_of(run.config.data, s.key) for s in splits.train + splits.val}
+    return source, [s for s in source.samples if s.label == NORMAL
+                    and file_of(source.spec, s.key) not in learnt]
+
+
 class Exported(nn.Module):
     """A run as one graph: image float [1,1,H,W] in [0,1] -> score [1], percentile [1], whether it
-    is abnormal, bool [1], anomaly map [1,1,H,W]."""
+    is abnormal, bool [1], and anomaly map [1,1,H,W]."""
 
     def __init__(self, run: TrainedRun, scorer: str, threshold: float) -> None:
         super().__init__()
-        self.model, self.scorer, self.name, self.threshold = run.model, run.scorer, scorer, threshold
+        self.model: Any = run.model
+        self.scorer, self.by, self.threshold = run.scorer, scorer, threshold
         self.readers = nn.ModuleDict(run.scorer.readers)  # so that their weights are the graph's
         self.normal = run.scorer.normal_scores[scorer].float()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         output = Output(image, torch.cat(self.model.reconstructions(image), 1))
-        map_ = self.scorer.maps(output)[self.name]
+        map_ = self.scorer.maps(output)[self.by]
         score = map_.mean((1, 2, 3))
         percentile = 100 * (self.normal <= score[:, None]).float().mean(1)
         return score, percentile, score > self.threshold, map_
@@ -1469,76 +1462,76 @@ class Exported(nn.Module):
 
 def export(run: str | Path, file: str | Path, scorer: str | None = None,
            specificity: float | None = None, calibration: str | None = None) -> Path:
-    """Write a run as one graph, FILE.onnx or FILE.pt2 (torch.export), in fp32. It is kept if it
+    """Write a run as one graph in fp32, FILE.onnx or FILE.pt2 (torch.export). It is kept only if it
     gives eight validation images the program's scores, to a thousandth of the normals' standard
     deviation; UserError if not, or if a package is missing."""
     with on_screen():
-        file, names = Path(file), ["score", "percentile", "abnormal", "map"]
+        file, scorer = Path(file), scorer or DEFAULT_SCORER
+        check_scorer(scorer)
         if file.suffix not in (".onnx", ".pt2"):
             raise UserError(f"--export {file}: give a name that ends in .onnx or .pt2")
         if not os.access(file.parent, os.W_OK):
             raise UserError(f"--export {file}: {file.parent} cannot be written")
-        scorer = scorer or DEFAULT_SCORER
-        check_scorer(scorer)
         trained = load_run(run, "cpu", calibration)
         threshold = trained.threshold(scorer, specificity)
         images = trained.some_normals(open_source(trained.config), "val", 8)[:8]
-        here = trained.score(images)[1][scorer]
-        trained = replace(trained, setup=Setup(torch.device("cpu")),
-                          model=trained.model.to(memory_format=torch.contiguous_format))
-        graph = Exported(trained, scorer, threshold).eval().requires_grad_(False)
-        about = {"made_by": f"ImgAE-Dx, {trained.name}", "scorer": scorer,
+        as_it_runs, precision = trained.score(images)[1][scorer], trained.setup.precision
+        trained.setup = Setup(torch.device("cpu"))
+        trained.model = trained.model.to(memory_format=torch.contiguous_format)
+        in_fp32 = trained.score(images)[1][scorer]
+        about = {"made_by": f"ImgAE-Dx, {trained.name}; research use only", "scorer": scorer,
                  "threshold": f"{threshold:.6g}, above {100 * (specificity or SPECIFICITY):g} % of "
                               f"{trained.normals}",
-                 "input": f"image: float32 [1,1,{images.shape[2]},{images.shape[3]}] in 0 to 1",
+                 "input": f"image: float32 {[1, *images.shape[1:]]} in 0 to 1",
                  "preprocessing": "grey (ITU-R 601), the whole image stretched to this square by "
                                   "antialiased bilinear resampling, rounded to 0..255, over 255",
-                 "outputs": "score; percentile among normals; abnormal: score above the threshold; "
-                            f"map: {UNITS.get(scorer, scorer)}", "use": "Research only."}
-        written = file.with_name(f".{file.name}")
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(graph, (images[:1] / 255,))
-                if file.suffix == ".pt2":
-                    torch.export.save(program, written, extra_files={"about.json": json.dumps(about)})
-                    answer = torch.export.load(written).module()
-                else:
-                    answer = to_onnx(program, written, names, about)
-                found = [answer(image[None] / 255) for image in images]
-        except OSError as error:
-            raise UserError(f"--export {file}: cannot be written ({error.strerror})") from None
+                 "output": f"{', '.join(OUTPUTS)}: score; its percentile among normal images; "
+                           f"whether it is above the threshold; map, {UNITS.get(scorer, scorer)}"}
+        temporary = file.with_name(f".{file.name}")
+        graph = Exported(trained, scorer, threshold).eval().requires_grad_(False)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(graph, (images[:1] / 255,))
+            write = write_pt2 if file.suffix == ".pt2" else write_onnx
+            answer = write(program, temporary, about)
+            found = torch.cat([torch.as_tensor(answer(x[None] / 255)[0]) for x in images])
         spread = trained.scorer.normal_scores[scorer].std()
-        there = torch.cat([torch.as_tensor(score) for score, *_ in found]).double()
-        away = ((there - trained.score(images)[1][scorer]).abs().max() / spread).item()
+        away, usual = ((abs(found - scores).max() / spread).item()
+                       for scores in (in_fp32, as_it_runs))
         if not away <= 1e-3:
-            written.unlink()
+            temporary.unlink()
             raise UserError(f"--export {file}: not kept, since its scores are up to {away:.2g} "
                             "standard deviations of normals away from the program's")
-        os.replace(written, file)
-        log.info(f"written   {file}: {file.stat().st_size / 1e6:.1f} MB; image -> {', '.join(names)}\n"
-                 f"checked   on {len(images)} validation images: scores at most {away:.1g} standard "
-                 f"deviations of normals away from the program's in fp32, {abs(there - here).max() / spread:.1g} from "
-                 f"those in {load_run(run, 'cpu').setup.precision}, as it scores here")
+        os.replace(temporary, file)
+        log.info(f"written   {file}: {file.stat().st_size / 1e6:.1f} MB; image -> "
+                 f"{', '.join(OUTPUTS)}\nchecked   on {len(images)} validation images: scores at "
+                 f"most {away:.1g} standard deviations of normals away from the program's in fp32, "
+                 f"and {usual:.1g} from those in {precision}, as it runs here")
     return file
 
 
-def to_onnx(program: Any, file: Path, names: list[str], about: dict[str, str]) -> Callable:
-    """Write an exported program as ONNX; what computes its outputs, by onnxruntime if it is
-    installed. UserError if onnxscript is not."""
+def write_pt2(program: Any, file: Path, about: dict[str, str]) -> Callable:
+    """Write an exported program, with what there is to know in about.json; the one read back."""
+    torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+    return torch.export.load(file).module()
+
+
+def write_onnx(program: Any, file: Path, about: dict[str, str]) -> Callable:
+    """Write an exported program as ONNX; what runs it, onnxruntime if that is installed. UserError
+    if onnxscript is not."""
     try:
         import onnxscript  # noqa: F401
     except ImportError:
-        raise UserError("--export: ONNX needs a package: pip install onnxscript onnxruntime; a name "
-                        "that ends in .pt2 needs none") from None
-    made = torch.onnx.export(program, (), input_names=["image"], output_names=names, dynamo=True,
+        raise UserError("--export: ONNX needs a package: pip install onnxscript onnxruntime; a "
+                        "name that ends in .pt2 needs none") from None
+    made = torch.onnx.export(program, (), input_names=["image"], output_names=OUTPUTS, dynamo=True,
                              verbose=False)
     made.model.metadata_props.update(about)
     made.save(file, external_data=False)
     try:
         import onnxruntime
     except ImportError:
-        log.warning("careful   onnxruntime is not installed: the graph is tried by PyTorch alone")
+        log.warning("careful   onnxruntime is not installed: what was written has not been run")
         return program.module()
     session = onnxruntime.InferenceSession(file)
     return lambda image: session.run(None, {"image": image.numpy()})

@@ -448,7 +448,7 @@ def test_normals_alone_give_no_auroc_but_a_specificity(
     page = Page(next((runs[0] / "eval" / tmp_path.name).glob("*.html")))
     assert "clearly" not in page.text
     low, high = metrics["specificity_ci"]
-    assert page.rows[1] == ["U-Net", "-", "-", "-", "-", f"0.000 ({low:.3f} to {high:.3f})"]
+    assert page.rows[1] == ["U-Net", "-", "-", "-", f"0.000 ({low:.3f} to {high:.3f})"]
 
 
 def test_training_images_are_never_tested_on_under_another_path(
