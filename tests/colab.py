@@ -22,7 +22,7 @@ up, and the image gets an anomaly score. Research use only. Not for diagnosis.
 
 **Runtime → Run all** takes a few minutes. These settings are for a first look: small models, drawn
 chest images, no account, no download, no GPU. For real images take a GPU (Runtime → Change runtime
-type) and `IMAGE_SIZE = 128`, `SAMPLES = None`, `EPOCHS = 20`, `WIDTH = 64`."""
+type) and `IMAGE_SIZE = 128`, `SAMPLES = None`, `EPOCHS = None`, `WIDTH = 64`."""
 
 # Colab makes a form of the comments `@title` and `@param`, and folds the code away behind it.
 SETTINGS = """\
@@ -34,11 +34,15 @@ MOUNT_DRIVE = False  # @param {type: "boolean"}
 IMAGE_SIZE = 64  # @param {type: "integer"}
 # @markdown Normal images to train on; `None`: all there are.
 SAMPLES = 400  # @param {type: "raw"}
-EPOCHS = 4  # @param {type: "integer"}
+EPOCHS = 4  # @param {type: "raw"}
 # @markdown Channels of the first level; 64 is full size.
 WIDTH = 16  # @param {type: "integer"}
 # @markdown An image or folder to score; `upload`: choose a file; empty: an abnormal one of `DATA`.
 IMAGE = ""  # @param {type: "string"}
+# @markdown Another site: a folder of 30 or more of its normal images, for a threshold of its own.
+NORMALS = ""  # @param {type: "string"}
+# @markdown Take the models elsewhere: `model.pt2`, or `model.onnx`.
+EXPORT = ""  # @param {type: "string"}
 """
 
 PROGRAM = """\
@@ -65,7 +69,7 @@ for name in ("config", "models", "data", "train", "evaluate"):
 
 from config import Config, UserError
 from data import open_source
-from evaluate import evaluate, predict
+from evaluate import calibrate, evaluate, export, predict
 from train import train
 if MOUNT_DRIVE:
     try:
@@ -113,6 +117,19 @@ for run in folders:
         heatmap = run / "predictions" / image.stem / f"{path.stem}_heatmap.png"
         if heatmap.is_file():  # not of what is no image
             display(Image(str(heatmap), width=800))
+""",
+    """\
+## At another site
+With `NORMALS` each model gets a threshold of its own for the place that these images come from. With
+`EXPORT` it is written as one file, for programs that know nothing of this one.""": """\
+for run in folders:
+    site = "site" if NORMALS else None
+    if NORMALS and not (run / "calibration-site.pt").exists():
+        calibrate(run, NORMALS, site)
+    if EXPORT.endswith(".onnx"):
+        get_ipython().run_line_magic("pip", "install --quiet onnxscript onnxruntime")
+    if EXPORT:
+        export(run, run / EXPORT, calibration=site)
 """,
 }
 
