@@ -628,7 +628,7 @@ def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
                 config.reader_steps * READER_BATCH)  # no more than are shown
     inputs, targets, group = {n: list[Tensor]() for n in readers}, list[Tensor](), group_of(config)
     with progress(count + drawn, "calibrating") as bar, torch.no_grad():
-        for images in in_groups(stream.every(stride), READ_AT_ONCE):  # not a slice of them
+        for images in stream.every(stride, READ_AT_ONCE):  # not a slice of them
             [(output, real)] = reconstruct_evenly(model, images, setup)
             scorer.add(output.first(real))
             bar.update(real)
@@ -638,7 +638,7 @@ def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
         scorer.finish()
         stride = max(1, len(stream.samples) // drawn)
         groups = itertools.chain.from_iterable(
-            in_groups(stream.every(stride), group) for _ in itertools.count())
+            stream.every(stride, group) for _ in itertools.count())
         while (number := len(targets)) * group < drawn:
             images = next(groups)
             draws = Draws(seeded(config.seed, "drawn", number), len(images))
@@ -670,7 +670,7 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
     lesion that it was not trained on, and whether it reconstructs at all."""
     scores, moved, errors = list[dict[str, Tensor]](), list[Tensor](), list[Tensor]()
     tops, trained = dict.fromkeys(scorer.readers, 1.0), BASELINE in scorer.readers
-    for number, images in enumerate(in_groups(loaders.val.every(1), group_of(config))):
+    for number, images in enumerate(loaders.val.every(1, group_of(config))):
         output, found, maps = score_images(model, scorer, images, setup)
         scores.append(found)
         for name in maps.keys() - scorer.readers.keys():  # twice what 999 of 1,000 pixels lie under
@@ -699,19 +699,6 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
     if own >= of_mean:
         log.warning(f"careful   {type(model).__name__}'s reconstructions of validation images are "
                     f"no better than the mean training image (mean error {own:.4f}, {of_mean:.4f})")
-
-
-def in_groups(stream: Iterable[tuple[Tensor, Any]], size: int) -> Iterator[Tensor]:
-    """A stream's images, uint8 [size,1,H,W]; fewer in the last group."""
-    rest = torch.empty(0, dtype=torch.uint8)
-    for images, _ in stream:
-        *groups, rest = (torch.cat([rest, images]) if len(rest) else images).split(size)
-        yield from groups
-        if len(rest) == size:
-            yield rest
-            rest = rest[:0]
-    if len(rest):
-        yield rest
 
 
 @on_screen()
