@@ -65,7 +65,6 @@ BAD_STEPS = 3  # in a row whose loss is not finite, before training ends
 BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
 LARGE_MATRIX = 1 << 25  # numbers; LeanAdam keeps less state of such a parameter
 TO_RESUME = "the same command and --resume (in a notebook: resume=\"auto\")"
-ENDED = f"ended as asked, and saved; go on with {TO_RESUME}"
 
 
 def join_processes(config: Config) -> Setup:
@@ -226,9 +225,12 @@ def open_log(folder: Path) -> logging.FileHandler:
 
 
 def write_log(rows: list[dict[str, float]], file: Path) -> None:
-    """log.csv, whole: a few rows, and never a torn one after a resume."""
+    """log.csv, whole: a few rows, and never a torn one after a resume. A warning if that fails."""
     lines: list[Iterable] = [rows[0].keys(), *(row.values() for row in rows)]
-    write_file(file, "".join(",".join(map(str, line)) + "\n" for line in lines))
+    try:
+        write_file(file, "".join(",".join(map(str, line)) + "\n" for line in lines))
+    except UserError as error:  # open in a spreadsheet?
+        log.warning(f"training goes on: last.pt has the rows, too ({error})")
 
 
 def draw_curves(rows: list[dict], file: Path, title: str) -> None:
@@ -399,12 +401,15 @@ class TrainingState:
     bad_steps: int = 0  # in a row
     wandb_id: str | None = None
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    # Not of it:
+    about: dict[str, object] = dataclasses.field(default_factory=dict)  # is in every checkpoint
+    saved_at: float = 0.0  # of time.monotonic()
 
     def state_dict(self) -> dict[str, object]:
         """All that changes, as tensors and plain values."""
         return {name: value.state_dict() if hasattr(value, "state_dict") else value
                 for name, value in vars(self).items()
-                if name not in ("config", "setup", "objective")}
+                if name not in ("config", "setup", "objective", "about", "saved_at")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take in what `state_dict` gave, except micro_batch, which depends on the machine."""
@@ -429,10 +434,16 @@ class TrainingState:
             log.warning(f"{where}: that step is skipped")
         self.step += 1
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Set what is counted within an epoch to nothing."""
-        self.epoch, self.batch = epoch, 0
+    def end_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum, self.images, self.skipped, self.seconds, self.waited = 0.0, 0, 0, 0.0, 0.0
+
+    def save(self) -> None:
+        """Write last.pt. One process does so for all."""
+        self.saved_at = time.monotonic()
+        if self.setup.rank == 0:
+            write_file(run_folder(self.config) / "last.pt", self.about | self.state_dict())
 
 
 def new_state(config: Config, setup: Setup) -> TrainingState:
@@ -543,41 +554,34 @@ def accumulate_gradients(state: TrainingState, inputs: Tensor, images: Tensor,
 # Training
 
 
-class Signals:
+class Signals(contextlib.ExitStack):
     """While inside, SIGINT (Ctrl-C), SIGTERM and SIGHUP end training at the next `check`, on every
     process at the same one, by GracefulExit. A second signal ends at once, but for torchrun, which
     itself sends one."""
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__()
         self.setup, self.number = setup, 0
         self.waiting = 0.0  # for data since this time.monotonic(), perhaps for long
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
         with contextlib.suppress(ValueError):  # only in the main thread they can be had
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it
                 if number and signal.getsignal(number) is not signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self.note)
-        return self
+                    self.callback(signal.signal, number, signal.signal(number, self.note))
 
-    def __exit__(self, kind: type | None, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: Any) -> bool | None:
         # Where another process has died, the launcher's SIGTERM is on its way: it must not end
         # this one before it has said why it ends.
-        if self.setup.world == 1 or kind is None or kind is GracefulExit:
-            self.restore()
-
-    def restore(self) -> None:
-        """Let signals do what they did before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        if self.setup.world > 1 and kind not in (None, GracefulExit):
+            self.pop_all()
+        return super().__exit__(kind, *error)
 
     def note(self, number: int, frame: object) -> None:
         """Take in a signal."""
         self.number = number
         if self.setup.world > 1:
             return
-        self.restore()
+        self.close()  # signals do what they did before
         if self.waiting:
             self.check()
         with contextlib.suppress(OSError):  # not by print, which may be what was interrupted
@@ -586,7 +590,8 @@ class Signals:
     def check(self) -> None:
         """GracefulExit if this process or another has been asked to end."""
         if self.setup.sum(self.number):
-            raise GracefulExit(ENDED, 128 + (self.number or signal.SIGTERM))
+            raise GracefulExit(f"ended as asked, and saved; go on with {TO_RESUME}",
+                               128 + (self.number or signal.SIGTERM))
 
 
 @torch.no_grad()
@@ -776,7 +781,7 @@ def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | N
 
 def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
     """Train one model from start, or from a checkpoint, to calibrated best weights."""
-    folder, source, stream = run_folder(config), loaders.source, loaders.train
+    folder, source = run_folder(config), loaders.source
     saved, settings = None, dataclasses.asdict(config) | {"resume": None, "reuse": False}
     if config.resume or config.reuse:
         try:
@@ -791,9 +796,11 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
         if saved["device"] == setup.device.type and (
                 config.micro_batch == saved["config"]["micro_batch"]):
             state.micro_batch = saved["micro_batch"]  # it may have been halved
-    stream.seed = config.seed  # the loaders may have been another seed's
-    stream.set_epoch(state.epoch, state.batch)
-
+    loaders.train.seed = config.seed  # the loaders may have been another seed's
+    state.about = {"format": FORMAT, "config": settings, "data_fingerprint": source.fingerprint(),
+                   "data_version": source.version, "precision": setup.precision,
+                   "device": setup.device.type, "world": setup.world, "versions": {
+                       "python": sys.version.split()[0], "torch": str(torch.__version__)}}
     setup.barrier()  # everyone has looked at the folder; then one process changes it
     with contextlib.nullcontext() if setup.rank else open_run(folder, saved is not None):
         if setup.rank == 0:
@@ -817,78 +824,35 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
                 log.info(f"          its images were in {before}: the names of these are the same")
         elif config.resume:
             log.info(f"resume    no checkpoint in {folder} yet: starting afresh")
-        common = {"format": FORMAT, "config": settings,
-                  "data_fingerprint": source.fingerprint(), "data_version": source.version,
-                  "precision": setup.precision, "device": setup.device.type, "world": setup.world,
-                  "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
         del saved
-        train_epochs(state, loaders, common)
+        train_epochs(state, loaders)
         if setup.rank == 0:
-            finish_run(state, loaders, common)
+            finish_run(state, loaders)
     return folder
 
 
-def train_epochs(state: TrainingState, loaders: Loaders, common: dict[str, object]) -> None:
-    """The loop: train an epoch, validate, keep the best, save, log, perhaps stop.
-
-    common: what every checkpoint holds besides weights.
-    """
-    config, setup, stream = state.config, state.setup, loaders.train
-    folder, first = run_folder(config), setup.rank == 0  # of the processes: the one that writes
+def train_epochs(state: TrainingState, loaders: Loaders) -> None:
+    """The loop: train an epoch, validate, keep the best, save, log, perhaps stop."""
+    config, setup, folder = state.config, state.setup, run_folder(state.config)
+    first = setup.rank == 0  # the process that writes
     wandb = try_wandb(start_wandb, state) if config.wandb and first else None
-    total_steps = max(1, state.schedule_epochs * len(stream))
-    saved_at = time.monotonic()
-
-    def save_last() -> None:
-        nonlocal saved_at
-        saved_at = time.monotonic()
-        if first:
-            write_file(folder / "last.pt", common | state.state_dict())
-
+    state.saved_at = time.monotonic()
     with Signals(setup) as signals:
         try:
             while state.epoch < config.epochs and state.bad_epochs < config.patience:
-                name = f"{folder.name} epoch {state.epoch + 1}/{config.epochs}"
-                began, before = time.monotonic(), state.seconds
-                state.model.train()
-                with progress(len(stream) * stream.batch_size, name, state.images, first) as bar:
-                    signals.waiting = time.monotonic()
-                    for images, _ in stream:
-                        state.waited += time.monotonic() - signals.waiting
-                        signals.waiting = 0.0
-                        lr = learning_rate_at(state.step, total_steps, config)
-                        for group in state.optimizer.param_groups:
-                            group["lr"] = lr
-                        loss, count = train_step(state, images, stream.batch_size)
-                        state.count(loss, count)
-                        state.batch = stream.next_batch  # wholly unreadable ones are passed over
-                        state.seconds = before + time.monotonic() - began
-                        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-                        bar.update(count)
-                        if time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
-                            save_last()
-                        signals.check()
-                        signals.waiting = time.monotonic()
-                signals.waiting = 0.0
-                if setup.world > 1:  # everyone gets the first one's running statistics
-                    for buffer in state.model.buffers():
-                        dist.broadcast(buffer, 0)
-                training_seconds = max(before + time.monotonic() - began, 1e-9)
+                train_epoch(state, loaders.train, signals)
+                began = time.monotonic()
                 val_loss = validate(state, loaders.val, signals)
-                if not state.images:
-                    raise UserError("no training image could be read" if not state.skipped else
-                                    f"no step of epoch {state.epoch + 1} had a finite loss; start "
-                                    "over with a smaller --learning-rate")
                 if not math.isfinite(val_loss):
                     raise UserError(f"the validation loss is {val_loss} after epoch "
                                     f"{state.epoch + 1}; try a smaller --learning-rate")
+                seconds = max(state.seconds, 1e-9)  # of training
                 row = {"epoch": state.epoch + 1, "step": state.step,
                        "train_loss": state.loss_sum / state.images, "val_loss": val_loss,
-                       "learning_rate": learning_rate_at(state.step - 1, total_steps, config),
-                       "skipped_steps": state.skipped,
-                       "images_per_second": state.images / training_seconds,
-                       "data_wait": state.waited / training_seconds,
-                       "seconds": before + time.monotonic() - began,
+                       "learning_rate": state.optimizer.param_groups[0]["lr"],
+                       "skipped_steps": state.skipped, "images_per_second": state.images / seconds,
+                       "data_wait": state.waited / seconds,
+                       "seconds": seconds + time.monotonic() - began,
                        "process_mb": process_memory() / 2**20,
                        "device_mb": torch.cuda.max_memory_allocated(setup.device) / 2**20
                        if setup.device.type == "cuda" else 0}
@@ -896,19 +860,16 @@ def train_epochs(state: TrainingState, loaders: Loaders, common: dict[str, objec
                 # Saving comes before telling. The best weights first: last.pt says they are there.
                 better = val_loss < state.best_loss - config.min_delta
                 if better and first:
-                    write_file(folder / "best.pt", common | {
+                    write_file(folder / "best.pt", state.about | {
                         "model": state.model.state_dict(), "epoch": state.epoch + 1,
                         "val_loss": val_loss, "scorer": None})
                 state.log.append(row)
                 state.bad_epochs = 0 if better else state.bad_epochs + 1
                 state.best_loss = val_loss if better else state.best_loss
-                state.begin_epoch(state.epoch + 1)
-                stream.set_epoch(state.epoch)
-                save_last()
-                try:
-                    write_log(state.log, folder / "log.csv") if first else None
-                except UserError as error:  # open in a spreadsheet?
-                    log.warning(f"training goes on: last.pt has the rows, too ({error})")
+                state.end_epoch()
+                state.save()
+                if first:
+                    write_log(state.log, folder / "log.csv")
                 log.info(f"  epoch {state.epoch}/{config.epochs}  train loss "
                          f"{row['train_loss']:.4f}  validation loss {val_loss:.4f}"
                          f"{' (best)' if better else ''}  {row['images_per_second']:.1f} images/s  "
@@ -917,19 +878,53 @@ def train_epochs(state: TrainingState, loaders: Loaders, common: dict[str, objec
                     try_wandb(wandb.log, row, step=state.epoch)
                 signals.check()
         except GracefulExit:
-            save_last()
+            state.save()
             setup.barrier()  # torchrun would end the one that saves once another has ended
             raise
         except UserError:  # no step was left half done
             with contextlib.suppress(UserError):  # which the disk may have been the reason of
                 if all(p.isfinite().all() for p in state.model.parameters()):
-                    save_last()
+                    state.save()
             raise
     if wandb:
         try_wandb(wandb.finish)
 
 
-def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]) -> None:
+def train_epoch(state: TrainingState, stream: ImageStream, signals: Signals) -> None:
+    """Take the steps of an epoch, from state.batch on; save and look for signals in between."""
+    config, setup, before = state.config, state.setup, time.monotonic() - state.seconds
+    total_steps = max(1, state.schedule_epochs * len(stream))
+    label = f"{run_folder(config).name} epoch {state.epoch + 1}/{config.epochs}"
+    stream.set_epoch(state.epoch, state.batch)
+    state.model.train()
+    with progress(len(stream) * stream.batch_size, label, state.images, setup.rank == 0) as bar:
+        signals.waiting = time.monotonic()
+        for images, _ in stream:
+            state.waited += time.monotonic() - signals.waiting
+            signals.waiting = 0.0
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate_at(state.step, total_steps, config)
+            loss, count = train_step(state, images, stream.batch_size)
+            state.count(loss, count)
+            state.batch = stream.next_batch  # wholly unreadable ones are passed over
+            state.seconds = time.monotonic() - before
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(count)
+            if time.monotonic() - state.saved_at >= 60 * config.checkpoint_minutes:
+                state.save()
+            signals.check()
+            signals.waiting = time.monotonic()
+    signals.waiting = 0.0
+    if not state.images:
+        raise UserError("no training image could be read" if not state.skipped else
+                        f"no step of epoch {state.epoch + 1} had a finite loss; start over with a "
+                        "smaller --learning-rate")
+    if setup.world > 1:  # everyone gets the first one's running statistics
+        for buffer in state.model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def finish_run(state: TrainingState, loaders: Loaders) -> None:
     """Calibrate the scorers on the best weights, store them with these, and say where all is."""
     config, setup, folder = state.config, state.setup, run_folder(state.config)
     if state.bad_epochs >= config.patience:
@@ -944,7 +939,7 @@ def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]
         untrained = calibrate(untrained_model(config, setup).eval(), loaders, config, setup,
                               (DEFAULT_SCORER,))
         write_file(folder / "best.pt", best | {
-            "config": common["config"], "scorer": scorer.state_dict(),
+            "config": state.about["config"], "scorer": scorer.state_dict(),
             "untrained": untrained.state_dict()})
     write_log(state.log, folder / "log.csv")  # also where nothing was left to train
     draw_curves(state.log, folder / "curves.png", folder.name)
