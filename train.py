@@ -103,16 +103,6 @@ def join_processes(config: Config) -> Setup:
     return Setup(device, precision, rank, world)
 
 
-def process_memory() -> int:
-    """Most bytes that this process has held so far; 0 if not known."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
-
-
 def progress(total: int, label: str, initial: int = 0, show: bool = True,
              unit: str = "images") -> tqdm:
     """A progress bar over images; where nobody watches, a line every 15 seconds."""
@@ -146,11 +136,8 @@ def write_file(path: Path, content: str | dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of ours, on the CPU. Only tensors and plain values are ever unpickled.
-
-    UserError if it is missing, damaged (its checksums are compared first), not ours, or of another
-    version.
-    """
+    """A checkpoint of ours, on the CPU. Only tensors and plain values are ever unpickled. UserError
+    if it is missing, damaged (checksums are compared first), not ours, or of another version."""
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint there")
     try:
@@ -178,10 +165,10 @@ def reason_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def open_run(folder: Path, go_on: bool) -> Iterator[None]:
-    """Make the run folder and keep other trainings out of it while inside; log to its run.log.
+    """Make the run folder, keep other trainings out of it while inside, and log to its run.log.
 
-    Unless training goes on in it, what is there of another run is moved aside: nothing is
-    overwritten. UserError if nothing can be written there, or another training is there.
+    Unless training goes on in it, an earlier run that is there is moved aside, never overwritten.
+    UserError if nothing can be written there, or another training is there.
     """
     handler = open_log(folder)
     try:
@@ -270,19 +257,21 @@ class LeanAdam(torch.optim.Adam):
         """Take a step. Gradients of large matrices are freed."""
         for group in self.param_groups:
             for weight in group["params"]:
-                if is_large(weight) and (weight.grad is not None or factors_of(weight)):
-                    self._step_large(weight, group)
+                factors = getattr(weight, "factors", None)  # of the gradient; see models.Linear
+                if is_large(weight) and (factors or weight.grad is not None):
+                    self._step_large(weight, group, factors)
                     weight.grad = None  # PyTorch's own step passes it over
         super().step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what large ones are the product of."""
+        """Clear the gradients, and the factors of large ones."""
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for weight in group["params"]:
-                factors_of(weight).clear()
+                getattr(weight, "factors", []).clear()
 
-    def _step_large(self, weight: Tensor, group: dict[str, Any]) -> None:
+    def _step_large(self, weight: Tensor, group: dict[str, Any],
+                    factors: list[tuple[Tensor, Tensor]] | None) -> None:
         state, (beta1, beta2) = self.state[weight], group["betas"]
         if not state:
             state["step"] = torch.zeros((), device=weight.device)
@@ -296,7 +285,7 @@ class LeanAdam(torch.optim.Adam):
         height = (1 << 20 if weight.device.type == "cpu" else 1 << 24) // width
         tiles = [(slice(i, i + height), slice(j, j + width)) for i in range(0, len(weight), height)
                  for j in range(0, weight.shape[1], width)]
-        if factors := factors_of(weight):
+        if factors:
             g, x = map(torch.cat, zip(*factors, strict=True))  # micro-batches one below the other
             # The means of squares of g.T @ x. In fp64: shares of images may all but cancel.
             rows, columns = ((b @ b.T @ a * a).sum(0).float() / b.shape[1]
@@ -319,11 +308,6 @@ class LeanAdam(torch.optim.Adam):
                 moment.mul_(beta1).add_(weight.grad[a, b], alpha=1 - beta1)
             mean[a, b] = moment
             weight[a, b].addcmul_(moment.mul_(below[b]), left[a])
-
-
-def factors_of(weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What a weight's gradient is the product of, if it is kept like that (see models.Linear)."""
-    return getattr(weight, "factors", [])
 
 
 def is_large(parameter: Tensor) -> bool:
@@ -465,35 +449,27 @@ def is_out_of_memory(error: Exception) -> bool:
         isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
 
-def corrupted(state: TrainingState, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """(what the model sees, clean images), float [B,1,H,W], of this process's slice uint8 [B,1,H,W]
-    of a batch. All randomness depends on (seed, step) and the place in the batch."""
-    config, setup = state.config, state.setup
-    # As numpy.array_split deals them: the first few slices have one more.
-    start = sum(batch_size // setup.world + (r < batch_size % setup.world)
-                for r in range(setup.rank))
-    images = to_float(images, setup.device)
-    draws = Draws(seeded(config.seed, "step", state.step), len(images), start,
-                  max(batch_size, start + len(images)))
-    if config.augment:
-        images = augment(images, draws)
-    return corrupt(images, config.objective, draws), images
-
-
 def train_step(state: TrainingState, images: Tensor, batch_size: int) -> tuple[float, int]:
-    """One optimizer step on this process's slice of a batch: mean loss and number of images of the
-    whole batch. If the loss is not finite, nothing is changed.
+    """Take an optimizer step on this process's slice of a batch; (mean loss, number of images) of
+    the whole batch, of batch_size images. A loss that is not finite changes nothing.
 
     images: uint8 [B,1,H,W]; fewer than the slice if some could not be read, even none.
-    batch_size: of the whole batch.
     """
-    setup, total = state.setup, int(state.setup.sum(len(images)))
+    config, setup = state.config, state.setup
+    total = int(setup.sum(len(images)))
     if not total:  # none of the batch's images could be read
         return 0.0, 0
     weight = 1 / total
     if not len(images):  # the others wait for gradients all the same
         images, weight = images.new_zeros((1, *images.shape[1:])), 0.0
-    inputs, images = corrupted(state, images, batch_size)
+    # All randomness depends on seed, step and the place in the whole batch.
+    start = sum(map(len, torch.arange(batch_size).tensor_split(setup.world)[: setup.rank]))
+    draws = Draws(seeded(config.seed, "step", state.step), len(images), start,
+                  max(batch_size, start + len(images)))
+    images = to_float(images, setup.device)
+    if config.augment:
+        images = augment(images, draws)
+    inputs = corrupt(images, config.objective, draws)
     buffers = list(state.model.buffers())  # BatchNorm's running statistics
     before = [b.clone() for b in buffers]
     while True:
@@ -526,11 +502,8 @@ def train_step(state: TrainingState, images: Tensor, batch_size: int) -> tuple[f
 
 def accumulate_gradients(state: TrainingState, inputs: Tensor, images: Tensor,
                          weight: float) -> Tensor:
-    """Leave the gradients of the summed loss times `weight` in the parameters, summed over all
-    processes, from micro_batch images at a time; that weighted loss of this process.
-
-    inputs: what the model sees, images: clean, both float [B,1,H,W].
-    """
+    """Sum up the gradients of the loss times `weight`, from micro_batch images at a time, over all
+    processes; that weighted loss of this process. inputs, clean images: float [B,1,H,W]."""
     purpose = f"dropout {state.setup.rank}"
     torch.manual_seed(seeded(state.config.seed, purpose, state.step).initial_seed())
     parts = math.ceil(len(images) / state.micro_batch)
@@ -710,18 +683,8 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
 def train(config: Config) -> list[Path]:
     """Train what the configuration asks for; the run folders, as many as models times seeds."""
     try:
-        # The machine and the models come first: what they refuse costs no reading of data.
-        setup, configs = join_processes(config), one_by_one(config)
-        for each in configs:
-            with torch.device("meta"):
-                create_model(each.model, each)
-        if config.data == "synthetic":
-            log.info("This trains on the BUILT-IN PHANTOM. For your own images: --data FOLDER")
-        # One set of loaders for all: the split is the same, and images are decoded once.
-        loaders = create_dataloaders(configs[0], setup.rank, setup.world)
-        bits = loaders.train.bits or None  # found from the images, and kept
-        folders = [train_one(dataclasses.replace(each, grey_bits=bits), loaders, setup)
-                   for each in configs]
+        setup, configs, loaders = prepare(config)
+        folders = [train_one(each, loaders, setup) for each in configs]
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
         if is_out_of_memory(error):
             raise UserError(f"out of memory ({reason_of(error)}); try a smaller --micro-batch, "
@@ -735,30 +698,36 @@ def train(config: Config) -> list[Path]:
     return folders
 
 
-def one_by_one(config: Config) -> list[Config]:
-    """A configuration for each run, every model with every seed, what was left open filled in."""
-    synthetic = config.data == "synthetic"
+def prepare(config: Config) -> tuple[Setup, list[Config], Loaders]:
+    """The Setup; a configuration for each run, every model with every seed, what was left open
+    filled in; and the loaders of all: the split is the same, and images are decoded once."""
+    setup, phantom = join_processes(config), config.data == "synthetic"
+    if phantom:
+        log.info("This trains on the BUILT-IN PHANTOM. For your own images: --data FOLDER")
     models = MODELS if config.model == "both" else (config.model,)
-    return [dataclasses.replace(
+    configs = [dataclasses.replace(
         config, model=model, seed=config.seed + i, seeds=1,
-        epochs=config.epochs or (3 if synthetic else 20),
-        samples=config.samples or (PHANTOM_SAMPLES if synthetic else None),
+        epochs=config.epochs or (3 if phantom else 20),
+        samples=config.samples or (PHANTOM_SAMPLES if phantom else None),
         # Absolute, so that the run can be evaluated from anywhere.
-        data=os.path.abspath(config.data) if os.path.exists(config.data) and not synthetic
+        data=os.path.abspath(config.data) if os.path.exists(config.data) and not phantom
         else config.data) for i in range(config.seeds) for model in models]
+    with torch.device("meta"):  # what a model refuses costs no reading of data
+        for each in configs:
+            create_model(each.model, each)
+    loaders = create_dataloaders(configs[0], setup.rank, setup.world)
+    bits = loaders.train.bits or None  # found from the images, and kept
+    return setup, [dataclasses.replace(each, grey_bits=bits) for each in configs], loaders
 
 
 def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | None:
     """The content of the last.pt that --resume or --reuse means; None if there is none.
 
-    A setting that it does not have is its default. Data may lie in another place. UserError if the
-    run cannot go on so: with other settings, data or processes. With --reuse alone it must be of
-    the same length, too.
+    A setting that it does not have is its default. Data may lie in another place. UserError if it
+    has other settings, data or processes; with --reuse alone also if it has another length.
     """
-    folder = run_folder(config)
-    named = config.resume not in (None, "auto")
-    last = folder / "last.pt"
-    if not named and not last.exists():
+    last = run_folder(config) / "last.pt"
+    if config.resume in (None, "auto") and not last.exists():
         return None
     state = load_checkpoint(last)
     before, now = dataclasses.asdict(Config(**state["config"])), dataclasses.asdict(config)
@@ -775,7 +744,7 @@ def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | N
         raise UserError(f"{last}: cannot be resumed: {'; '.join(changed)}. Go on as before, or "
                         "start anew without --resume")
     if state["epoch"]:  # there must be weights of the best epoch to go on from
-        load_checkpoint(folder / "best.pt")
+        load_checkpoint(last.with_name("best.pt"))
     return state
 
 
@@ -853,7 +822,6 @@ def train_epochs(state: TrainingState, loaders: Loaders) -> None:
                        "skipped_steps": state.skipped, "images_per_second": state.images / seconds,
                        "data_wait": state.waited / seconds,
                        "seconds": seconds + time.monotonic() - began,
-                       "process_mb": process_memory() / 2**20,
                        "device_mb": torch.cuda.max_memory_allocated(setup.device) / 2**20
                        if setup.device.type == "cuda" else 0}
 
@@ -877,14 +845,11 @@ def train_epochs(state: TrainingState, loaders: Loaders) -> None:
                 if wandb:
                     try_wandb(wandb.log, row, step=state.epoch)
                 signals.check()
-        except GracefulExit:
-            state.save()
-            setup.barrier()  # torchrun would end the one that saves once another has ended
-            raise
-        except UserError:  # no step was left half done
-            with contextlib.suppress(UserError):  # which the disk may have been the reason of
-                if all(p.isfinite().all() for p in state.model.parameters()):
-                    state.save()
+        except (GracefulExit, UserError) as error:  # no step was left half done
+            if all(p.isfinite().all() for p in state.model.parameters()):
+                state.save()
+            if isinstance(error, GracefulExit):
+                setup.barrier()  # torchrun would end the one that saves once another has ended
             raise
     if wandb:
         try_wandb(wandb.finish)
@@ -914,7 +879,7 @@ def train_epoch(state: TrainingState, stream: ImageStream, signals: Signals) -> 
                 state.save()
             signals.check()
             signals.waiting = time.monotonic()
-    signals.waiting = 0.0
+    signals.waiting, state.seconds = 0.0, time.monotonic() - before
     if not state.images:
         raise UserError("no training image could be read" if not state.skipped else
                         f"no step of epoch {state.epoch + 1} had a finite loss; start over with a "
@@ -982,16 +947,12 @@ def try_wandb(action: Callable, *arguments: Any, **more: Any) -> Any:
 
 @on_screen()
 def check(config: Config) -> None:
-    """Tell whether training with this configuration would work, and how long it would take.
-
-    Nothing is trained, and nothing is left on the disk. UserError at the first thing that fails.
-    """
+    """Tell whether training so would work, and how long it would take. Nothing is trained, and
+    nothing is left on the disk. UserError at the first thing that fails."""
     if "WORLD_SIZE" in os.environ:
         raise UserError("--check: start it as one process, without torchrun")
-    setup, configs = join_processes(config), one_by_one(config)
+    setup, configs, loaders = prepare(config)
     log.info(f"device    {setup.device}, {setup.precision}; torch {torch.__version__}")
-    loaders = create_dataloaders(configs[0])
-    configs = [dataclasses.replace(c, grey_bits=loaders.train.bits or None) for c in configs]
     log.info(describe(loaders.source, loaders.splits))
     began = time.monotonic()
     with contextlib.closing(iter(loaders.train)) as stream:
@@ -1027,8 +988,7 @@ def check(config: Config) -> None:
             + (len(READERS) + 1) * each.reader_steps * reader_step
             + 2 * (CALIBRATION_IMAGES + MOST_DRAWN) * (took / 3 + reading))
         log.info(f"model     {each.model}; a step of {len(images)} images takes "
-                 f"{took * len(images):.2f} s ({1 / took:,.1f} images/s); "
-                 f"{process_memory() / 1e9:,.1f} GB of memory so far")
+                 f"{took * len(images):.2f} s ({1 / took:,.1f} images/s)")
 
     there = next(p for p in Path(config.output_dir, "x").absolute().parents if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

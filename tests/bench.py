@@ -218,7 +218,7 @@ def stepping(step: Callable[[Tensor], float], config: Config) -> Answer:
         if cuda:
             torch.cuda.synchronize()
         return {"rate": sum(map(len, batches)) / (time.perf_counter() - began), "losses": losses,
-                "memory": torch.cuda.max_memory_allocated() if cuda else train.process_memory()}
+                "memory": torch.cuda.max_memory_allocated() if cuda else memory("VmHWM:")}
     return answer
 
 
