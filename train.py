@@ -915,8 +915,7 @@ def finish_run(state: TrainingState, loaders: Loaders) -> None:
         for key, reason in stream.bad.items():
             log.warning(f"skipped   {key} ({name}): {reason}")
     log.info(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
-             f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png, split.csv, "
-             "config.json")
+             f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png")
     log.info(f"next      {command('evaluate.py')} {shlex.quote(str(folder))}\n")
 
 
