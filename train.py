@@ -545,9 +545,8 @@ class Signals(contextlib.ExitStack):
     def __exit__(self, kind: type | None, *error: Any) -> bool | None:
         # Where another process has died, the launcher's SIGTERM is on its way: it must not end
         # this one before it has said why it ends.
-        if self.setup.world > 1 and kind not in (None, GracefulExit):
-            self.pop_all()
-        return super().__exit__(kind, *error)
+        restore = self.setup.world == 1 or kind in (None, GracefulExit)
+        return super().__exit__(kind, *error) if restore else None
 
     def note(self, number: int, frame: object) -> None:
         """Take in a signal."""
