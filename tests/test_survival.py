@@ -10,7 +10,6 @@ import pty
 import random
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import tiny, write_image
+from conftest import ROOT, flags_of, tiny, write_image
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
 from PIL import Image, ImageOps
 from test_kaggle import SPEC, png, server_environment
@@ -34,14 +33,9 @@ from evaluate import evaluate, load_run
 from models import Setup, choose_precision
 from train import Signals, load_checkpoint, open_run, train
 
-ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
+CPU = torch.device("cpu")
 PROGRAM = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
-def flags_of(config: Config) -> list[str]:
-    return [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
-            if k == "data" or v != getattr(Config, k)]
 
 
 def start(config: Config, *more: str, launcher: tuple[str, ...] = (), limit: int | None = None,
@@ -125,20 +119,6 @@ def test_a_terminal_that_is_closed_loses_nothing(
     if not nohup:
         assert 4 <= load_checkpoint(tmp_path / "unet/last.pt")["step"] < 32
         train(dataclasses.replace(config, resume="auto"))
-    assert_same_run(tmp_path / "unet", straight)
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize("into", ["| head -2", "> /dev/full 2>&1"])
-def test_a_reader_that_has_gone_or_a_full_log_disk_changes_nothing(
-    tmp_path: Path, straight: Path, into: str
-) -> None:
-    words = [sys.executable, "train.py", *flags_of(tiny(tmp_path, epochs=8))]
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{shlex.join(words)} {into}"],
-                          cwd=ROOT, capture_output=True, text=True, env=os.environ | PROGRAM)
-    assert done.returncode == 0 and "Error" not in done.stderr
-    assert len(done.stdout.splitlines()) == (2 if "head" in into else 0)
-    assert "epoch 8/8" in (tmp_path / "unet/run.log").read_text()
     assert_same_run(tmp_path / "unet", straight)
 
 
