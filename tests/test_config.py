@@ -84,6 +84,10 @@ def test_resume_takes_the_settings_of_the_run_but_flags_still_win(tmp_path: Path
     assert parse_config(["--resume", str(run)], environ={}).width == 8
     with pytest.raises(UserError, match="a path belongs to one run"):
         parse_config(["--resume", str(run), "--model", "both"], environ={})
+    elsewhere = ["--resume", "--output-dir", str(run)]  # no run is there, and none is begun unasked
+    with pytest.raises(UserError, match=r"--resume: there is no run .*name its --output-dir"):
+        parse_config(elsewhere, environ={})
+    assert parse_config([*elsewhere, "--data", "x"], environ={}).resume == "auto"
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
@@ -182,10 +186,3 @@ def test_make_compare_trains_and_compares_what_is_named(
     (tmp_path / "bin/python").unlink()  # as an upgrade may: the stamp does not count
     make()
     assert not (tmp_path / ".installed").exists()
-
-
-def test_resume_at_a_place_without_a_run_does_not_train_the_phantom(tmp_path: Path) -> None:
-    argv = ["--resume", "--output-dir", str(tmp_path)]
-    with pytest.raises(UserError, match=r"--resume: there is no run .*name its --output-dir"):
-        parse_config(argv, environ={})
-    assert parse_config([*argv, "--data", "x"], environ={}).resume == "auto"
