@@ -568,10 +568,8 @@ class Signals(contextlib.ExitStack):
 
 @torch.no_grad()
 def validate(state: TrainingState, stream: ImageStream, signals: Signals | None = None) -> float:
-    """The mean objective on validation normals, corrupted in the same way every time.
-
-    A loss on clean input would reward copying it.
-    """
+    """The mean objective on validation normals, corrupted in the same way every time: a loss on
+    clean input would reward copying it."""
     state.model.eval()
     config, setup = state.config, state.setup
     total, count = 0.0, 0.0

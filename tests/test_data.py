@@ -485,6 +485,7 @@ def test_what_fits_in_memory_is_read_once_for_calibration_and_training() -> None
         seen.append({*torch.cat([p for _, p in stream]).tolist()})
         assert len(seen[-1]) == 40  # what training leaves over is read, too
     assert seen[0] != seen[1]  # it is different in each epoch
+    stream.set_epoch(3, 2)  # as where a run was ended within an epoch
     assert sum(map(len, stream.every(1, 8))) == source.reads == 44
 
 
