@@ -211,15 +211,6 @@ def open_log(folder: Path) -> logging.FileHandler:
     return handler
 
 
-def write_log(rows: list[dict[str, float]], file: Path) -> None:
-    """log.csv, whole: a few rows, and never a torn one after a resume. A warning if that fails."""
-    lines: list[Iterable] = [rows[0].keys(), *(row.values() for row in rows)]
-    try:
-        write_file(file, "".join(",".join(map(str, line)) + "\n" for line in lines))
-    except UserError as error:  # open in a spreadsheet?
-        log.warning(f"training goes on: last.pt has the rows, too ({error})")
-
-
 def draw_curves(rows: list[dict], file: Path, title: str) -> None:
     """Draw training and validation loss over epochs, from the rows of log.csv."""
     import matplotlib
@@ -424,10 +415,17 @@ class TrainingState:
         self.loss_sum, self.images, self.skipped, self.seconds, self.waited = 0.0, 0, 0, 0.0, 0.0
 
     def save(self) -> None:
-        """Write last.pt. One process does so for all."""
-        self.saved_at = time.monotonic()
-        if self.setup.rank == 0:
-            write_file(run_folder(self.config) / "last.pt", self.about | self.state_dict())
+        """Write log.csv and last.pt, each whole. One process does so for all."""
+        self.saved_at, folder = time.monotonic(), run_folder(self.config)
+        if self.setup.rank:
+            return
+        lines: list[Iterable] = [*self.log[:1], *(row.values() for row in self.log)]
+        try:  # the first line are the keys
+            write_file(folder / "log.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
+        except UserError as error:  # open in a spreadsheet?
+            log.warning(f"last.pt holds its rows, too: {error}")
+        # After the rows: a run that ends in between takes the epoch again, and writes them again.
+        write_file(folder / "last.pt", self.about | self.state_dict())
 
 
 def new_state(config: Config, setup: Setup) -> TrainingState:
@@ -800,8 +798,7 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
 def train_epochs(state: TrainingState, loaders: Loaders) -> None:
     """The loop: train an epoch, validate, keep the best, save, log, perhaps stop."""
     config, setup, folder = state.config, state.setup, run_folder(state.config)
-    first = setup.rank == 0  # the process that writes
-    wandb = try_wandb(start_wandb, state) if config.wandb and first else None
+    wandb = try_wandb(start_wandb, state) if config.wandb and not setup.rank else None
     state.saved_at = time.monotonic()
     with Signals(setup) as signals:
         try:
@@ -824,7 +821,7 @@ def train_epochs(state: TrainingState, loaders: Loaders) -> None:
 
                 # Saving comes before telling. The best weights first: last.pt says they are there.
                 better = val_loss < state.best_loss - config.min_delta
-                if better and first:
+                if better and setup.rank == 0:
                     write_file(folder / "best.pt", state.about | {
                         "model": state.model.state_dict(), "epoch": state.epoch + 1,
                         "val_loss": val_loss, "scorer": None})
@@ -833,8 +830,6 @@ def train_epochs(state: TrainingState, loaders: Loaders) -> None:
                 state.best_loss = val_loss if better else state.best_loss
                 state.end_epoch()
                 state.save()
-                if first:
-                    write_log(state.log, folder / "log.csv")
                 log.info(f"  epoch {state.epoch}/{config.epochs}  train loss "
                          f"{row['train_loss']:.4f}  validation loss {val_loss:.4f}"
                          f"{' (best)' if better else ''}  {row['images_per_second']:.1f} images/s  "
@@ -903,7 +898,6 @@ def finish_run(state: TrainingState, loaders: Loaders) -> None:
         write_file(folder / "best.pt", best | {
             "config": state.about["config"], "scorer": scorer.state_dict(),
             "untrained": untrained.state_dict()})
-    write_log(state.log, folder / "log.csv")  # also where nothing was left to train
     draw_curves(state.log, folder / "curves.png", folder.name)
     log.info(f"memory    images took {loaders.train.memory.peak_bytes / 1e6:,.1f} MB at the most")
     if isinstance(loaders.source, KaggleSource):
