@@ -23,7 +23,7 @@ from conftest import ROOT, flags_of, tiny, write_image
 from kaggle_stand_in import Archive, StandIn, VirtualNIH
 from PIL import Image, ImageOps
 from test_kaggle import SPEC, png, server_environment
-from test_train import assert_same_run, at_call, counted, log_of, same_state
+from test_train import assert_same_run, counted, interrupted, log_of, same_state
 
 import train as train_module
 from config import Config, UserError
@@ -141,17 +141,6 @@ def test_a_signal_while_waiting_for_data_does_not_wait_for_it(
     assert load_checkpoint(tmp_path / "unet/last.pt")["step"] > 0
 
 
-def test_a_run_asked_to_end_in_validation_validates_after_its_resume(
-    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="ended as asked"):
-        at_call(patch, "validate", 1, signal.SIGTERM)
-        train(tiny(tmp_path, epochs=8))
-    state = load_checkpoint(tmp_path / "unet/last.pt")
-    assert (state["epoch"], state["batch"], state["step"]) == (0, 4, 4)
-    assert_same_run(train(tiny(tmp_path, epochs=8, resume="auto"))[0], straight)
-
-
 @pytest.mark.drill
 @pytest.mark.parametrize("data", ["synthetic", SPEC])
 @pytest.mark.parametrize("model", ["unet", "reversed_ae"])
@@ -245,9 +234,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_not_counted_on_either_side_of_a
     for position in [p.tolist() for _, p in stream][3]:
         (films / stream.samples[position].key).write_bytes(b"not an image")
     whole, = train(tiny(tmp_path / "whole", **settings))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_call(patch, "train_step", 11, signal.SIGTERM)
-        train(tiny(tmp_path / "part", **settings))
+    interrupted(monkeypatch, tiny(tmp_path / "part", **settings), 11, "train_step", signal.SIGTERM)
     part, = train(tiny(tmp_path / "part", resume="auto", **settings))
     assert_same_run(whole, part)
     assert load_checkpoint(whole / "last.pt")["step"] < 60  # one step less in the first epoch
@@ -349,11 +336,10 @@ def test_a_batch_is_taken_in_parts_of_eight_on_a_cpu_and_whole_elsewhere(
 def test_parts_that_were_made_smaller_stay_so_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        calls = out_of_memory(patch, lambda images, call: images > 8 and call == 2,
-                              torch.cuda.OutOfMemoryError("CUDA out of memory"))
-        at_call(patch, "train_step", 6, signal.SIGTERM)
-        train(tiny(tmp_path, epochs=3, micro_batch=16))
+    calls = out_of_memory(monkeypatch, lambda images, call: images > 8 and call == 2,
+                          torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    interrupted(monkeypatch, tiny(tmp_path, epochs=3, micro_batch=16), 6, "train_step",
+                signal.SIGTERM)
     assert calls[:6] == [16, 16, 8, 8, 8, 8]
     folder, = train(tiny(tmp_path, epochs=3, micro_batch=16, resume="auto"))
     assert load_checkpoint(folder / "last.pt")["micro_batch"] == 8

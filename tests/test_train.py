@@ -16,7 +16,7 @@ from conftest import ROOT, flags_of, run, tiny
 
 import data as data_module
 import train as train_module
-from config import Config, GracefulExit, UserError, command, load_config, parse_config, run_command
+from config import Config, UserError, command, load_config, parse_config, run_command
 from data import read_splits
 from models import Setup, create_model, objective_loss
 from train import learning_rate_at, load_checkpoint, train, write_file
@@ -69,13 +69,11 @@ def at_call(monkeypatch: pytest.MonkeyPatch, name: str, number: int, what: objec
     monkeypatch.setattr(train_module, name, function)
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, config: Config, validation: int,
-                saved: bool = False) -> None:
-    """Train until a validation, and end there without saving; saved: it has just been saved, as it
-    was after every step before."""
-    config = dataclasses.replace(config, checkpoint_minutes=0.0) if saved else config
+def interrupted(monkeypatch: pytest.MonkeyPatch, config: Config, number: int,
+                name: str = "validate", what: object = KeyboardInterrupt) -> None:
+    """Train until that call of train.py's function, and end there: at once, unless by a signal."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_call(patch, "validate", validation, KeyboardInterrupt)
+        at_call(patch, name, number, what)
         train(config)
 
 
@@ -130,17 +128,21 @@ def test_training_lowers_the_loss(tmp_path: Path, settings: dict) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("saved", [True, False], ids=["within", "between"])
+@pytest.mark.parametrize("where", ["within an epoch", "between epochs", "asked in validation"])
 @pytest.mark.parametrize(("model", "precision"), [("unet", "fp32"), ("reversed_ae", "bf16")])
-def test_a_run_interrupted_within_or_between_epochs_and_resumed_is_bitwise_the_uninterrupted_one(
-    tmp_path: Path, model: str, precision: str, saved: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_run_interrupted_and_resumed_is_bitwise_the_uninterrupted_one(
+    tmp_path: Path, model: str, precision: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_module, "LARGE_MATRIX", 512)  # LeanAdam takes steps of its own, too
     settings = {"model": model, "precision": precision, "epochs": 4}
     (whole,) = train(tiny(tmp_path / "whole", **settings))
     part = tiny(tmp_path / "part", **settings)
-    interrupted(monkeypatch, part, 3, saved)
-    assert load_checkpoint(tmp_path / "part" / model / "last.pt")["batch"] == (4 if saved else 0)
+    if where == "within an epoch":  # as after the last save within it
+        part = dataclasses.replace(part, checkpoint_minutes=0.0)
+    what = signal.SIGTERM if where == "asked in validation" else KeyboardInterrupt
+    interrupted(monkeypatch, part, 3, what=what)
+    state = load_checkpoint(tmp_path / "part" / model / "last.pt")
+    assert (state["epoch"], state["batch"]) == (2, 0 if where == "between epochs" else 4)
     assert_same_run(whole, *train(dataclasses.replace(part, resume="auto")))
     moments = load_checkpoint(whole / "last.pt")["optimizer"]["state"].values()
     assert sum(m["exp_avg"].dtype == torch.bfloat16 for m in moments) == 2
@@ -263,9 +265,8 @@ def test_several_seeds_go_on_in_the_run_that_was_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole,) = train(tiny(tmp_path / "whole", seed=1))
-    with monkeypatch.context() as patch, pytest.raises(GracefulExit, match="go on with the same"):
-        at_call(patch, "validate", 4, signal.SIGINT)  # the second epoch of the second run
-        train(tiny(tmp_path, seeds=3))
+    # The second epoch of the second run:
+    interrupted(monkeypatch, tiny(tmp_path, seeds=3), 4, what=signal.SIGINT)
     assert load_checkpoint(tmp_path / "unet-seed1" / "last.pt")["epoch"] == 1
     stamp = (tmp_path / "unet" / "best.pt").stat().st_mtime_ns
     folders = train(tiny(tmp_path, seeds=3, resume="auto"))
