@@ -22,7 +22,7 @@ def test_where_training_would_work_it_says_how_long_and_leaves_nothing(
         "device", "data", "reading", "model", "model", "disk", "time"]
     assert "cpu, fp32; torch" in told and "train        64         0" in told
     assert len(re.findall(r"a step of 16 images takes [\d.]+ s \([\d,.]+ images/s\)", told)) == 2
-    assert "at most about 1 min" in told and list(tmp_path.iterdir()) == []
+    assert re.search(r"at most about \d+ min", told) and list(tmp_path.iterdir()) == []
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         check(tiny(tmp_path))
