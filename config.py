@@ -70,17 +70,14 @@ class Config:
     """All settings of a training run. Illegal values raise UserError."""
 
     # What is trained
-    model: str = setting("unet", "which autoencoder; both trains one after the other",
-                         (*MODELS, "both"))
+    model: str = setting("unet", "which autoencoder; both: one after the other", (*MODELS, "both"))
     objective: str = setting("heal", "heal: undo noise and drawn lesions; denoise: "
                              "undo coarse noise; plain: reproduce the input", OBJECTIVES)
-    image_size: int = setting(128, "side of the images in pixels, a multiple of 16", low=16,
-                              high=1024)
+    image_size: int = setting(128, "images' side in pixels, a multiple of 16", low=16, high=1024)
     latent_dim: int = setting(512, "numbers in the latent", low=1)
     width: int = setting(64, "channels of the first level; smaller is faster and weaker", low=1)
     dropout: float = setting(0.0, "dropout while training", high=0.9)
-    reader_steps: int = setting(600, "steps in which each reader, which gives the scores, is "
-                                "trained after the model", low=1)
+    reader_steps: int = setting(600, "steps in which each reader (it gives scores) learns", low=1)
 
     # On what
     data: str = setting("synthetic", "synthetic (built-in phantom), a folder of images, a CSV, or "
@@ -102,9 +99,8 @@ class Config:
                                       "default: 8 (U-Net) or 16 on a CPU, else all", low=1)
     learning_rate: float = setting(1e-3, "peak learning rate; it warms up, and falls to 2 %% by "
                                    "the last of the epochs first asked for", low=1e-12)
-    optimizer: str = setting("lean_adam", "lean_adam: Adam that keeps little state of very large "
-                             "matrices; the others are PyTorch's own",
-                             ("lean_adam", "adam", "adamw", "sgd"))
+    optimizer: str = setting("lean_adam", "lean_adam: Adam with little state of large matrices; "
+                             "the others are PyTorch's own", ("lean_adam", "adam", "adamw", "sgd"))
     patience: int = setting(10, "stop after so many epochs without a better one", low=1)
     min_delta: float = setting(0.0, "what a validation loss must fall by to count as better")
     seed: int = setting(0, "seed of everything random but the split by patients", high=2**31 - 1)
@@ -189,9 +185,8 @@ def read_config_file(path: str | Path) -> dict[str, typing.Any]:
     path = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     try:
         values = {**json.loads(path.read_text(encoding="utf-8-sig"))}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--config {path}: no readable table of settings in JSON ({error})"
-                        ) from None
+    except (OSError, ValueError, TypeError) as why:
+        raise UserError(f"--config {path}: no readable table of settings in JSON ({why})") from None
     return checked(values, lambda name: f"--config {path}: {name}")
 
 
@@ -258,10 +253,6 @@ def run_folder(config: Config) -> Path:
         return path.parent if path.name == "last.pt" else path
     model = MODELS[0] if config.model == "both" else config.model
     return Path(config.output_dir) / (model + (f"-seed{config.seed}" if config.seed else ""))
-
-
-# ----------------------------------------------------------------------------------------------
-# Running a script
 
 
 def command(script: str) -> str:

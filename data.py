@@ -2197,11 +2197,13 @@ class ImageStream(IterableDataset):
                     yield batch
             next(loaded)  # the rest
 
-    def every(self, step: int) -> Batches:
-        """Iterate over every step-th of `samples`, whole for every rank. Shares the cache."""
+    def every(self, step: int, size: int) -> Iterator[Tensor]:
+        """Iterate over every step-th of `samples`, `size` at a time, uint8 [size,1,H,W]; whole for
+        every rank. Shares the cache."""
         positions = np.arange(0, len(self.samples), step)
-        return self._load(np.split(positions, range(self.batch_size, len(positions),
-                                                    self.batch_size)))
+        for images, _ in self._load(np.split(positions, range(size, len(positions), size))):
+            if len(images):
+                yield images
 
     def _groups(self, batches: list[np.ndarray]) -> Iterator[list[int]]:
         """Yield the positions that must be read, in the order in which they are wanted, but those

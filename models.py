@@ -169,6 +169,12 @@ def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequen
     )
 
 
+def two_layers(size_in: int, hidden: int, size_out: int, dropout: float) -> nn.Sequential:
+    """Two Linear layers with a ReLU between."""
+    return nn.Sequential(Linear(size_in, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout),
+                         Linear(hidden, size_out))
+
+
 def to_image(logits: Tensor) -> Tensor:
     """The sigmoid. Its gradient is at least 0.05: pixels that the first steps drive to black or
     white would stay there otherwise."""
@@ -187,9 +193,8 @@ class UNet(nn.Module):
 
     cpu_micro_batch = 8  # on a CPU more images at a time gain no speed, and take memory
 
-    def __init__(
-        self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64,
+                 dropout: float = 0.0) -> None:
         super().__init__()
         check_image_size("unet", image_size, 16)
         w = width
@@ -213,13 +218,6 @@ class UNet(nn.Module):
         )
         self.out = nn.Conv2d(w, 1, 1)
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """The encoder's five maps, finest first: [B,w,H,W] ... [B,8w,H/16,W/16]."""
-        maps = [self.down[0](x)]
-        for block in self.down[1:]:
-            maps.append(block(F.max_pool2d(maps[-1], 2)))
-        return maps
-
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction [B,1,H,W] by the decoder with skip connections."""
         return self.reconstructions(x, skip_free_share=0.0)[0]
@@ -231,7 +229,10 @@ class UNet(nn.Module):
         may run it on the first share of the batch only; its result has that many images, and is
         left out at 0.
         """
-        *skips, bottom = self.features(x)
+        maps = [self.down[0](x)]  # finest first: [B,w,H,W] ... [B,8w,H/16,W/16]
+        for block in self.down[1:]:
+            maps.append(block(F.max_pool2d(maps[-1], 2)))
+        *skips, bottom = maps
         y = bottom = self.from_latent(self.to_latent(bottom.flatten(1))).view(-1, *self.bottom)
         for block, skip in zip(self.up, reversed(skips), strict=True):
             # Autocast on a CPU would enlarge in fp32, and join both maps in it.
@@ -265,9 +266,8 @@ class ReversedAutoencoder(nn.Module):
 
     cpu_micro_batch = 16  # its activations are few, and every part reads a gigabyte of weights
 
-    def __init__(
-        self, image_size: int = 128, latent_dim: int = 512, width: int = 64, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64,
+                 dropout: float = 0.0) -> None:
         super().__init__()
         check_image_size("reversed_ae", image_size, 8)
         w = width
@@ -281,18 +281,8 @@ class ReversedAutoencoder(nn.Module):
             )
             for i, o, stride in ((1, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, 8 * w, 2))
         )
-        self.to_latent = nn.Sequential(
-            Linear(flat, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            Linear(hidden, latent_dim),
-        )
-        self.from_latent = nn.Sequential(
-            Linear(latent_dim, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            Linear(hidden, flat),
-        )
+        self.to_latent = two_layers(flat, hidden, latent_dim, dropout)
+        self.from_latent = two_layers(latent_dim, hidden, flat, dropout)
         self.up = nn.ModuleList(
             nn.Sequential(
                 nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1, bias=False),

@@ -66,7 +66,6 @@ BAD_STEPS = 3  # in a row whose loss is not finite, before training ends
 BATCHNORM_MOMENTUM = 0.1  # PyTorch's default
 LARGE_MATRIX = 1 << 25  # numbers; LeanAdam keeps less state of such a parameter
 TO_RESUME = "the same command and --resume (in a notebook: resume=\"auto\")"
-ENDED = f"ended as asked, and saved; go on with {TO_RESUME}"
 
 
 def join_processes(config: Config) -> Setup:
@@ -105,16 +104,6 @@ def join_processes(config: Config) -> Setup:
     return Setup(device, precision, rank, world)
 
 
-def process_memory() -> int:
-    """Most bytes that this process has held so far; 0 if not known."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
-
-
 def progress(total: int, label: str, initial: int = 0, show: bool = True,
              unit: str = "images") -> tqdm:
     """A progress bar over images; where nobody watches, a line every 15 seconds."""
@@ -148,11 +137,8 @@ def write_file(path: Path, content: str | dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of ours, on the CPU. Only tensors and plain values are ever unpickled.
-
-    UserError if it is missing, damaged (its checksums are compared first), not ours, or of another
-    version.
-    """
+    """A checkpoint of ours, on the CPU. Only tensors and plain values are ever unpickled. UserError
+    if it is missing, damaged (checksums are compared first), not ours, or of another version."""
     if not path.is_file():
         raise UserError(f"{path}: there is no checkpoint there")
     try:
@@ -180,10 +166,10 @@ def reason_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def open_run(folder: Path, go_on: bool) -> Iterator[None]:
-    """Make the run folder and keep other trainings out of it while inside; log to its run.log.
+    """Make the run folder, keep other trainings out of it while inside, and log to its run.log.
 
-    Unless training goes on in it, what is there of another run is moved aside: nothing is
-    overwritten. UserError if nothing can be written there, or another training is there.
+    Unless training goes on in it, an earlier run that is there is moved aside, never overwritten.
+    UserError if nothing can be written there, or another training is there.
     """
     handler = open_log(folder)
     try:
@@ -226,12 +212,6 @@ def open_log(folder: Path) -> logging.FileHandler:
     return handler
 
 
-def write_log(rows: list[dict[str, float]], file: Path) -> None:
-    """log.csv, whole: a few rows, and never a torn one after a resume."""
-    lines: list[Iterable] = [rows[0].keys(), *(row.values() for row in rows)]
-    write_file(file, "".join(",".join(map(str, line)) + "\n" for line in lines))
-
-
 def draw_curves(rows: list[dict], file: Path, title: str) -> None:
     """Draw training and validation loss over epochs, from the rows of log.csv."""
     import matplotlib
@@ -269,19 +249,21 @@ class LeanAdam(torch.optim.Adam):
         """Take a step. Gradients of large matrices are freed."""
         for group in self.param_groups:
             for weight in group["params"]:
-                if is_large(weight) and (weight.grad is not None or factors_of(weight)):
-                    self._step_large(weight, group)
+                factors = getattr(weight, "factors", None)  # of the gradient; see models.Linear
+                if is_large(weight) and (factors or weight.grad is not None):
+                    self._step_large(weight, group, factors)
                     weight.grad = None  # PyTorch's own step passes it over
         super().step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what large ones are the product of."""
+        """Clear the gradients, and the factors of large ones."""
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for weight in group["params"]:
-                factors_of(weight).clear()
+                getattr(weight, "factors", []).clear()
 
-    def _step_large(self, weight: Tensor, group: dict[str, Any]) -> None:
+    def _step_large(self, weight: Tensor, group: dict[str, Any],
+                    factors: list[tuple[Tensor, Tensor]] | None) -> None:
         state, (beta1, beta2) = self.state[weight], group["betas"]
         if not state:
             state["step"] = torch.zeros((), device=weight.device)
@@ -295,7 +277,7 @@ class LeanAdam(torch.optim.Adam):
         height = (1 << 20 if weight.device.type == "cpu" else 1 << 24) // width
         tiles = [(slice(i, i + height), slice(j, j + width)) for i in range(0, len(weight), height)
                  for j in range(0, weight.shape[1], width)]
-        if factors := factors_of(weight):
+        if factors:
             g, x = map(torch.cat, zip(*factors, strict=True))  # micro-batches one below the other
             # The means of squares of g.T @ x. In fp64: shares of images may all but cancel.
             rows, columns = ((b @ b.T @ a * a).sum(0).float() / b.shape[1]
@@ -318,11 +300,6 @@ class LeanAdam(torch.optim.Adam):
                 moment.mul_(beta1).add_(weight.grad[a, b], alpha=1 - beta1)
             mean[a, b] = moment
             weight[a, b].addcmul_(moment.mul_(below[b]), left[a])
-
-
-def factors_of(weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What a weight's gradient is the product of, if it is kept like that (see models.Linear)."""
-    return getattr(weight, "factors", [])
 
 
 def is_large(parameter: Tensor) -> bool:
@@ -400,12 +377,15 @@ class TrainingState:
     bad_steps: int = 0  # in a row
     wandb_id: str | None = None
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    # Not of it:
+    about: dict[str, object] = dataclasses.field(default_factory=dict)  # is in every checkpoint
+    saved_at: float = 0.0  # of time.monotonic()
 
     def state_dict(self) -> dict[str, object]:
         """All that changes, as tensors and plain values."""
         return {name: value.state_dict() if hasattr(value, "state_dict") else value
                 for name, value in vars(self).items()
-                if name not in ("config", "setup", "objective")}
+                if name not in ("config", "setup", "objective", "about", "saved_at")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take in what `state_dict` gave, except micro_batch, which depends on the machine."""
@@ -430,10 +410,23 @@ class TrainingState:
             log.warning(f"{where}: that step is skipped")
         self.step += 1
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Set what is counted within an epoch to nothing."""
-        self.epoch, self.batch = epoch, 0
+    def end_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum, self.images, self.skipped, self.seconds, self.waited = 0.0, 0, 0, 0.0, 0.0
+
+    def save(self) -> None:
+        """Write log.csv and last.pt, each whole. One process does so for all."""
+        self.saved_at, folder = time.monotonic(), run_folder(self.config)
+        if self.setup.rank:
+            return
+        lines: list[Iterable] = [*self.log[:1], *(row.values() for row in self.log)]
+        try:  # the first line are the keys
+            write_file(folder / "log.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
+        except UserError as error:  # open in a spreadsheet?
+            log.warning(f"last.pt holds its rows, too: {error}")
+        # After the rows: a run that ends in between takes the epoch again, and writes them again.
+        write_file(folder / "last.pt", self.about | self.state_dict())
 
 
 def new_state(config: Config, setup: Setup) -> TrainingState:
@@ -455,35 +448,27 @@ def is_out_of_memory(error: Exception) -> bool:
         isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
 
-def corrupted(state: TrainingState, images: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """(what the model sees, clean images), float [B,1,H,W], of this process's slice uint8 [B,1,H,W]
-    of a batch. All randomness depends on (seed, step) and the place in the batch."""
-    config, setup = state.config, state.setup
-    # As numpy.array_split deals them: the first few slices have one more.
-    start = sum(batch_size // setup.world + (r < batch_size % setup.world)
-                for r in range(setup.rank))
-    images = to_float(images, setup.device)
-    draws = Draws(seeded(config.seed, "step", state.step), len(images), start,
-                  max(batch_size, start + len(images)))
-    if config.augment:
-        images = augment(images, draws)
-    return corrupt(images, config.objective, draws), images
-
-
 def train_step(state: TrainingState, images: Tensor, batch_size: int) -> tuple[float, int]:
-    """One optimizer step on this process's slice of a batch: mean loss and number of images of the
-    whole batch. If the loss is not finite, nothing is changed.
+    """Take an optimizer step on this process's slice of a batch; (mean loss, number of images) of
+    the whole batch, of batch_size images. A loss that is not finite changes nothing.
 
     images: uint8 [B,1,H,W]; fewer than the slice if some could not be read, even none.
-    batch_size: of the whole batch.
     """
-    setup, total = state.setup, int(state.setup.sum(len(images)))
+    config, setup = state.config, state.setup
+    total = int(setup.sum(len(images)))
     if not total:  # none of the batch's images could be read
         return 0.0, 0
     weight = 1 / total
     if not len(images):  # the others wait for gradients all the same
         images, weight = images.new_zeros((1, *images.shape[1:])), 0.0
-    inputs, images = corrupted(state, images, batch_size)
+    # All randomness depends on seed, step and the place in the whole batch.
+    start = sum(map(len, torch.arange(batch_size).tensor_split(setup.world)[: setup.rank]))
+    draws = Draws(seeded(config.seed, "step", state.step), len(images), start,
+                  max(batch_size, start + len(images)))
+    images = to_float(images, setup.device)
+    if config.augment:
+        images = augment(images, draws)
+    inputs = corrupt(images, config.objective, draws)
     buffers = list(state.model.buffers())  # BatchNorm's running statistics
     before = [b.clone() for b in buffers]
     while True:
@@ -516,11 +501,8 @@ def train_step(state: TrainingState, images: Tensor, batch_size: int) -> tuple[f
 
 def accumulate_gradients(state: TrainingState, inputs: Tensor, images: Tensor,
                          weight: float) -> Tensor:
-    """Leave the gradients of the summed loss times `weight` in the parameters, summed over all
-    processes, from micro_batch images at a time; that weighted loss of this process.
-
-    inputs: what the model sees, images: clean, both float [B,1,H,W].
-    """
+    """Sum up the gradients of the loss times `weight`, from micro_batch images at a time, over all
+    processes; that weighted loss of this process. inputs, clean images: float [B,1,H,W]."""
     purpose = f"dropout {state.setup.rank}"
     torch.manual_seed(seeded(state.config.seed, purpose, state.step).initial_seed())
     parts = math.ceil(len(images) / state.micro_batch)
@@ -544,41 +526,33 @@ def accumulate_gradients(state: TrainingState, inputs: Tensor, images: Tensor,
 # Training
 
 
-class Signals:
+class Signals(contextlib.ExitStack):
     """While inside, SIGINT (Ctrl-C), SIGTERM and SIGHUP end training at the next `check`, on every
     process at the same one, by GracefulExit. A second signal ends at once, but for torchrun, which
     itself sends one."""
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__()
         self.setup, self.number = setup, 0
         self.waiting = 0.0  # for data since this time.monotonic(), perhaps for long
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
         with contextlib.suppress(ValueError):  # only in the main thread they can be had
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it
                 if number and signal.getsignal(number) is not signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self.note)
-        return self
+                    self.callback(signal.signal, number, signal.signal(number, self.note))
 
-    def __exit__(self, kind: type | None, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: Any) -> bool | None:
         # Where another process has died, the launcher's SIGTERM is on its way: it must not end
         # this one before it has said why it ends.
-        if self.setup.world == 1 or kind is None or kind is GracefulExit:
-            self.restore()
-
-    def restore(self) -> None:
-        """Let signals do what they did before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        restore = self.setup.world == 1 or kind in (None, GracefulExit)
+        return super().__exit__(kind, *error) if restore else None
 
     def note(self, number: int, frame: object) -> None:
         """Take in a signal."""
         self.number = number
         if self.setup.world > 1:
             return
-        self.restore()
+        self.close()  # signals do what they did before
         if self.waiting:
             self.check()
         with contextlib.suppress(OSError):  # not by print, which may be what was interrupted
@@ -587,15 +561,14 @@ class Signals:
     def check(self) -> None:
         """GracefulExit if this process or another has been asked to end."""
         if self.setup.sum(self.number):
-            raise GracefulExit(ENDED, 128 + (self.number or signal.SIGTERM))
+            raise GracefulExit(f"ended as asked, and saved; go on with {TO_RESUME}",
+                               128 + (self.number or signal.SIGTERM))
 
 
 @torch.no_grad()
 def validate(state: TrainingState, stream: ImageStream, signals: Signals | None = None) -> float:
-    """The mean objective on validation normals, corrupted in the same way every time.
-
-    A loss on clean input would reward copying it.
-    """
+    """The mean objective on validation normals, corrupted in the same way every time: a loss on
+    clean input would reward copying it."""
     state.model.eval()
     config, setup = state.config, state.setup
     total, count = 0.0, 0.0
@@ -629,7 +602,7 @@ def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
                 config.reader_steps * READER_BATCH)  # no more than are shown
     inputs, targets, group = {n: list[Tensor]() for n in readers}, list[Tensor](), group_of(config)
     with progress(count + drawn, "calibrating") as bar, torch.no_grad():
-        for images in in_groups(stream.every(stride), READ_AT_ONCE):  # not a slice of them
+        for images in stream.every(stride, READ_AT_ONCE):  # not a slice of them
             [(output, real)] = reconstruct_evenly(model, images, setup)
             scorer.add(output.first(real))
             bar.update(real)
@@ -639,7 +612,7 @@ def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
         scorer.finish()
         stride = max(1, len(stream.samples) // drawn)
         groups = itertools.chain.from_iterable(
-            in_groups(stream.every(stride), group) for _ in itertools.count())
+            stream.every(stride, group) for _ in itertools.count())
         while (number := len(targets)) * group < drawn:
             images = next(groups)
             draws = Draws(seeded(config.seed, "drawn", number), len(images))
@@ -672,7 +645,7 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
     scores, traits = list[dict[str, Tensor]](), list[Tensor]()
     moved, errors = list[Tensor](), list[Tensor]()
     tops, trained = dict.fromkeys(scorer.readers, 1.0), BASELINE in scorer.readers
-    for number, images in enumerate(in_groups(loaders.val.every(1), group_of(config))):
+    for number, images in enumerate(loaders.val.every(1, group_of(config))):
         output, found, maps = score_images(model, scorer, images, setup)
         scores.append(found)
         traits.append(scorer.traits(images))
@@ -705,35 +678,12 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
                     f"no better than the mean training image (mean error {own:.4f}, {of_mean:.4f})")
 
 
-def in_groups(stream: Iterable[tuple[Tensor, Any]], size: int) -> Iterator[Tensor]:
-    """A stream's images, uint8 [size,1,H,W]; fewer in the last group."""
-    rest = torch.empty(0, dtype=torch.uint8)
-    for images, _ in stream:
-        *groups, rest = (torch.cat([rest, images]) if len(rest) else images).split(size)
-        yield from groups
-        if len(rest) == size:
-            yield rest
-            rest = rest[:0]
-    if len(rest):
-        yield rest
-
-
 @on_screen()
 def train(config: Config) -> list[Path]:
     """Train what the configuration asks for; the run folders, as many as models times seeds."""
     try:
-        # The machine and the models come first: what they refuse costs no reading of data.
-        setup, configs = join_processes(config), one_by_one(config)
-        for each in configs:
-            with torch.device("meta"):
-                create_model(each.model, each)
-        if config.data == "synthetic":
-            log.info("This trains on the BUILT-IN PHANTOM. For your own images: --data FOLDER")
-        # One set of loaders for all: the split is the same, and images are decoded once.
-        loaders = create_dataloaders(configs[0], setup.rank, setup.world)
-        bits = loaders.train.bits or None  # found from the images, and kept
-        folders = [train_one(dataclasses.replace(each, grey_bits=bits), loaders, setup)
-                   for each in configs]
+        setup, configs, loaders = prepare(config)
+        folders = [train_one(each, loaders, setup) for each in configs]
     except (RuntimeError, MemoryError) as error:  # with nothing that one could do about it here
         if is_out_of_memory(error):
             raise UserError(f"out of memory ({reason_of(error)}); try a smaller --micro-batch, "
@@ -747,30 +697,36 @@ def train(config: Config) -> list[Path]:
     return folders
 
 
-def one_by_one(config: Config) -> list[Config]:
-    """A configuration for each run, every model with every seed, what was left open filled in."""
-    synthetic = config.data == "synthetic"
+def prepare(config: Config) -> tuple[Setup, list[Config], Loaders]:
+    """The Setup; a configuration for each run, every model with every seed, what was left open
+    filled in; and the loaders of all: the split is the same, and images are decoded once."""
+    setup, phantom = join_processes(config), config.data == "synthetic"
+    if phantom:
+        log.info("This trains on the BUILT-IN PHANTOM. For your own images: --data FOLDER")
     models = MODELS if config.model == "both" else (config.model,)
-    return [dataclasses.replace(
+    configs = [dataclasses.replace(
         config, model=model, seed=config.seed + i, seeds=1,
-        epochs=config.epochs or (3 if synthetic else EPOCHS[model]),
-        samples=config.samples or (PHANTOM_SAMPLES if synthetic else None),
+        epochs=config.epochs or (3 if phantom else EPOCHS[model]),
+        samples=config.samples or (PHANTOM_SAMPLES if phantom else None),
         # Absolute, so that the run can be evaluated from anywhere.
-        data=os.path.abspath(config.data) if os.path.exists(config.data) and not synthetic
+        data=os.path.abspath(config.data) if os.path.exists(config.data) and not phantom
         else config.data) for i in range(config.seeds) for model in models]
+    with torch.device("meta"):  # what a model refuses costs no reading of data
+        for each in configs:
+            create_model(each.model, each)
+    loaders = create_dataloaders(configs[0], setup.rank, setup.world)
+    bits = loaders.train.bits or None  # found from the images, and kept
+    return setup, [dataclasses.replace(each, grey_bits=bits) for each in configs], loaders
 
 
 def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | None:
     """The content of the last.pt that --resume or --reuse means; None if there is none.
 
-    A setting that it does not have is its default. Data may lie in another place. UserError if the
-    run cannot go on so: with other settings, data or processes. With --reuse alone it must be of
-    the same length, too.
+    A setting that it does not have is its default. Data may lie in another place. UserError if it
+    has other settings, data or processes; with --reuse alone also if it has another length.
     """
-    folder = run_folder(config)
-    named = config.resume not in (None, "auto")
-    last = folder / "last.pt"
-    if not named and not last.exists():
+    last = run_folder(config) / "last.pt"
+    if config.resume in (None, "auto") and not last.exists():
         return None
     state = load_checkpoint(last)
     before, now = dataclasses.asdict(Config(**state["config"])), dataclasses.asdict(config)
@@ -787,13 +743,13 @@ def checkpoint_to_resume(config: Config, source: Source, world: int) -> dict | N
         raise UserError(f"{last}: cannot be resumed: {'; '.join(changed)}. Go on as before, or "
                         "start anew without --resume")
     if state["epoch"]:  # there must be weights of the best epoch to go on from
-        load_checkpoint(folder / "best.pt")
+        load_checkpoint(last.with_name("best.pt"))
     return state
 
 
 def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
     """Train one model from start, or from a checkpoint, to calibrated best weights."""
-    folder, source, stream = run_folder(config), loaders.source, loaders.train
+    folder, source = run_folder(config), loaders.source
     saved, settings = None, dataclasses.asdict(config) | {"resume": None, "reuse": False}
     if config.resume or config.reuse:
         try:
@@ -808,9 +764,11 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
         if saved["device"] == setup.device.type and (
                 config.micro_batch == saved["config"]["micro_batch"]):
             state.micro_batch = saved["micro_batch"]  # it may have been halved
-    stream.seed = config.seed  # the loaders may have been another seed's
-    stream.set_epoch(state.epoch, state.batch)
-
+    loaders.train.seed = config.seed  # the loaders may have been another seed's
+    state.about = {"format": FORMAT, "config": settings, "data_fingerprint": source.fingerprint(),
+                   "data_version": source.version, "precision": setup.precision,
+                   "device": setup.device.type, "world": setup.world, "versions": {
+                       "python": sys.version.split()[0], "torch": str(torch.__version__)}}
     setup.barrier()  # everyone has looked at the folder; then one process changes it
     with contextlib.nullcontext() if setup.rank else open_run(folder, saved is not None):
         if setup.rank == 0:
@@ -834,98 +792,48 @@ def train_one(config: Config, loaders: Loaders, setup: Setup) -> Path:
                 log.info(f"          its images were in {before}: the names of these are the same")
         elif config.resume:
             log.info(f"resume    no checkpoint in {folder} yet: starting afresh")
-        common = {"format": FORMAT, "config": settings,
-                  "data_fingerprint": source.fingerprint(), "data_version": source.version,
-                  "precision": setup.precision, "device": setup.device.type, "world": setup.world,
-                  "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}}
         del saved
-        train_epochs(state, loaders, common)
+        train_epochs(state, loaders)
         if setup.rank == 0:
-            finish_run(state, loaders, common)
+            finish_run(state, loaders)
     return folder
 
 
-def train_epochs(state: TrainingState, loaders: Loaders, common: dict[str, object]) -> None:
-    """The loop: train an epoch, validate, keep the best, save, log, perhaps stop.
-
-    common: what every checkpoint holds besides weights.
-    """
-    config, setup, stream = state.config, state.setup, loaders.train
-    folder, first = run_folder(config), setup.rank == 0  # of the processes: the one that writes
-    wandb = try_wandb(start_wandb, state) if config.wandb and first else None
-    total_steps = max(1, state.schedule_epochs * len(stream))
-    saved_at = time.monotonic()
-
-    def save_last() -> None:
-        nonlocal saved_at
-        saved_at = time.monotonic()
-        if first:
-            write_file(folder / "last.pt", common | state.state_dict())
-
+def train_epochs(state: TrainingState, loaders: Loaders) -> None:
+    """The loop: train an epoch, validate, keep the best, save, log, perhaps stop."""
+    config, setup, folder = state.config, state.setup, run_folder(state.config)
+    wandb = try_wandb(start_wandb, state) if config.wandb and not setup.rank else None
+    state.saved_at = time.monotonic()
     with Signals(setup) as signals:
         try:
             while state.epoch < config.epochs and state.bad_epochs < config.patience:
-                name = f"{folder.name} epoch {state.epoch + 1}/{config.epochs}"
-                began, before = time.monotonic(), state.seconds
-                state.model.train()
-                with progress(len(stream) * stream.batch_size, name, state.images, first) as bar:
-                    signals.waiting = time.monotonic()
-                    for images, _ in stream:
-                        state.waited += time.monotonic() - signals.waiting
-                        signals.waiting = 0.0
-                        lr = learning_rate_at(state.step, total_steps, config)
-                        for group in state.optimizer.param_groups:
-                            group["lr"] = lr
-                        loss, count = train_step(state, images, stream.batch_size)
-                        state.count(loss, count)
-                        state.batch = stream.next_batch  # wholly unreadable ones are passed over
-                        state.seconds = before + time.monotonic() - began
-                        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-                        bar.update(count)
-                        if time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
-                            save_last()
-                        signals.check()
-                        signals.waiting = time.monotonic()
-                signals.waiting = 0.0
-                if setup.world > 1:  # everyone gets the first one's running statistics
-                    for buffer in state.model.buffers():
-                        dist.broadcast(buffer, 0)
-                training_seconds = max(before + time.monotonic() - began, 1e-9)
+                train_epoch(state, loaders.train, signals)
+                began = time.monotonic()
                 val_loss = validate(state, loaders.val, signals)
-                if not state.images:
-                    raise UserError("no training image could be read" if not state.skipped else
-                                    f"no step of epoch {state.epoch + 1} had a finite loss; start "
-                                    "over with a smaller --learning-rate")
                 if not math.isfinite(val_loss):
                     raise UserError(f"the validation loss is {val_loss} after epoch "
                                     f"{state.epoch + 1}; try a smaller --learning-rate")
+                seconds = max(state.seconds, 1e-9)  # of training
                 row = {"epoch": state.epoch + 1, "step": state.step,
                        "train_loss": state.loss_sum / state.images, "val_loss": val_loss,
-                       "learning_rate": learning_rate_at(state.step - 1, total_steps, config),
-                       "skipped_steps": state.skipped,
-                       "images_per_second": state.images / training_seconds,
-                       "data_wait": state.waited / training_seconds,
-                       "seconds": before + time.monotonic() - began,
-                       "process_mb": process_memory() / 2**20,
+                       "learning_rate": state.optimizer.param_groups[0]["lr"],
+                       "skipped_steps": state.skipped, "images_per_second": state.images / seconds,
+                       "data_wait": state.waited / seconds,
+                       "seconds": seconds + time.monotonic() - began,
                        "device_mb": torch.cuda.max_memory_allocated(setup.device) / 2**20
                        if setup.device.type == "cuda" else 0}
 
                 # Saving comes before telling. The best weights first: last.pt says they are there.
                 better = val_loss < state.best_loss - config.min_delta
-                if better and first:
-                    write_file(folder / "best.pt", common | {
+                if better and setup.rank == 0:
+                    write_file(folder / "best.pt", state.about | {
                         "model": state.model.state_dict(), "epoch": state.epoch + 1,
                         "val_loss": val_loss, "scorer": None})
                 state.log.append(row)
                 state.bad_epochs = 0 if better else state.bad_epochs + 1
                 state.best_loss = val_loss if better else state.best_loss
-                state.begin_epoch(state.epoch + 1)
-                stream.set_epoch(state.epoch)
-                save_last()
-                try:
-                    write_log(state.log, folder / "log.csv") if first else None
-                except UserError as error:  # open in a spreadsheet?
-                    log.warning(f"training goes on: last.pt has the rows, too ({error})")
+                state.end_epoch()
+                state.save()
                 log.info(f"  epoch {state.epoch}/{config.epochs}  train loss "
                          f"{row['train_loss']:.4f}  validation loss {val_loss:.4f}"
                          f"{' (best)' if better else ''}  {row['images_per_second']:.1f} images/s  "
@@ -933,20 +841,51 @@ def train_epochs(state: TrainingState, loaders: Loaders, common: dict[str, objec
                 if wandb:
                     try_wandb(wandb.log, row, step=state.epoch)
                 signals.check()
-        except GracefulExit:
-            save_last()
-            setup.barrier()  # torchrun would end the one that saves once another has ended
-            raise
-        except UserError:  # no step was left half done
-            with contextlib.suppress(UserError):  # which the disk may have been the reason of
-                if all(p.isfinite().all() for p in state.model.parameters()):
-                    save_last()
+        except (GracefulExit, UserError) as error:  # no step was left half done
+            if all(p.isfinite().all() for p in state.model.parameters()):
+                state.save()
+            if isinstance(error, GracefulExit):
+                setup.barrier()  # torchrun would end the one that saves once another has ended
             raise
     if wandb:
         try_wandb(wandb.finish)
 
 
-def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]) -> None:
+def train_epoch(state: TrainingState, stream: ImageStream, signals: Signals) -> None:
+    """Take the steps of an epoch, from state.batch on; save and look for signals in between."""
+    config, setup, before = state.config, state.setup, time.monotonic() - state.seconds
+    total_steps = max(1, state.schedule_epochs * len(stream))
+    label = f"{run_folder(config).name} epoch {state.epoch + 1}/{config.epochs}"
+    stream.set_epoch(state.epoch, state.batch)
+    state.model.train()
+    with progress(len(stream) * stream.batch_size, label, state.images, setup.rank == 0) as bar:
+        signals.waiting = time.monotonic()
+        for images, _ in stream:
+            state.waited += time.monotonic() - signals.waiting
+            signals.waiting = 0.0
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate_at(state.step, total_steps, config)
+            loss, count = train_step(state, images, stream.batch_size)
+            state.count(loss, count)
+            state.batch = stream.next_batch  # wholly unreadable ones are passed over
+            state.seconds = time.monotonic() - before
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(count)
+            if time.monotonic() - state.saved_at >= 60 * config.checkpoint_minutes:
+                state.save()
+            signals.check()
+            signals.waiting = time.monotonic()
+    signals.waiting, state.seconds = 0.0, time.monotonic() - before
+    if not state.images:
+        raise UserError("no training image could be read" if not state.skipped else
+                        f"no step of epoch {state.epoch + 1} had a finite loss; start over with a "
+                        "smaller --learning-rate")
+    if setup.world > 1:  # everyone gets the first one's running statistics
+        for buffer in state.model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def finish_run(state: TrainingState, loaders: Loaders) -> None:
     """Calibrate the scorers on the best weights, store them with these, and say where all is."""
     config, setup, folder = state.config, state.setup, run_folder(state.config)
     if state.bad_epochs >= config.patience:
@@ -961,9 +900,8 @@ def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]
         untrained = calibrate(untrained_model(config, setup).eval(), loaders, config, setup,
                               (DEFAULT_SCORER,))
         write_file(folder / "best.pt", best | {
-            "config": common["config"], "scorer": scorer.state_dict(),
+            "config": state.about["config"], "scorer": scorer.state_dict(),
             "untrained": untrained.state_dict()})
-    write_log(state.log, folder / "log.csv")  # also where nothing was left to train
     draw_curves(state.log, folder / "curves.png", folder.name)
     log.info(f"memory    images took {loaders.train.memory.peak_bytes / 1e6:,.1f} MB at the most")
     if isinstance(loaders.source, KaggleSource):
@@ -972,8 +910,7 @@ def finish_run(state: TrainingState, loaders: Loaders, common: dict[str, object]
         for key, reason in stream.bad.items():
             log.warning(f"skipped   {key} ({name}): {reason}")
     log.info(f"written   {folder}/: best.pt (epoch {best['epoch']}, validation loss "
-             f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png, split.csv, "
-             "config.json")
+             f"{best['val_loss']:.4f}), last.pt, log.csv, run.log, curves.png")
     log.info(f"next      {command('evaluate.py')} {shlex.quote(str(folder))}\n")
 
 
@@ -1004,16 +941,12 @@ def try_wandb(action: Callable, *arguments: Any, **more: Any) -> Any:
 
 @on_screen()
 def check(config: Config) -> None:
-    """Tell whether training with this configuration would work, and how long it would take.
-
-    Nothing is trained, and nothing is left on the disk. UserError at the first thing that fails.
-    """
+    """Tell whether training so would work, and how long it would take. Nothing is trained, and
+    nothing is left on the disk. UserError at the first thing that fails."""
     if "WORLD_SIZE" in os.environ:
         raise UserError("--check: start it as one process, without torchrun")
-    setup, configs = join_processes(config), one_by_one(config)
+    setup, configs, loaders = prepare(config)
     log.info(f"device    {setup.device}, {setup.precision}; torch {torch.__version__}")
-    loaders = create_dataloaders(configs[0])
-    configs = [dataclasses.replace(c, grey_bits=loaders.train.bits or None) for c in configs]
     log.info(describe(loaders.source, loaders.splits))
     began = time.monotonic()
     with contextlib.closing(iter(loaders.train)) as stream:
@@ -1049,8 +982,7 @@ def check(config: Config) -> None:
             + (len(READERS) + 1) * each.reader_steps * reader_step
             + 2 * (CALIBRATION_IMAGES + MOST_DRAWN) * (took / 3 + reading))
         log.info(f"model     {each.model}; a step of {len(images)} images takes "
-                 f"{took * len(images):.2f} s ({1 / took:,.1f} images/s); "
-                 f"{process_memory() / 1e9:,.1f} GB of memory so far")
+                 f"{took * len(images):.2f} s ({1 / took:,.1f} images/s)")
 
     there = next(p for p in Path(config.output_dir, "x").absolute().parents if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

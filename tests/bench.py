@@ -66,14 +66,14 @@ class Scale:
     curve_steps: int = 96
     files: int = 60  # different ones; each lies there five times
     side: int = 1024
-    small_images: tuple[int, ...] = (1_000, 10_000, 100_000)
+    small_images: int = 10_000
     scored: int = 24
 
     def config(self, **settings: object) -> Config:
         return Config(**({"device": "cpu", "epochs": 1} | self.sizes | settings))
 
 
-QUICK = Scale(True, TINY, 4, 1, TINY, 12, 10, 64, (64, 96, 128), 16)
+QUICK = Scale(True, TINY, 4, 1, TINY, 12, 10, 64, 96, 16)
 
 
 @dataclasses.dataclass
@@ -218,7 +218,7 @@ def stepping(step: Callable[[Tensor], float], config: Config) -> Answer:
         if cuda:
             torch.cuda.synchronize()
         return {"rate": sum(map(len, batches)) / (time.perf_counter() - began), "losses": losses,
-                "memory": torch.cuda.max_memory_allocated() if cuda else train.process_memory()}
+                "memory": torch.cuda.max_memory_allocated() if cuda else memory("VmHWM:")}
     return answer
 
 
@@ -271,9 +271,8 @@ def their_folder(config: Config) -> Answer:
         multiprocessing_context="fork")))
 
 
-def small_images(config: Config, count: int, cache: bool) -> Answer:
-    """Epochs of a virtual archive: any number of small images, of which 64 exist. What the list of
-    them takes is set apart."""
+def small_images(config: Config, count: int) -> Answer:
+    """Epochs of a virtual archive of small images, of which 64 exist; all are kept."""
     size = config.image_size
     head = b"P5 %d %d 255\n" % (size, size)
     files = [head + image.numpy().tobytes() for image in phantoms(64, size)]
@@ -284,11 +283,10 @@ def small_images(config: Config, count: int, cache: bool) -> Answer:
         def read_file(self, name: str) -> bytes:
             return files[int(name) % len(files)]
 
-    source, before = Images(), memory("RssAnon:")
-    source.samples = [Sample(name, name, NORMAL) for name in map("{:08d}".format, range(count))]
-    names = memory("RssAnon:") - before
-    stream = ImageStream(source, source.samples, size, 32, seed=0, cache=cache)
-    return watched(lambda epochs=1: sum(epoch(stream) for _ in range(epochs)), apart=names)
+    samples = [Sample(name, name, NORMAL) for name in map("{:08d}".format, range(count))]
+    (source := Images()).samples = samples
+    stream = ImageStream(source, samples, size, 32, seed=0)
+    return watched(lambda: epoch(stream))
 
 
 def scoring_and_forward(config: Config, images: int) -> Answer:
@@ -405,8 +403,7 @@ def data(scale: Scale, known: dict) -> Iterator[Row]:
             a, b = in_turn([ours, theirs], 2 * scale.rounds)
         yield Row(f"data.{suffix}", f"{kind} of {scale.side}x{scale.side}: images/s, first epoch",
                   rate(a), rate(b), "ImageFolder, 2 workers", f"ratio >= {bound}")
-    with worker(scale, small_images, config=scale.config(), count=scale.small_images[1],
-                cache=True) as ours:
+    with worker(scale, small_images, config=scale.config(), count=scale.small_images) as ours:
         ours()  # which fills the cache
         [a] = in_turn([ours], 2 * scale.rounds)
     yield Row("data.cache", "later epochs, from memory: images/s", rate(a), target=">= 20,000")
@@ -450,25 +447,6 @@ def start(scale: Scale, known: dict) -> Iterator[Row]:
                   statistics.median(seconds), target="<= 10")
 
 
-def growth(scale: Scale, known: dict) -> Iterator[Row]:
-    """Ten and a hundred times as many images, nothing kept."""
-    counts = scale.small_images
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(worker(scale, small_images, config=scale.config(),
-                                              count=count, cache=False)) for count in counts]
-        answers: list[list[dict]] = [[] for _ in counts]
-        # There and back, so that what the machine does meanwhile falls on all alike.
-        for i in (0, 1, 2, 1, 0):
-            answers[i].append(workers[i](epochs=max(1, 2 * counts[1] // counts[i])))
-    held = [max(x["memory"] for x in a) / 1e6 for a in answers]
-    once = f"{counts[0]:,} images"
-    for i in (1, 2):
-        yield Row(f"growth.{i}", f"{counts[i]:,} small images: images/s, none kept",
-                  rate(answers[i]), rate(answers[0]), once, "ratio >= 0.95")
-        yield Row(f"growth.{i}.memory", "  whole memory in MB, minus the list of images", held[i],
-                  held[0], once, "ratio <= 1.05")
-
-
 def gpu(scale: Scale, known: dict) -> Iterator[Row]:
     """What a CUDA device makes of it; no rows where there is none."""
     if "gpu" not in known:
@@ -487,7 +465,7 @@ def gpu(scale: Scale, known: dict) -> Iterator[Row]:
 
 
 GROUPS: dict[str, Callable[[Scale, dict], Iterator[Row]]] = {
-    f.__name__: f for f in (step, loss, data, stream, evaluation, start, growth, gpu)}
+    f.__name__: f for f in (step, loss, data, stream, evaluation, start, gpu)}
 
 
 def main(argv: list[str] | None = None) -> list[Row]:

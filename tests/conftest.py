@@ -1,8 +1,10 @@
 """Small things that several test files need. Nothing here touches the network or shared data."""
 
+import dataclasses
 import functools
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -18,6 +20,7 @@ import train as train_module
 from config import Config
 from train import train
 
+ROOT = Path(__file__).parent.parent
 # Networks this small gain nothing by threads, and lose much where other work wants the cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -59,6 +62,19 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiny(tmp: Path, **settings: object) -> Config:
     """A configuration that trains in a second."""
     return Config(**(TINY | {"output_dir": str(tmp)} | settings))
+
+
+def flags_of(config: Config) -> list[str]:
+    """What to type for that configuration."""
+    return [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
+            if k == "data" or v != getattr(Config, k)]
+
+
+def run(*command: object, folder: Path = ROOT, **environ: str) -> subprocess.CompletedProcess:
+    """Run a program to its end; a script with this Python."""
+    python = [sys.executable] if str(command[0]).endswith(".py") else []
+    return subprocess.run([*python, *command], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | environ)
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 40)) -> None:

@@ -21,7 +21,7 @@ def test_every_row_can_be_computed_and_the_fast_step_learns_what_the_plain_one_l
     assert written["quick"] and written["machine"]["torch"] and written["machine"]["cores"]
     rows = {row.name: row for row in found}
     assert {name.split(".")[0] for name in rows} >= {
-        "step", "memory", "loss", "data", "stream", "evaluation", "start", "growth"}
+        "step", "memory", "loss", "data", "stream", "evaluation", "start"}
     assert all(f"step.{m}.fp32.{b}" in rows for m in bench.MODELS for b in (4, 8))
     for name, row in rows.items():
         if "memory" not in name:  # which not every system tells

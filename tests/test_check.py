@@ -1,6 +1,5 @@
 """train.py --check: it tells beforehand what training would stumble over, and trains nothing."""
 
-import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -9,14 +8,13 @@ import pytest
 from conftest import tiny
 from kaggle_stand_in import KEY, USER, Archive, StandIn
 from test_kaggle import SPEC, images
-from test_train import run_script
 
-from config import Config, UserError, parse_config
+from config import UserError
 from train import check, train
 
 
 def test_where_training_would_work_it_says_how_long_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(tiny(tmp_path, model="both", seeds=2))
     told = capsys.readouterr().out
@@ -24,17 +22,10 @@ def test_where_training_would_work_it_says_how_long_and_leaves_nothing(
         "device", "data", "reading", "model", "model", "disk", "time"]
     assert "cpu, fp32; torch" in told and "train        64         0" in told
     assert len(re.findall(r"a step of 16 images takes [\d.]+ s \([\d,.]+ images/s\)", told)) == 2
-    assert "at most about 1 min" in told and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"device": "cuda"}, "--device cuda: PyTorch finds no CUDA device"),
-    ({"data": "no/such/folder"}, "--data no/such/folder: there is nothing at"),
-    ({"image_size": 40}, "--image-size 40: unet needs a multiple of 16"),
-    ({"output_dir": "/dev/null/runs"}, "--output-dir /dev/null/runs: /dev/null cannot be written")])
-def test_what_would_fail_is_said(tmp_path: Path, settings: dict, says: str) -> None:
-    with pytest.raises(UserError, match=re.escape(says)):
-        check(tiny(tmp_path, **settings))
+    assert re.search(r"at most about \d+ min", told) and list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        check(tiny(tmp_path))
 
 
 @pytest.mark.parametrize(("key", "says"), [
@@ -93,17 +84,3 @@ def test_a_run_to_be_resumed_is_looked_at(tmp_path: Path) -> None:
         check(tiny(tmp_path / "runs", resume="auto", epochs=3, width=8))
     check(tiny(tmp_path / "runs", resume="auto", epochs=3))
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
-
-
-def test_the_flag_ends_with_exit_code_2_and_what_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(tiny(tmp_path)).items()
-             if v != getattr(Config(), k)]
-    done = run_script("train.py", "--check", *flags, "--data", "no/such/folder")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("train.py: --data no/such/folder: there is nothing at")
-    assert parse_config(["--check"], environ={}) == Config(check=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="without torchrun"):
-        check(tiny(tmp_path))

@@ -7,33 +7,26 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import ROOT, flags_of, run, tiny
 
 import data as data_module
 import train as train_module
-from config import Config, GracefulExit, UserError, command, load_config, parse_config, run_command
+from config import Config, UserError, command, load_config, parse_config, run_command
 from data import read_splits
 from models import Setup, create_model, objective_loss
 from train import learning_rate_at, load_checkpoint, train, write_file
 
-ROOT = Path(__file__).parent.parent
+TIMED = ("images_per_second", "data_wait", "seconds", "device_mb")  # in log.csv
 
 
 def log_of(folder: Path) -> list[dict[str, str]]:
     with open(folder / "log.csv", newline="") as f:
         return list(csv.DictReader(f))
-
-
-def without_timings(folder: Path) -> list[dict[str, str]]:
-    """log.csv, less what differs from one run to the next."""
-    timings = ("images_per_second", "data_wait", "seconds", "process_mb", "device_mb")
-    return [{k: v for k, v in row.items() if k not in timings} for row in log_of(folder)]
 
 
 def same_state(a: object, b: object) -> bool:
@@ -54,7 +47,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert a.keys() == b.keys()
         for key in a.keys() - {"config", "log", "seconds", "waited"}:
             assert same_state(a[key], b[key]), f"{name} {key}"
-    assert without_timings(one) == without_timings(other)
+    logs = [[{k: v for k, v in row.items() if k not in TIMED} for row in log_of(run)]
+            for run in (one, other)]
+    assert logs[0] == logs[1]
     assert (one / "split.csv").read_bytes() == (other / "split.csv").read_bytes()
 
 
@@ -74,13 +69,11 @@ def at_call(monkeypatch: pytest.MonkeyPatch, name: str, number: int, what: objec
     monkeypatch.setattr(train_module, name, function)
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, config: Config, validation: int,
-                saved: bool = False) -> None:
-    """Train until a validation, and end there without saving; saved: it has just been saved, as it
-    was after every step before."""
-    config = dataclasses.replace(config, checkpoint_minutes=0.0) if saved else config
+def interrupted(monkeypatch: pytest.MonkeyPatch, config: Config, number: int,
+                name: str = "validate", what: object = KeyboardInterrupt) -> None:
+    """Train until that call of train.py's function, and end there: at once, unless by a signal."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_call(patch, "validate", validation, KeyboardInterrupt)
+        at_call(patch, name, number, what)
         train(config)
 
 
@@ -96,11 +89,6 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, size: obj
     return sizes
 
 
-def run_script(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | environ)
-
-
 @pytest.mark.curves
 def test_a_run_leaves_what_it_promises_and_says_where(
     tmp_path: Path, capsys: pytest.CaptureFixture
@@ -112,9 +100,9 @@ def test_a_run_leaves_what_it_promises_and_says_where(
     rows = log_of(folder)
     assert list(rows[0]) == ["epoch", "step", "train_loss", "val_loss", "learning_rate",
                              "skipped_steps", "images_per_second", "data_wait", "seconds",
-                             "process_mb", "device_mb"]
+                             "device_mb"]
     assert [(r["epoch"], r["step"]) for r in rows] == [("1", "4"), ("2", "8")]
-    assert all(float(r["process_mb"]) > 50 and 0 <= float(r["data_wait"]) < 1 for r in rows)
+    assert all(0 <= float(r["data_wait"]) < 1 for r in rows)
     text = capsys.readouterr().out
     assert "BUILT-IN PHANTOM" in text.splitlines()[0]
     for words in ("settings  model unet", "device    cpu (as asked)", "train        64         0",
@@ -140,32 +128,24 @@ def test_training_lowers_the_loss(tmp_path: Path, settings: dict) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("saved", [True, False], ids=["within", "between"])
-@pytest.mark.parametrize("model", ["unet", "reversed_ae"])
-def test_a_run_interrupted_within_or_between_epochs_and_resumed_is_bitwise_the_uninterrupted_one(
-    tmp_path: Path, model: str, saved: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["within an epoch", "between epochs", "asked in validation"])
+@pytest.mark.parametrize(("model", "precision"), [("unet", "fp32"), ("reversed_ae", "bf16")])
+def test_a_run_interrupted_and_resumed_is_bitwise_the_uninterrupted_one(
+    tmp_path: Path, model: str, precision: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (whole,) = train(tiny(tmp_path / "whole", model=model, epochs=4))
-    part = tiny(tmp_path / "part", model=model, epochs=4)
-    interrupted(monkeypatch, part, 3, saved)
-    assert load_checkpoint(tmp_path / "part" / model / "last.pt")["batch"] == (4 if saved else 0)
+    monkeypatch.setattr(train_module, "LARGE_MATRIX", 512)  # LeanAdam takes steps of its own, too
+    settings = {"model": model, "precision": precision, "epochs": 4}
+    (whole,) = train(tiny(tmp_path / "whole", **settings))
+    part = tiny(tmp_path / "part", **settings)
+    if where == "within an epoch":  # as after the last save within it
+        part = dataclasses.replace(part, checkpoint_minutes=0.0)
+    what = signal.SIGTERM if where == "asked in validation" else KeyboardInterrupt
+    interrupted(monkeypatch, part, 3, what=what)
+    state = load_checkpoint(tmp_path / "part" / model / "last.pt")
+    assert (state["epoch"], state["batch"]) == (2, 0 if where == "between epochs" else 4)
     assert_same_run(whole, *train(dataclasses.replace(part, resume="auto")))
-
-
-def test_a_validation_without_a_readable_image_is_one_line(tmp_path: Path) -> None:
-    state = train_module.new_state(tiny(tmp_path), Setup(torch.device("cpu")))
-    with pytest.raises(UserError, match="no validation image could be read"):
-        train_module.validate(state, [])
-
-
-def test_ending_a_run_that_was_interrupted_within_an_epoch_calibrates_on_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted(monkeypatch, tiny(tmp_path, epochs=3), 2, saved=True)
-    assert load_checkpoint(tmp_path / "unet/last.pt")["batch"]
-    sizes = counted(monkeypatch, train_module.AnomalyScorer, "add", lambda s, x: len(x.images))
-    train(tiny(tmp_path, epochs=1, resume="auto"))
-    assert sum(sizes) == 2 * 64  # the untrained network is calibrated, too
+    moments = load_checkpoint(whole / "last.pt")["optimizer"]["state"].values()
+    assert sum(m["exp_avg"].dtype == torch.bfloat16 for m in moments) == 2
 
 
 @pytest.mark.curves
@@ -285,9 +265,8 @@ def test_several_seeds_go_on_in_the_run_that_was_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole,) = train(tiny(tmp_path / "whole", seed=1))
-    with monkeypatch.context() as patch, pytest.raises(GracefulExit, match="go on with the same"):
-        at_call(patch, "validate", 4, signal.SIGINT)  # the second epoch of the second run
-        train(tiny(tmp_path, seeds=3))
+    # The second epoch of the second run:
+    interrupted(monkeypatch, tiny(tmp_path, seeds=3), 4, what=signal.SIGINT)
     assert load_checkpoint(tmp_path / "unet-seed1" / "last.pt")["epoch"] == 1
     stamp = (tmp_path / "unet" / "best.pt").stat().st_mtime_ns
     folders = train(tiny(tmp_path, seeds=3, resume="auto"))
@@ -319,6 +298,8 @@ def test_the_validation_loss_is_the_objective_on_the_same_corruption_each_time(
     first, second = (train_module.validate(state, loaders.val) for _ in range(2))
     state.config = dataclasses.replace(config, objective="plain")
     assert first == second != train_module.validate(state, loaders.val)
+    with pytest.raises(UserError, match="no validation image could be read"):
+        train_module.validate(state, [])
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: object) -> None:
@@ -381,40 +362,31 @@ def test_the_learning_rate_warms_up_falls_and_stays() -> None:
 # Checkpoints that are not what they should be
 
 
-@pytest.mark.parametrize(("content", "says"), [
-    (b"not a checkpoint at all", "not a readable checkpoint"),
-    ({"weights": torch.zeros(3)}, "not a readable.* not of this project"),
-    (None, "there is no checkpoint there"),
-    ({"format": 12}, "of another version of this project")])
-def test_foreign_missing_and_other_versions_checkpoints_are_refused(
-    tmp_path: Path, content: bytes | dict | None, says: str
-) -> None:
-    path = tmp_path / "some.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        write_file(path, content)
-    with pytest.raises(UserError, match=f"some.pt: .*{says}" if path.exists() else says):
-        load_checkpoint(path)
-
-
 class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.target = folder / "ran"
+
     def __reduce__(self) -> tuple:
         return os.system, (f"touch {self.target}",)
 
 
 @pytest.mark.parametrize(("write", "says"), [
-    (lambda o, p: torch.save({"format": 1, "model": o, "config": {}}, p), "it holds code, refused"),
-    (lambda o, p: torch.save({"format": 1, "config": Config()}, p), "it holds code, refused"),
-    (lambda o, p: p.write_bytes(pickle.dumps({"format": 1, "model": o})), "not of this project")])
-def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(
+    (lambda p, evil: p.write_bytes(b"not a checkpoint at all"), "not a readable checkpoint"),
+    (lambda p, evil: write_file(p, {"weights": torch.zeros(3)}), "not a read.* not of this"),
+    (lambda p, evil: None, "there is no checkpoint there"),
+    (lambda p, evil: write_file(p, {"format": 12}), "of another version of this project"),
+    (lambda p, evil: torch.save({"format": 1, "model": evil}, p), "it holds code, refused"),
+    (lambda p, evil: torch.save({"format": 1, "config": Config()}, p), "it holds code, refused"),
+    (lambda p, evil: p.write_bytes(pickle.dumps({"format": 1, "model": evil})), "not of this pr")])
+def test_what_is_no_checkpoint_of_ours_is_refused_and_no_code_in_it_is_run(
     tmp_path: Path, write: object, says: str
 ) -> None:
-    evil = Evil()
-    evil.target = tmp_path / "ran"
-    write(evil, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match=f"not a readable checkpoint, .*{says}"):
-        load_checkpoint(tmp_path / "evil.pt")
+    evil = Evil(tmp_path)
+    write(tmp_path / "some.pt", evil)
+    with pytest.raises(UserError, match=f"some.pt: .*{says}"):
+        load_checkpoint(tmp_path / "some.pt")
     assert not evil.target.exists()
 
 
@@ -444,40 +416,29 @@ def test_a_failed_save_leaves_the_old_file(
 # From the command line
 
 
+@pytest.mark.parametrize("check", [[], ["--check"]], ids=["train", "check"])
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--image-size", "100"], "--image-size 100: unet needs a multiple of 16"),
     (["--data", "no/such/folder"], "--data no/such/folder: there is nothing at"),
-    (["--output-dir", "Makefile/x"], "Makefile/x/unet cannot be written"),
+    (["--output-dir", "Makefile/x"], r"--output-dir.* \S*Makefile\S* cannot be written"),
     (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device"),
     (["--resume", "no/such.pt"], "no/such.pt/last.pt: there is no checkpoint there"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], says: str, check: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tiny_flags = ["--width", "4", "--latent-dim", "8", "--samples", "64"]
-    size = [] if "--image-size" in arguments else ["--image-size", "32"]
+    small = ["--width", "4", "--latent-dim", "8", "--samples", "64", "--image-size", "32"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["train.py", *tiny_flags, *size, *arguments])
+    monkeypatch.setattr(sys, "argv", ["train.py", *small, *arguments, *check])
     assert run_command(train_module.main, "train.py") == 2
-    said = capsys.readouterr().err
-    assert says in said and len(said.strip().splitlines()) == 1
+    assert re.fullmatch(f"train.py: .*{says}.*\n", capsys.readouterr().err)
 
 
 def test_train_and_evaluate_as_a_user_runs_them(tmp_path: Path) -> None:
-    config = dataclasses.asdict(tiny(tmp_path, epochs=1))
-    flags = [f"--{k.replace('_', '-')}={config[k]}" for k in (
-        "width", "image_size", "latent_dim", "data", "samples", "epochs")]
-    done = run_script("train.py", "--model", "unet", *flags, IMGAE_OUTPUT_DIR=str(tmp_path))
+    flags = flags_of(tiny("", epochs=1, device="auto", precision="auto", output_dir="runs"))
+    done = run("train.py", *flags, IMGAE_OUTPUT_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    done = run_script("evaluate.py", str(tmp_path / "unet"))
+    done = run("evaluate.py", tmp_path / "unet")
     assert done.returncode == 0 and "AUROC" in done.stdout, done.stderr
     assert (tmp_path / "unet/eval/films/metrics.json").exists()
-
-
-def test_library_use_does_not_look_at_argv(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["notebook", "--nonsense"])
-    assert train(tiny(tmp_path, epochs=1))[0].is_dir()
-    assert parse_config([], environ={}) == Config()
