@@ -538,20 +538,22 @@ def warp(images: Tensor, draws: Draws) -> Tensor:
     return F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
 
 
-def draw_lesions(images: Tensor, draws: Draws, framing: float = 2) -> tuple[Tensor, Tensor]:
+def draw_lesions(images: Tensor, draws: Draws, vary: bool = True) -> tuple[Tensor, Tensor]:
     """(images with lesions drawn on, how much of a lesion each pixel holds) of normal images.
 
     float [B,1,H,W] in [0,1] to two of the same: what readers learn from. A fifth of the images
-    stays without. Framing varies twice as much as in training (unless `framing` is 0), sharpness
-    from a 3x3 blur to its opposite, and half of the images get another exposure (gamma 0.7 to 1.4):
-    these are no diseases.
+    stays without. vary: framing by twice as much as in training, sharpness from a 3x3 blur to its
+    opposite, and on half of the images exposure (gamma 0.7 to 1.4): these are no diseases. Where
+    images lie and look all alike, only sharpness varies, half as much.
     """
-    clean = augment(images, draws, framing) if framing else images
-    gamma = (2 * draws.rand(1, 1, 1) - 1) * (draws.rand(1, 1, 1) < 0.5) * math.log(1.4)
-    clean = clean ** gamma.exp().to(images.device)
+    clean = images
+    if vary:
+        clean = augment(images, draws, framing=2)
+        gamma = (2 * draws.rand(1, 1, 1) - 1) * (draws.rand(1, 1, 1) < 0.5) * math.log(1.4)
+        clean = clean ** gamma.exp().to(images.device)
     seen = add_lesions(clean, draws).clamp(0, 1)
     some = (draws.rand(1, 1, 1) < 0.8).to(images.device)
-    blur = (2 * draws.rand(1, 1, 1) - 1).to(images.device)  # below 0: sharpened
+    blur = (2 * draws.rand(1, 1, 1) - 1).to(images.device) / (1 if vary else 2)  # < 0: sharpened
     seen, clean = (x + blur * (box_filter(x, 3) - x) for x in (torch.where(some, seen, clean),
                                                                clean))
     change = box_filter((seen - clean).abs(), window(1 / 16, images.shape[-1]))

@@ -617,7 +617,7 @@ def calibrate(model: nn.Module, loaders: Loaders, config: Config, setup: Setup,
             images = next(groups)
             draws = Draws(seeded(config.seed, "drawn", number), len(images))
             seen, there = draw_lesions(to_float(images, torch.device("cpu")), draws,
-                                       2 * config.augment)
+                                       config.augment)
             targets.append(pooled(there).half())  # in half precision: they are many
             for output, real in reconstruct_evenly(model, (255 * seen).round().byte(), setup):
                 output = output.first(real)
@@ -871,6 +871,8 @@ def train_epoch(state: TrainingState, stream: ImageStream, signals: Signals) -> 
             state.seconds = time.monotonic() - before
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(count)
+            if state.step == 20 and setup.rank == 0:
+                hint(config, setup, state.seconds / 20 * total_steps)
             if time.monotonic() - state.saved_at >= 60 * config.checkpoint_minutes:
                 state.save()
             signals.check()
@@ -883,6 +885,13 @@ def train_epoch(state: TrainingState, stream: ImageStream, signals: Signals) -> 
     if setup.world > 1:  # everyone gets the first one's running statistics
         for buffer in state.model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def hint(config: Config, setup: Setup, seconds: float) -> None:
+    """Name smaller settings where training takes more than an hour on a CPU."""
+    if setup.device.type == "cpu" and seconds > 3600 and config.width * config.image_size > 1024:
+        log.info(f"time      about {seconds / 3600:.1f} hours on this CPU. --width 16 --image-size "
+                 "64 takes a fifteenth of that; docs/results.md tells what it costs in AUROC")
 
 
 def finish_run(state: TrainingState, loaders: Loaders) -> None:
@@ -993,6 +1002,7 @@ def check(config: Config) -> None:
         raise UserError(f"--output-dir {config.output_dir}: {text}; make room")
     log.info(f"disk      {text}\ntime      at most about {math.ceil(seconds / 60):,} min; less if "
              "early stopping ends it, or where images are cached")
+    hint(config, setup, seconds)
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ for run in folders:
 """,
     """\
 ## At another site
-With `NORMALS` each model gets a threshold of its own for the place that these images come from. With
+With `NORMALS` each model gets a threshold of its own for the place these images come from. With
 `EXPORT` it is written as one file, for programs that know nothing of this one.""": """\
 for run in folders:
     site = "site" if NORMALS else None

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny
 from kaggle_stand_in import KEY, USER, Archive, StandIn
 from test_kaggle import SPEC, images
 
 from config import UserError
-from train import check, train
+from models import Setup
+from train import check, hint, train
 
 
 def test_where_training_would_work_it_says_how_long_and_leaves_nothing(
@@ -84,3 +86,14 @@ def test_a_run_to_be_resumed_is_looked_at(tmp_path: Path) -> None:
         check(tiny(tmp_path / "runs", resume="auto", epochs=3, width=8))
     check(tiny(tmp_path / "runs", resume="auto", epochs=3))
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("seconds", "device", "width", "told"), [
+    (7200, "cpu", 64, True), (3000, "cpu", 64, False), (7200, "cuda", 64, False),
+    (7200, "cpu", 8, False)])
+def test_training_of_hours_on_a_cpu_names_smaller_settings(
+    seconds: float, device: str, width: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "imgae_dx"):
+        hint(tiny(Path(), width=width, image_size=128), Setup(torch.device(device)), seconds)
+    assert ("about 2.0 hours on this CPU. --width 16" in caplog.text) == told
