@@ -821,11 +821,9 @@ def counts(counter: Counter, most: int = 15) -> str:
 
 
 class Intake:
-    """What is in a place: fills a source's samples, masks, boxes, facts and what is left out.
-
-    normal: the words of --normal. table: the one that was named; else all of them are looked into.
-    UserError if nothing is known to be normal, or a word may mean normal and is not known.
-    """
+    """Fills a source's samples, masks, boxes, facts and what is left out. UserError if nothing is
+    known to be normal, or a word may mean normal or not. normal: the words of --normal. table: the
+    one that was named; else all of them are looked into."""
 
     def __init__(self, source: Source, names: list[str], normal: str = "", table: str = "") -> None:
         self.source, self.normal, self.table = source, normal, table
@@ -1102,11 +1100,8 @@ class Intake:
 
     def drop_copies(self, samples: list[Sample]) -> list[Sample]:
         """Keep one of identical files, in test if one is there; none if their labels contradict.
-
-        Those of one named patient, or of a prescribed test split, that lie in one folder stay: so
-        were sets published, and nothing leaks. Only files of equal size, alike at a glance, are
-        read.
-        """
+        Those of one named patient, or of a prescribed test split, that lie in one folder stay.
+        Only files of equal size, alike at a glance, are read."""
         alike = {0: samples}
         for mark in (self.source.file_bytes, self.source.glance, self.source.digest):
             found = defaultdict[Any, list[Sample]](list)
@@ -1134,10 +1129,10 @@ class Intake:
         of organs, unless these are black."""
         normals, masks = [], defaultdict[str, list[str]](list)
         for mask, stem in self.masks.items():
-            images = [image for image in self.index.by_stem.get(stem, ()) if image in label]
-            folders = [{*folder_of(image).split("/")} for image in images]
-            shared = [len(names & {*folder_of(mask).split("/")}) for names in folders]
-            near = [image for image, n in zip(images, shared, strict=True) if n == max(shared)]
+            place = {*folder_of(mask).split("/")}
+            shared = {image: len(place & {*folder_of(image).split("/")})
+                      for image in self.index.by_stem.get(stem, ()) if image in label}
+            near = [image for image, n in shared.items() if n == max(shared.values())]
             ill = [image for image in near if label[image] == ABNORMAL]
             if len(ill) == 1:
                 masks[ill[0]].append(mask)
@@ -1189,6 +1184,9 @@ class FolderSource(Source):
             raise UserError(f"--data {spec}: no folder or table is at {path.resolve()}; give a "
                             "folder, a CSV, kaggle:owner/name, or synthetic. Unpack an archive "
                             "first, and give a single image to evaluate.py with --image")
+        if all(map(os.path.isfile, (path / "train.py", path / "evaluate.py"))):
+            raise UserError(f"--data {spec}: this is the program's own folder; put the images "
+                            "into one of their own, and name that")
         self.root, table = (path, "") if path.is_dir() else (path.parent, path.name)
         self.spec, self.left_out = spec, Counter()
         self.name = re.sub(r"[^\w.-]+", "_", path.stem if table else path.resolve().name) or "folder"
@@ -1304,8 +1302,6 @@ def kaggle_credentials() -> dict[str, str]:
     if not all(re.fullmatch("[!-~]+", value) for value in found.values()):  # plain characters
         raise UserError("no Kaggle credentials found"
                         + (f", nor usable ones in {file}" if file else "") + KAGGLE_HELP)
-    if file and os.name == "posix" and file.stat().st_mode & 0o077:
-        log.warning(f"careful   others may read {file}; forbid it: chmod 600 {file}")
     return found
 
 
@@ -1446,10 +1442,9 @@ class RemoteArchive(io.RawIOBase):
             if not part:
                 raise ConnectionError("another part of the archive than was asked for")
             with contextlib.suppress(*NO_CONNECTION):
-                while chunk := response.raw.read(min(CHUNK, len(into) - done)):
-                    into[done : done + len(chunk)] = chunk
-                    done += len(chunk)
-                    self.traffic["bytes"] += len(chunk)
+                while count := response.raw.readinto(into[done : done + CHUNK]):
+                    done += count
+                    self.traffic["bytes"] += count
                     if cancelled.is_set():
                         raise Cancelled
         if not done:
@@ -1522,9 +1517,7 @@ class KaggleSource(Source):
         return self.endings[ending]
 
     def member(self, name: str) -> Member:
-        """Look a file up. FileNotFoundError if there is none of that name."""
-        if name not in self.members:
-            raise FileNotFoundError("not in the data set")
+        """Look up where a file lies. KeyError."""
         return Member(*MEMBER.unpack(self.members[name]))
 
     def file_bytes(self, sample: Sample) -> int:
@@ -1610,10 +1603,7 @@ def unpack(member: Member, span: memoryview) -> bytes | Exception:
 
 
 class KaggleFilesSource(KaggleSource):
-    """A Kaggle data set whose archive is not given in parts: a call of the API for each file.
-
-    Slower, and Kaggle limits the number of calls; for small sets.
-    """
+    """A Kaggle data set whose archive is not given in parts: a call of the API for each file."""
 
     blocks, digest = Source.blocks, Source.digest
 
@@ -1707,12 +1697,12 @@ def _first(samples: list[Sample], want: int, what: str) -> list[Sample]:
 def split_samples(samples: list[Sample], train_limit: int | None = None) -> Splits:
     """Split by patient into train (normals), val and test; the same for every seed and model.
 
-    A test split that the source prescribes is respected, and so is a validation split beside it
-    with at least 20 normals, or alone with 50; a smaller one is left out, or if test is not
-    prescribed either split anew with all else. Otherwise test takes 20 % of the normals and every
-    patient who has no normal image, and validation 10 % of the remaining normals. Abnormal images
-    of patients who are not in train go to validation, where settings may be chosen on them.
-    train_limit: the most training images; validation normals then are at most a quarter, or 100.
+    A prescribed test split is kept, and so is a validation split beside it with at least 20
+    normals, or alone with 50; a smaller one is left out, or without a test split dissolved.
+    Otherwise test takes 20 % of the normals and every patient who has no normal image, and
+    validation 10 % of the remaining normals. Abnormal images of patients who are not in train go
+    to validation. train_limit: the most training images; validation normals then are at most a
+    quarter, or 100.
     """
     notes = []
     test = [s for s in samples if s.split == "test"]
@@ -1744,14 +1734,11 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
         train = _first(train, train_limit, "key")
         val = [s for s in val if s.label == ABNORMAL] + _first(
             _normals(val), max(100, train_limit // 4), "key")
-    known = {s.key for s in val}
-    val += [s for s in _without(rest, train) if s.label == ABNORMAL and s.key not in known]
+    val += [s for s in _without(rest, train) if s.label == ABNORMAL and s.split != "val"]
     used = {s.key for part in (train, val, test) for s in part}
     if spare := Counter(s.label for s in samples if s.key not in used):
-        notes.append(
-            f"{spare[NORMAL]:,} normal and {spare[ABNORMAL]:,} abnormal images are in no split: "
-            "their patients are in another, --samples is less, or the split that is prescribed "
-            "for them is too small")
+        notes.append(f"{spare[NORMAL]:,} normal and {spare[ABNORMAL]:,} abnormal images are in no "
+                     "split, because of their patients, --samples, or what is prescribed")
     for one, other in ((train, val), (train, test), (val, test)):
         assert len(_without(one, other)) == len(one), "a patient is in two splits"
     assert len(_normals(train)) == len(train), "abnormal image in train"
@@ -1819,10 +1806,9 @@ def describe(source: Source, splits: Splits) -> str:
         part, normals = getattr(splits, name), len(splits.normals(name))
         lines.append(f"  {name:<6}{normals:>9,}{len(part) - normals:>10,}"
                      f"{len({s.patient for s in part}):>10,}")
-    findings = Counter(s.finding or "unnamed" for s in splits.test if s.label == ABNORMAL)
-    if findings:
-        shown = ", ".join(f"{k} {v:,}" for k, v in findings.most_common(6))
-        lines.append(f"  findings in test: {shown}{', and others' if len(findings) > 6 else ''}")
+    if found := Counter(s.finding or "unnamed" for s in splits.test if s.label == ABNORMAL):
+        shown = listing([f"{k} {v:,}" for k, v in found.most_common()], 6)
+        lines.append(f"  findings in test: {shown}")
     if isinstance(source, KaggleSource):  # there a look would cost a request each
         total = sum(source.file_bytes(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
@@ -1849,12 +1835,11 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext,
                  bits: int = 0) -> np.ndarray:
     """Decode an image file's bytes to grey values, uint8 [size,size].
 
-    The whole image is stretched to the square, whatever its shape: nothing is cut off and no
-    border is invented. Colour becomes luma (ITU-R 601), transparency is ignored, EXIF orientation
-    is applied. 16-bit grey is scaled from 0..2**bits-1; if bits is 0, from 0-65535, or from 0-4095
-    if no value is larger. DICOM has rescale and window applied, is inverted if MONOCHROME1, and
-    stretched to the full range, its padding aside. Of several pages the first is taken.
-    A JPEG is decoded at a half, a quarter or an eighth where that still leaves twice `size`.
+    The whole image is stretched to the square. Colour becomes luma (ITU-R 601), transparency is
+    ignored, EXIF orientation is applied. 16-bit grey is scaled from 0..2**bits-1; if bits is 0,
+    from 0-65535, or from 0-4095 if no value is larger. DICOM has rescale and window applied, is
+    inverted if MONOCHROME1, and stretched to the full range, its padding aside. Of several pages
+    the first is taken. A JPEG is decoded at a fraction of its size that leaves twice `size`.
     hold: entered with the bytes that the pixels take at most, while they do. Raises BadImage.
     """
     if data[128:132] == b"DICM":
@@ -1952,11 +1937,9 @@ class Cancelled(Exception):
 
 
 class Memory:
-    """The bytes that images may take in all streams that share it. Safe among threads.
-
-    Files in flight may take an eighth, pixels being decoded a quarter. The rest is for decoded
-    images, cached or waiting for their batch: each stream sets a fixed part aside when it is made.
-    """
+    """The bytes that images may take in all streams that share it: an eighth files in flight, a
+    quarter pixels being decoded, the rest decoded images, of which each stream sets a fixed part
+    aside when it is made. Safe among threads."""
 
     def __init__(self, limit: int) -> None:
         self.limit, files, pixels = limit, limit // 8, limit // 4
@@ -1985,11 +1968,9 @@ class Memory:
 
 
 def keep_one_heap() -> None:
-    """Let all threads take memory from one heap that keeps what is freed (Linux with glibc).
-
-    Otherwise 8 threads keep 8 heaps, of four times the bytes that are counted, and large arrays are
-    asked of the kernel anew and zeroed: on a CPU a tenth to a third of a training step.
-    """
+    """Let all threads take memory from one heap that keeps what is freed (Linux with glibc). Else
+    8 threads keep 8 heaps, of four times the bytes that are counted, and large arrays are asked of
+    the kernel anew and zeroed: on a CPU a tenth to a third of a training step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
         for setting, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
@@ -2000,11 +1981,9 @@ def keep_one_heap() -> None:
 # The stream
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of an epoch: a permutation of range(count), int64, a pure function of its arguments.
-
-    Groups of 16 neighbours are shuffled, then single images within windows of 512: random
-    enough for training, while neighbours in the source are still wanted at about the same time.
-    """
+    """Order of an epoch: a permutation of range(count), int64, of its arguments alone. Groups of
+    16 neighbours are shuffled, then single images within windows of 512, so that neighbours in the
+    source are still wanted at about the same time."""
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     groups = rng.permutation(math.ceil(count / SHUFFLE_GROUP))
     order = (groups[:, None] * SHUFFLE_GROUP + np.arange(SHUFFLE_GROUP)).ravel()
@@ -2018,15 +1997,13 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class ImageStream(IterableDataset):
-    """Iterates over batches (images uint8 [B,1,H,W], positions int64 [B]) of samples, in order.
+    """Iterates over batches (images uint8 [B,1,H,W], positions in `samples` int64 [B]).
 
-    Positions index `samples`. With a seed the order is `epoch_order(len, seed, epoch)` and an
-    incomplete last batch is dropped; without one it is the order of `samples`, and complete.
-    Rank r of `world` gets the r-th of as many slices of each batch (perhaps an empty one).
-
-    Threads read and decode ahead. One iteration at a time stays within `memory` (bytes, or a Memory
-    that streams share: at most `share` of what is left for images). If `cache`, as many of the
-    first of `samples` as fit are cached for later epochs.
+    With a seed the order is `epoch_order(len, seed, epoch)` and an incomplete last batch is
+    dropped; without one it is the order of `samples`, and complete. Rank r of `world` gets the r-th
+    of as many slices of each batch (perhaps an empty one). One iteration at a time stays within
+    `memory` (bytes, or a Memory that streams share: at most `share` of what is left for images). If
+    `cache`, as many of the first of `samples` as fit are cached for later epochs.
 
     Unreadable images are skipped, and named in `bad` with the reason. More than 5 % of them (and
     more than one) end the run with a UserError if `stop_on_bad`.
@@ -2083,12 +2060,8 @@ class ImageStream(IterableDataset):
         numbers = range(self.next_batch, len(self))
         batches = [np.array_split(order[i * size : (i + 1) * size], self.world)[self.rank]
                    for i in numbers]
-        # What training leaves over is loaded all the same if it will be cached, so that no later
-        # epoch need read it.
-        rest = order[len(self) * size :] if self.world == 1 else order[:0]
-        batches.append(rest[(rest < self.cached) & ~self._is_cached[rest]])
         with contextlib.closing(self._load(batches)) as loaded:
-            for number, batch in zip(numbers, loaded, strict=False):
+            for number, batch in zip(numbers, loaded, strict=True):
                 if self.stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * n / self.world):
                     key, reason = list(self.bad.items())[-1]
                     raise UserError(
@@ -2098,7 +2071,6 @@ class ImageStream(IterableDataset):
                 self.next_batch = number + 1
                 if len(batch[0]) or self.world > 1:  # where every batch is counted on
                     yield batch
-            next(loaded)  # the rest
 
     def every(self, step: int) -> Batches:
         """Iterate over every step-th of `samples`, whole for every rank. Shares the cache."""

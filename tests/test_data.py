@@ -139,8 +139,7 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     ("path,label\na.png,Unknown\n", "list.csv", "none of its .* is known to be normal"),
     ("path,label,split\na.png,0,later\n", "list.csv", "split 'later' is not one of"),
     ("path,label,mask\na.png,0,gone.png\n", "list.csv", "1 masks that list.csv .* is gone.png"),
-    ("", "gone", "no folder or table is at {}/gone; give a folder, a CSV, kaggle:owner/name, or synthetic"),
-    ("", "https://www.kaggle.com/datasets/a/x", "give a folder, a CSV, kaggle:a/x, or synthetic"),
+    ("", "gone", "no folder or table is at {}/gone; give a folder, a CSV, kaggle:owner/name, or"),
     ("", "my films/empty", "no images in it"),
     ("", "a.png", "no folder or table is at"),
     ("", "my films/Normal", "give a CSV with the first line path,label"),
@@ -381,8 +380,7 @@ def icon() -> bytes:
 
 
 @pytest.mark.parametrize(("make", "says"), [
-    (lambda: dicom("MONOCHROME2", "DeflatedExplicitVRLittleEndian", PixelData=bytes(9_000_000)),
-     "needs 27.0 MB at once"),
+    (lambda: dicom("MONOCHROME2", "DeflatedExplicitVRLittleEndian"), "deflated DICOM"),
     (lambda: dicom("MONOCHROME2", PixelData=bytes(9_000_000)), r"needs 10\d.0 MB at once"),
     (lambda: tiled(4096), "needs 33.6 MB at once"), (icon, "no image of a known format"),
     (lambda: encoded(Image.new("RGB", (2000, 2000)), "WEBP"), "needs 80.0 MB at once")])
@@ -392,13 +390,8 @@ def test_what_a_file_is_inflated_to_counts_and_not_what_it_says(
     with pytest.raises(BadImage, match=says):
         decode_image(make(), 64, partial(memory.hold, "pixels"))
     assert memory.peak_bytes == 0
-    memory = Memory(4 << 20)
-    hold = partial(memory.hold, "pixels")
-    deflated = dicom("MONOCHROME2", "DeflatedExplicitVRLittleEndian")
-    for content in (deflated, tiled(128)):
-        decode_image(content, 64, hold)
-    assert np.array_equal(decode_image(deflated, 64), decode_image(dicom("MONOCHROME2"), 64))
-    assert memory.peak_bytes < memory.limit / 4
+    decode_image(tiled(128), 64, partial(memory.hold, "pixels"))
+    assert 0 < memory.peak_bytes < memory.limit / 4
 
 
 def test_dicom_that_cannot_be_decoded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
