@@ -144,6 +144,12 @@ class Source:
             _check_pixels(image.width, image.height)
             return image.convert("L").point(lambda grey: 255 * (grey > 0))
 
+    def is_black(self, name: str) -> bool:
+        """Whether a mask can be read, and marks nothing."""
+        with contextlib.suppress(UserError):
+            return not self.read_mask(name).getbbox()
+        return False
+
     def size_of(self, sample: Sample) -> tuple[int, int]:
         """Width and height of an image in pixels. UserError if it cannot be read."""
         with self.reading(sample.key), self.open_file(sample.key) as file:
@@ -492,6 +498,7 @@ def draw_phantom(index: int, size: int = 128, seed: int = 0,
 # Tables and folders say the same things of an image, see `Said`. What a word means is decided in
 # `meaning` alone, and what several of them say of one image in `join` alone.
 
+HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/)")
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 OTHER_SUFFIXES = (".xml", ".json", ".npy", ".npz", ".zip", ".gz", ".xlsx", ".md", ".html", ".pdf",
                   ".py", ".ipynb", ".pt", ".mat", ".mp4", ".log", ".yaml")
@@ -835,10 +842,7 @@ class Intake:
         self.boxes: dict[str, list[Box]] = {}
         self.listed_masks: dict[str, list[str]] = {}
         self.whence = defaultdict[str, dict[str, None]](dict)  # of patients, splits ...: columns
-        hidden = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/)")
-        seen = [name for name in names if not hidden.search(name)]
-        self.unused["hidden files"] = len(names) - len(seen)
-        images, tables = self.sort_files(seen)
+        images, tables = self.sort_files(names)
         self.masks, self.files = self.find_masks(images), Index(images)
         self.images = [n for n in images if n not in self.masks]
         self.index = Index(self.images) if self.masks else self.files
@@ -853,23 +857,26 @@ class Intake:
 
     def sort_files(self, names: list[str]) -> tuple[list[str], list[str]]:
         """Tell images and tables among the files; what is neither is counted by its ending."""
-        images, tables, endings = [], [], Counter[str]()
+        images, tables = list[str](), list[str]()
         for name in names:
             ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES or (ending not in TABLE_SUFFIXES + OTHER_SUFFIXES
-                                            and self.source.is_image(name)):
-                images.append(name)
+            if HIDDEN.search(name):
+                self.unused["hidden files"] += 1
             elif ending in TABLE_SUFFIXES:
                 tables.append(name)
+            elif ending in IMAGE_SUFFIXES or (
+                    ending not in OTHER_SUFFIXES and self.source.is_image(name)):
+                images.append(name)
             else:
-                endings[ending if re.fullmatch(r"\.\w{1,8}", ending) else "no known ending"] += 1
+                known = re.fullmatch(r"\.\w{1,8}", ending)
+                self.unused[f"files ending in {ending if known else 'nothing known'}"] += 1
         tables.sort(key=lambda n: (n.count("/"), n))
         self.unused["tables more than are looked into"] = len(tables[MOST_TABLES:])
-        self.unused.update({f"files ending in {ending}": n for ending, n in endings.items()})
         if not images:
             self.refuse(f"no images in it (looked for {', '.join(IMAGE_SUFFIXES)}); not used: "
-                        + counts(self.unused)
-                        + next((text for e, text in INSTEAD.items() if e in endings), ""))
+                        + counts(self.unused) + next((
+                            text for ending, text in INSTEAD.items()
+                            if f"files ending in {ending}" in self.unused), ""))
         return images, tables[:MOST_TABLES]
 
     def find_masks(self, images: list[str]) -> dict[str, str]:
@@ -877,14 +884,14 @@ class Intake:
         parts = {folder: folder.split("/") for folder in {*map(folder_of, images)}}
         # A folder that holds all images is no folder of masks, whatever it is called.
         shared = len(os.path.commonprefix([*parts.values()]))
-        stems, masks = {Index.stem(n) for n in images}, {}
-        for name in images:
-            stem = Index.stem(name)
+        inside = {f for f, ps in parts.items() if any(map(is_mask_folder, ps[shared:]))}
+        stems, masks = {name: Index.stem(name) for name in images}, {}
+        known = {*stems.values()}
+        for name, stem in stems.items():
             beside = MASK_FILE.fullmatch(stem)
             base = beside and (beside[1] or beside[2])
-            inner = parts[folder_of(name)][shared:]
-            if (base and base in stems) or any(map(is_mask_folder, inner)):
-                masks[name] = base if base in stems else stem
+            if base in known or folder_of(name) in inside:
+                masks[name] = base if base in known else stem
         return masks if len(masks) < len(images) else {}
 
     def read_tables(self, names: list[str]) -> None:
@@ -1016,13 +1023,14 @@ class Intake:
                 p for p in rest if re.search(r"\d", p)]
             places[folder] = Said(kind, (word,), "".join(patient[:1]), "", split_of(folder))
         few = len({said.patient for said in places.values()}) < 5  # the parts of a set, or stages
-        for image in self.images:
-            said = places[folder_of(image)]
+        for said in places.values():
             if few and not PERSON.fullmatch(said.patient):
-                said = dataclasses.replace(said, patient="")
-            self.found[image] = join(self.found.get(image, said), said, False)
+                said.patient = ""
             if said.patient:
                 self.whence["patients"]["the names of folders"] = None
+        for image in self.images:
+            said = places[folder_of(image)]
+            self.found[image] = join(self.found.get(image, said), said, False)
 
     def check_words(self) -> None:
         """Write down the words that were found, and what each is taken for. UserError if one of
@@ -1058,8 +1066,7 @@ class Intake:
         for image, said in sorted(self.found.items()):
             if said.kind in ("normal", "abnormal"):
                 samples.append(Sample(image, said.patient or image, int(said.kind == "abnormal"),
-                                      self.finding_of(said) if said.kind == "abnormal" else "",
-                                      said.view, said.split))
+                                      self.finding_of(said), said.view, said.split))
             else:
                 words = f": {' + '.join(sorted(said.words)[:4]) or 'no word'}"
                 self.left_out[(said.kind or "in a table that does not label them")
@@ -1141,7 +1148,7 @@ class Intake:
         if self.masks:
             self.facts["masks"] = (f"{len(self.masks):,} files, no images; "
                                    f"{sum(map(len, masks.values())):,} pair with abnormal images")
-        if any(self.source.read_mask(m).getbbox() for m in normals[:: len(normals) // 5 + 1]):
+        if not all(map(self.source.is_black, normals[:: len(normals) // 5 + 1])):
             self.facts["masks"] += f"; normal images have them, too ({len(normals):,}): no lesions"
             masks.clear()
         self.source.masks = masks | {k: v for k, v in self.listed_masks.items() if k in label}
