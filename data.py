@@ -73,6 +73,7 @@ class Sample:
     split: str = ""  # train, val or test where the source prescribes it
 
 
+SAMPLE_COLUMNS = [column.name for column in dataclasses.fields(Sample)]
 # Left, top, right and bottom of a rectangle, as shares of the image's sides.
 Box = tuple[float, float, float, float]
 
@@ -95,8 +96,9 @@ class Source:
     version = ""  # tells a set from a later one of the same name, where the source knows
 
     def read_file(self, name: str) -> bytes:
-        """Read a file. OSError, BadImage or TooLarge if it cannot be had."""
-        raise NotImplementedError
+        """Read a file. OSError, BadImage or TooLarge. Subclasses have this or `open_file`."""
+        with self.open_file(name) as file:
+            return file.read()
 
     def open_file(self, name: str) -> BinaryIO:
         """Open a file, of which perhaps only some bytes are wanted."""
@@ -129,7 +131,8 @@ class Source:
         inside, boxes = np.zeros((size, size), dtype=bool), self.boxes.get(sample.key, [])
         scale = self.size_of(sample) * 2 if any(max(box) > 1 for box in boxes) else (1,) * 4
         for box in boxes:
-            left, top, right, bottom = (round(x / n * size) for x, n in zip(box, scale, strict=True))
+            left, top, right, bottom = (
+                round(x / n * size) for x, n in zip(box, scale, strict=True))
             inside[top : max(bottom, top + 1), left : max(right, left + 1)] = True
         for name in self.masks.get(sample.key, ()):
             # Any lesion pixel counts, so that a small lesion does not vanish.
@@ -232,7 +235,8 @@ class Source:
                             "conversion right?")
         top = max((high for _, high in deep), default=0)
         self._bits = next(n for n in (10, 12, 14, 16) if top < 2**n or n == 16) if deep else 0
-        self.facts = self.facts | {"grey": f"{self._bits} of 16 bits in use"} if deep else self.facts
+        if deep:
+            self.facts = self.facts | {"grey": f"{self._bits} of 16 bits in use"}
         self.careful = [*self.careful, *(
             f"{len(names)} of {len(some):,} {looked} {what}, e.g. {names[0]}" for names, what in (
                 (paged, "have several pages or frames, of which the first is taken"),
@@ -242,16 +246,15 @@ class Source:
     def fingerprint(self) -> str:
         """A digest of names, patients, labels and prescribed splits, one of the files' sizes, and
         where they can be had one of a few files' content, wherever the data lies. See same_data."""
-        names, sizes, some = (hashlib.blake2b(digest_size=n) for n in (8, 4, 4))
-        for s in self.samples:
-            names.update(f"{s.key}\t{s.patient}\t{s.label}\t{s.split}\n".encode())
-            sizes.update(b"%d " % self.file_bytes(s))
-        known = f"{names.hexdigest()}-{sizes.hexdigest()}"
+        def short(parts: Iterable[str], size: int) -> str:
+            return hashlib.blake2b("".join(parts).encode(), digest_size=size).hexdigest()
+
+        known = [short((f"{s.key}\t{s.patient}\t{s.label}\t{s.split}\n" for s in self.samples), 8),
+                 short((f"{self.file_bytes(s)} " for s in self.samples), 4)]
         with contextlib.suppress(OSError):
-            for s in self.samples[:: len(self.samples) // 16 + 1]:
-                some.update(b"%d " % self.digest(s))
-            known += f"-{some.hexdigest()}"
-        return known
+            some = self.samples[:: len(self.samples) // 16 + 1]
+            known.append(short((f"{self.digest(s)} " for s in some), 4))
+        return "-".join(known)
 
 
 def same_data(one: str, other: str) -> bool:
@@ -263,9 +266,17 @@ def open_source(config: Config) -> Source:
     """The source that `config.data` names. UserError if there is none, or nothing usable in it."""
     if config.data == "synthetic":
         return PhantomSource(config.samples or PHANTOM_SAMPLES, config.image_size)
-    if config.data.startswith("kaggle:"):
-        return open_kaggle(config.data, config.normal)
-    return FolderSource(config.data, config.normal)
+    if not config.data.startswith("kaggle:"):
+        return FolderSource(config.data, config.normal)
+    m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", config.data)
+    if not m:
+        raise UserError(f"--data {config.data}: wanted is kaggle:owner/name[/versions/N]")
+    remote = RemoteArchive(config.data, m[1], m[2], m[3])
+    try:
+        return KaggleSource(remote, config.normal)
+    except RangeRefused:
+        log.warning("kaggle    no parts of the archive are given: a call for each file, slowly")
+        return KaggleFilesSource(remote, config.normal)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -719,42 +730,33 @@ class Table:
     record a line. csv.Error or ValueError if it is none."""
 
     def __init__(self, name: str, text: str, images: Index, given: frozenset[str]) -> None:
-        self.name, self.given, self.lines = name, given, re.split(r"\r\n?|\n", text)
-        if text.lstrip().startswith("{"):  # JSON
-            records = [json.loads(line) for line in self.lines if line.strip()]
-            header = [*dict.fromkeys(itertools.chain(*records))]
-            csv.writer(file := io.StringIO()).writerows(
-                [header, *([record.get(name, "") for name in header] for record in records)])
-            self.lines = file.getvalue().splitlines()
-        if self.lines[0].startswith("sep="):  # so Excel is told
-            del self.lines[0]
+        self.name, self.given, lines = name, given, re.split(r"\r\n?|\n", text)
+        if lines[0].startswith("sep="):  # so Excel is told
+            del lines[0]
+
+        def parsed(separator: str, most: int | None = None) -> list[list[str]]:
+            rows = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+            cells = ([sys.intern(cell.strip()) for cell in row] for row in rows)
+            return [*itertools.islice(filter(any, cells), most)]
 
         def fit(separator: str) -> tuple[int, int]:
-            first = [*itertools.islice(self.parsed(separator), 50)]
+            first = parsed(separator, 50)
             return (sum(any(cell in images for cell in row) for row in first),
                     len(first[0]) if first and separator != " " else 0)
 
-        self.separator, self.first = max((",", ";", "\t", "|", " "), key=fit), 1
-        self.shown = next(self.parsed(self.separator), [])
+        if text.lstrip().startswith("{"):  # JSON
+            records = [json.loads(line) for line in lines if line.strip()]
+            header = [*dict.fromkeys(itertools.chain(*records))]
+            rows = [header, *([str(record.get(name, "")) for name in header] for record in records)]
+        else:
+            rows = parsed(max((",", ";", "\t", "|", " "), key=fit)) or [[]]
+        self.shown, self.first = rows[0], 1
         if any(cell in images and cell.lower().endswith(IMAGE_SUFFIXES) for cell in self.shown):
-            self.first, self.shown = 0, [""] * len(self.shown)  # it has no header
+            self.shown, self.first = [""] * len(rows[0]), 0  # it has no header
         self.columns = [*map(squash, self.shown)]
-        values: list[Counter] = [Counter() for _ in self.columns]
-        for row in self.rows():
-            for counter, cell in zip(values, row, strict=False):
-                counter[cell] += 1
-        self.find_columns(values, images)
-
-    def parsed(self, separator: str) -> Iterator[list[str]]:
-        """Its rows, parted so, without empty ones; one after the other, as there may be many."""
-        for row in csv.reader(self.lines, delimiter=separator, skipinitialspace=True):
-            if any(cells := [cell.strip() for cell in row]):
-                yield cells
-
-    def rows(self) -> Iterator[list[str]]:
-        """Its rows below the header, at least as long as that."""
-        for row in itertools.islice(self.parsed(self.separator), self.first, None):
-            yield row + [""] * (len(self.columns) - len(row))
+        self.rows = [row + [""] * (len(self.columns) - len(row)) for row in rows[self.first :]]
+        self.find_columns([Counter(row[i] for row in self.rows) for i in range(len(self.columns))],
+                          images)
 
     def find_columns(self, values: list[Counter], images: Index) -> None:
         """Tell by names and values which column is what; None for what there is not."""
@@ -881,10 +883,10 @@ class Intake:
 
     def find_masks(self, images: list[str]) -> dict[str, str]:
         """Find the masks; each with the stem of the image that it belongs to."""
-        parts = {folder: folder.split("/") for folder in {*map(folder_of, images)}}
+        parts = {f: f.split("/") for f in map(folder_of, images)}
         # A folder that holds all images is no folder of masks, whatever it is called.
-        shared = len(os.path.commonprefix([*parts.values()]))
-        inside = {f for f, ps in parts.items() if any(map(is_mask_folder, ps[shared:]))}
+        everywhere = set.intersection(*map(set, parts.values()))
+        inside = {f for f, ps in parts.items() if any(map(is_mask_folder, {*ps} - everywhere))}
         stems, masks = {name: Index.stem(name) for name in images}, {}
         known = {*stems.values()}
         for name, stem in stems.items():
@@ -926,9 +928,9 @@ class Intake:
         words_of = functools.lru_cache(100_000)(table.words_of)
 
         def cell(column: int | None) -> str:
-            return "" if column is None else sys.intern(row[column])
+            return "" if column is None else row[column]
 
-        for number, row in enumerate(table.rows(), 1 + table.first):
+        for number, row in enumerate(table.rows, 1 + table.first):
             path, split = row[table.path], cell(table.split)
             image = self.index.find(path, folder_of(table.name))
             words = words_of(tuple(row[i] for i in table.labels)) if table.labels else ()
@@ -988,10 +990,9 @@ class Intake:
         paths = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)
                      and (self.by_folders or len(squash(p)) > 3)]
                  for f in {*map(folder_of, self.images)}}
-        for part in os.path.commonprefix([ps[:-1] for ps in paths.values()]):  # it holds all images
-            if self.means(part) == "normal":
-                break
-            paths = {f: ps[1:] for f, ps in paths.items()}
+        everywhere = set.intersection(*({*ps[:-1]} for ps in paths.values()))  # hold all images
+        paths = {f: [p for p in ps if p not in everywhere or self.means(p) == "normal"]
+                 for f, ps in paths.items()}
         both, kinds = {"normal", "abnormal"}, {f: [
             kind if (kind := self.means(p)) == "normal" or says_abnormal(spaced(p)) else ""
             for p in ps] for f, ps in paths.items()}
@@ -1188,15 +1189,17 @@ class FolderSource(Source):
     def __init__(self, spec: str, normal: str = "") -> None:
         path = Path(os.path.expanduser(spec))
         if not (path.is_dir() or (path.is_file() and path.suffix.lower() in TABLE_SUFFIXES)):
-            raise UserError(f"--data {spec}: no folder or table is at {path.resolve()}; give a "
-                            "folder, a CSV, kaggle:owner/name, or synthetic. Unpack an archive "
-                            "first, and give a single image to evaluate.py with --image")
+            there = "no folder or table" if path.exists() else "nothing"
+            raise UserError(f"--data {spec}: there is {there} at {path.resolve()}; give a folder, "
+                            "a CSV, kaggle:owner/name, or synthetic; unpack an archive first, and "
+                            "give a single image to evaluate.py with --image")
         if all(map(os.path.isfile, (path / "train.py", path / "evaluate.py"))):
             raise UserError(f"--data {spec}: this is the program's own folder; put the images "
                             "into one of their own, and name that")
         self.root, table = (path, "") if path.is_dir() else (path.parent, path.name)
-        self.spec, self.left_out = spec, Counter()
-        self.name = re.sub(r"[^\w.-]+", "_", path.stem if table else path.resolve().name) or "folder"
+        name = path.stem if table else path.resolve().name
+        self.spec, self.name = spec, re.sub(r"[^\w.-]+", "_", name) or "folder"
+        self.left_out = Counter()
         names = self._list_files()
         if table:  # it may list what lies elsewhere
             listed = re.findall(r"(?:\.\./|[A-Z]:|/)[^,;\t|\"\n]*\.\w{3,5}", self.read_text(table))
@@ -1236,10 +1239,6 @@ class FolderSource(Source):
     def open_file(self, name: str) -> BinaryIO:
         return open(os.path.join(self.root, name), "rb")  # joined faster than by pathlib
 
-    def read_file(self, name: str) -> bytes:
-        with self.open_file(name) as file:
-            return file.read()
-
     def file_bytes(self, sample: Sample) -> int:
         try:
             return os.stat(os.path.join(self.root, sample.key)).st_size
@@ -1252,6 +1251,8 @@ class FolderSource(Source):
             return file.read(1024)
 
     def digest(self, sample: Sample) -> int:
+        if not self.is_image(sample.key):
+            raise OSError("an error page, perhaps, and no image that is there twice")
         crc = 0
         with self.open_file(sample.key) as file:  # a piece at a time: it may be large
             while piece := file.read(CHUNK):
@@ -1646,19 +1647,6 @@ class KaggleFilesSource(KaggleSource):
             f"{len(data):,} bytes long instead of {size:,} as listed")
 
 
-def open_kaggle(spec: str, normal: str = "") -> KaggleSource:
-    """Open the data set that kaggle:owner/name[/versions/N] names. UserError."""
-    m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", spec)
-    if not m:
-        raise UserError(f"--data {spec}: wanted is kaggle:owner/name[/versions/N]")
-    remote = RemoteArchive(spec, m[1], m[2], m[3])
-    try:
-        return KaggleSource(remote, normal)
-    except RangeRefused:
-        log.warning("kaggle    no parts of the archive are given: a call for each file, slowly")
-        return KaggleFilesSource(remote, normal)
-
-
 # ----------------------------------------------------------------------------------------------
 # Splits
 
@@ -1752,16 +1740,13 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     return Splits(train, sorted(val, key=lambda s: s.key), test, notes)
 
 
-_COLUMNS = [column.name for column in dataclasses.fields(Sample)]
-
-
 def write_splits(splits: Splits, file: Path) -> None:
     """Write split.csv: one row an image, the split in the last column."""
     rows = [(s.key, s.patient, s.label, s.finding, s.view, name)
             for name in SPLITS for s in getattr(splits, name)]
     temporary = file.with_suffix(".tmp")  # half a table would be read as a smaller data set
     with open(temporary, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([_COLUMNS, *rows])
+        csv.writer(f).writerows([SAMPLE_COLUMNS, *rows])
     os.replace(temporary, file)
 
 
@@ -1771,7 +1756,7 @@ def read_splits(file: Path) -> Splits:
     try:
         with open(file, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
-                key, patient, label, finding, view, split = (row[c] for c in _COLUMNS)
+                key, patient, label, finding, view, split = (row[c] for c in SAMPLE_COLUMNS)
                 parts[split].append(Sample(key, patient, int(label), finding, view, split))
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file}: not a readable table of splits ({error})") from None
@@ -2200,8 +2185,7 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
 
 def describe_memory(loaders: Loaders) -> str:
     """Tell in one line the bound on what the streams hold, and how many images they cache."""
-    cached = loaders.train.cached + loaders.val.cached
-    there = len(loaders.train.samples) + len(loaders.val.samples)
-    return (f"memory    images never take more than {loaders.train.memory.limit / 2**30:,.3g} GB; "
-            f"{'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
-            "validation images fit into the cache")
+    train, val = loaders[:2]
+    return (f"memory    images never take more than {train.memory.limit / 2**30:,.3g} GB; "
+            f"{train.cached + val.cached:,} of the {len(train.samples) + len(val.samples):,} "
+            "training and validation images fit into the cache")

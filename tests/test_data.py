@@ -94,7 +94,7 @@ def test_links_special_files_and_names_that_cannot_be_written_down_do_no_harm(
     assert source.left_out.pop("with a name that is not UTF-8") == 1
     assert source.left_out.pop("links to nothing, pipes or devices") == 4
     assert [reason[:17] for reason in source.left_out] == ["link, again, to .", "link, normal/link"]
-    with pytest.raises(UserError, match="no folder or table is at"):
+    with pytest.raises(UserError, match="no folder or table at"):
         FolderSource(str(tmp_path / "table.csv"))
     (tmp_path / "list.csv").write_text("path,label\nnormal/zero.png,0\n")
     with pytest.raises(UserError, match="no column path whose values are images that are there"):
@@ -139,9 +139,9 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     ("path,label\na.png,Unknown\n", "list.csv", "none of its .* is known to be normal"),
     ("path,label,split\na.png,0,later\n", "list.csv", "split 'later' is not one of"),
     ("path,label,mask\na.png,0,gone.png\n", "list.csv", "1 masks that list.csv .* is gone.png"),
-    ("", "gone", "no folder or table is at {}/gone; give a folder, a CSV, kaggle:owner/name, or"),
+    ("", "gone", "nothing at {}/gone; give a folder, a CSV, kaggle:owner/name, or"),
     ("", "my films/empty", "no images in it"),
-    ("", "a.png", "no folder or table is at"),
+    ("", "a.png", "no folder or table at"),
     ("", "my films/Normal", "give a CSV with the first line path,label"),
     ("", str(Path(__file__).parent.parent), "the program's own folder; put the images into one")])
 def test_a_wrong_place_or_table_is_one_line_that_names_it(
