@@ -535,7 +535,6 @@ FILLER = re.compile(
     "(case|image|img|picture|photo|png|jpe?g|dicom|dcm|bmp|tiff?|scan|slice|patient|subject|xray|"
     "ray|radiograph|film|frame|file|lung|brain|finding|person|session)s?|study|studies|series|x|p|s|"
     "pat|subj|sub|pid|chest|cxr|class|folder|dir|data|dataset|set|split|group|batch|part")
-NUMBERED = {"class", "grade", "stage", "level", "type"}  # the number after it is the class
 NO_CLASS = re.compile(
     "(pred|prediction|result|heatmap|output|overlay|sample|example|figure|plot|preview|thumbnail|"
     "duplicate|reconstruction)s?|all|tmp|temp|backup|old|misc|inference|submission|demo|trash|"
@@ -562,7 +561,7 @@ COLUMNS = {name: re.compile(pattern) for name, pattern in {
                "num|number|name|key|code|identifier)?|mrn|pid|lesionid",
     "view": "view|viewposition|frontallateral|appa|projection", "modality": "modality",
     "mask": ".*(mask|segmentation).*", "no label": "sex|gender|age|smoker|survival",
-    "finding": "findings?|findinglabels?", "no path": "|unnamed0|index",
+    "no path": "|unnamed0|index",
     "left": "x|xmin|bboxx|x0|left", "top": "y|ymin|y0|top", "width": "width|w",
     "height": "height|h", "right": "xmax|x1|x2|right", "bottom": "ymax|y1|y2|bottom"}.items()}
 SIDE_VIEWS = {"l", "ll", "lat", "lateral", "axial", "coronal", "sagittal", "oblique"}
@@ -609,7 +608,7 @@ def bare(text: str) -> tuple[str, str]:
     if not telling:  # 'class 1', and '1' alone, are classes; 'set 1' and 'images' are not
         is_class = all(w.isdigit() or w == "class" for w in words) and words[-1:] != ["class"]
         return " ".join(words if is_class else ()), split
-    if not (NUMBERED & {*words} or all(len(w) < 4 for w in telling)):  # then it is no class
+    if any(len(w) > 3 for w in telling):  # not T 1, nor no. 2: there the number tells something
         words = words[words[0].isdigit() : len(words) - words[-1].isdigit()]
     return " ".join(w for w in words if not FILLER.fullmatch(w)), split
 
@@ -787,7 +786,7 @@ class Table:
         self.xrays = any(squash(v) in X_RAYS for i in named["modality"] for v in values[i])
 
         taken = {self.path, self.split, *named["view"], *(
-            i for role, i in self.role.items() if role not in ("no label", "finding", "no path"))}
+            i for role, i in self.role.items() if role not in ("no label", "no path"))}
         unused = [i for i in every if i not in taken]
         free = [i for i in unused if i not in named["no label"] and not any(
             len(token) > 60 for v in values[i] for token in tokens(v))]  # sentences are no labels
@@ -1076,14 +1075,14 @@ class Intake:
             self.images = [*self.found]
         elif len(self.images) > len(self.found):
             self.left_out["not listed in a table"] = len(self.images) - len(self.found)
+        some = any(s.label == NORMAL for s in samples)
         samples = self.source.samples = self.drop_copies(samples)
         if not any(s.label == NORMAL for s in samples):
-            words = self.facts["words"]
-            self.refuse(f"none of its {len(self.images)} images is known to be normal; "
-                        + (f"its words: {words}; {DECIDE}; or " if words else
-                           "no table or folder says what they are; ")
-                        + f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
-                        f" (not used: {counts(self.unused)}; left out: {counts(self.left_out, 4)})")
+            remedy = f"{DECIDE}; or {A_CSV} such as {[*self.images, 'a.png'][0]},normal"
+            self.refuse(f"none of its {len(self.images)} images is known to be normal; its words: "
+                        f"{self.facts['words'] or 'none'}; "
+                        f"{'was their conversion right?' if some else remedy} "
+                        f"(not used: {counts(self.unused)}; left out: {counts(self.left_out, 4)})")
         self.pair_masks({s.key: s.label for s in samples})
         self.account(samples)
 
