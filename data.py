@@ -578,7 +578,9 @@ INSTEAD = {  # of what holds images, but is none
     ".zip": "; unpack the archive first", ".gz": "; unpack what ends in .gz first"}
 
 
-folder_of = posixpath.dirname  # "" at the top
+def folder_of(name: str) -> str:
+    """The folder of a file, "" at the top. Faster than dirname."""
+    return name.rpartition("/")[0]
 
 
 @functools.lru_cache(100_000)
@@ -924,14 +926,14 @@ class Intake:
         named = {SPLIT_NAMES[w] for w in spaced(Index.stem(table.name)).split() if w in SPLIT_NAMES}
         of_table = "" if {"train", "test"} <= named else max(named - {"val"} or named, default="")
         absent, here, paths = set[str](), dict[str, Said](), dict[str, str]()
-        words_of = functools.lru_cache(100_000)(table.words_of)
+        words_of, below = functools.lru_cache(100_000)(table.words_of), folder_of(table.name)
 
         def cell(column: int | None) -> str:
             return "" if column is None else row[column]
 
         for number, row in enumerate(table.rows, 1 + table.first):
             path, split = row[table.path], cell(table.split)
-            image = self.index.find(path, folder_of(table.name))
+            image = self.index.find(path, below)
             words = words_of(tuple(row[i] for i in table.labels)) if table.labels else ()
             if self.table and not (path and words):
                 self.refuse(f"{table.name} row {number}: path or label is empty")
@@ -965,7 +967,7 @@ class Intake:
                     self.boxes.setdefault(image, []).append(
                         (x / scale, y / scale, right / scale, bottom / scale))
             if mask := cell(table.role["mask"]):
-                self.listed_masks[image] = [self.files.find(mask, folder_of(table.name)) or mask]
+                self.listed_masks[image] = [self.files.find(mask, below) or mask]
         if absent and self.table:
             self.refuse(f"{len(absent)} of the {len(absent) + len(here)} files that {table.name} "
                         f"lists are not there, the first is {min(absent)}; paths are relative to "
@@ -1066,7 +1068,8 @@ class Intake:
         for image, said in sorted(self.found.items()):
             if said.kind in ("normal", "abnormal"):
                 samples.append(Sample(image, said.patient or image, int(said.kind == "abnormal"),
-                                      self.finding_of(said), said.view, said.split))
+                                          self.finding_of(said) if said.kind == "abnormal" else "",
+                                      said.view, said.split))
             else:
                 words = f": {' + '.join(sorted(said.words)[:4]) or 'no word'}"
                 self.left_out[(said.kind or "in a table that does not label them")
