@@ -10,8 +10,6 @@ One road for every source: Source.fetch(samples) -> bytes -> decode_image -> uin
 import contextlib
 import csv
 import ctypes
-import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -30,8 +28,8 @@ import zlib
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -73,7 +71,7 @@ class Sample:
     split: str = ""  # train, val or test where the source prescribes it
 
 
-SAMPLE_COLUMNS = [column.name for column in dataclasses.fields(Sample)]
+SAMPLE_COLUMNS = [column.name for column in fields(Sample)]
 # Left, top, right and bottom of a rectangle, as shares of the image's sides.
 Box = tuple[float, float, float, float]
 
@@ -583,7 +581,7 @@ def folder_of(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def spaced(text: str) -> str:
     """A name in lower case, its words and numbers parted by single spaces; 7.0 is 7."""
     if re.fullmatch(r"[+-]?\d+(\.0*)?", text.strip()):
@@ -597,7 +595,7 @@ def squash(text: str) -> str:
     return spaced(text).replace(" ", "")
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def bare(text: str) -> tuple[str, str]:
     """The words of a folder or label that tell something, and the split that it names, or "".
 
@@ -615,7 +613,7 @@ def bare(text: str) -> tuple[str, str]:
     return " ".join(w for w in words if not FILLER.fullmatch(w)), split
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
     """What a label or folder says: normal, abnormal, unknown, or unsure if it is only like normal.
     given: the words of --normal; whatever else is labelled is abnormal then."""
@@ -631,7 +629,7 @@ def tokens(label: str) -> tuple[str, ...]:
     return tuple(word for part in re.split(r"[|;,]", label) if (word := part.strip(" []{}()'\"")))
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def judge(words: tuple[str, ...], given: frozenset[str]) -> str:
     """What words say together: a meaning, or contradictory."""
     found = {meaning(word, given) for word in words} or {"unknown"}
@@ -640,7 +638,7 @@ def judge(words: tuple[str, ...], given: frozenset[str]) -> str:
     return found.pop() if len(found) == 1 else "unsure" if "unsure" in found else "contradictory"
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def split_of(folder: str) -> str:
     """The split that a folder's path names, the innermost part that does; "" if none does."""
     return next((split for part in reversed(folder.split("/")) if (split := bare(part)[1])), "")
@@ -838,7 +836,7 @@ class Intake:
     def __init__(self, source: Source, names: list[str], normal: str = "", table: str = "") -> None:
         self.source, self.normal, self.table = source, normal, table
         self.given = frozenset(squash(word) for word in normal.split(",")) - {""}
-        self.means = functools.partial(meaning, given=self.given)
+        self.means = partial(meaning, given=self.given)
         self.left_out, self.unused = source.left_out, Counter[str]()
         self.facts = dict.fromkeys(("words", "patients", "split", "not used"), "")
         self.found: dict[str, Said] = {}  # by images
@@ -926,7 +924,7 @@ class Intake:
         named = {SPLIT_NAMES[w] for w in spaced(Index.stem(table.name)).split() if w in SPLIT_NAMES}
         of_table = "" if {"train", "test"} <= named else max(named - {"val"} or named, default="")
         absent, here, paths = set[str](), dict[str, Said](), dict[str, str]()
-        words_of, below = functools.lru_cache(100_000)(table.words_of), folder_of(table.name)
+        words_of, below = lru_cache(100_000)(table.words_of), folder_of(table.name)
 
         def cell(column: int | None) -> str:
             return "" if column is None else row[column]
@@ -1711,7 +1709,7 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
     if val and len(_normals(val)) < enough:
         notes.append(f"prescribed validation split of {len(val)} images is too small (fewer than "
                      f"{enough} normals): " + ("unused" if test else "split anew with all others"))
-        rest, val = [dataclasses.replace(s, split="") for s in rest
+        rest, val = [replace(s, split="") for s in rest
                      if not test or s.split != "val"], []
     if not test:
         free = _without(rest, val)
@@ -2075,7 +2073,7 @@ class ImageStream(IterableDataset):
     def _groups(self, batches: list[np.ndarray]) -> Iterator[list[int]]:
         """Yield the positions that must be read, in the order in which they are wanted, but those
         of one block together that are wanted within `_span` images."""
-        wanted = [i for i in np.concatenate(batches).tolist()
+        wanted = [i for batch in batches for i in batch.tolist()
                   if not self._is_cached[i] and self.samples[i].key not in self.bad]
         for start in range(0, len(wanted), self._span):
             blocks = defaultdict(list)
