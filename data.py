@@ -10,8 +10,6 @@ One road for every source: Source.fetch(samples) -> bytes -> decode_image -> uin
 import contextlib
 import csv
 import ctypes
-import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -30,11 +28,11 @@ import zlib
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import requests
@@ -73,6 +71,7 @@ class Sample:
     split: str = ""  # train, val or test where the source prescribes it
 
 
+SAMPLE_COLUMNS = [column.name for column in fields(Sample)]
 # Left, top, right and bottom of a rectangle, as shares of the image's sides.
 Box = tuple[float, float, float, float]
 
@@ -95,76 +94,82 @@ class Source:
     version = ""  # tells a set from a later one of the same name, where the source knows
 
     def read_file(self, name: str) -> bytes:
-        """Read a file. OSError, BadImage or TooLarge if it cannot be had."""
-        raise NotImplementedError
+        """Read a file. OSError, BadImage or TooLarge. Subclasses have this or `open_file`."""
+        with self.open_file(name) as file:
+            return file.read()
+
+    def open_file(self, name: str) -> BinaryIO:
+        """Open a file, of which perhaps only some bytes are wanted."""
+        return io.BytesIO(self.read_file(name))
 
     def read(self, sample: Sample) -> bytes:
         """Read an image's file. OSError or BadImage if it cannot be had."""
         return self.read_file(sample.key)
 
-    def read_text(self, name: str) -> str:
-        """Read a CSV or a list. UserError if it cannot be had."""
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Turn what goes wrong with a file while inside into a UserError."""
         try:
-            data = self.read_file(name)
-            if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                return data.decode("utf-16", errors="replace")
-            try:
-                return data.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                return data.decode("cp1252", errors="replace")
-        except (OSError, BadImage) as error:
-            why = error.args[-1]
+            yield
+        except (*DAMAGE, BadImage) as error:
+            why = error.args[-1] if error.args else error
             raise UserError(f"--data {self.spec}: {name} cannot be read ({why})") from None
 
+    def read_text(self, name: str) -> str:
+        """Read a CSV or a list. UserError if it cannot be had."""
+        with self.reading(name):
+            data = self.read_file(name)
+        try:
+            return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        except UnicodeDecodeError:
+            return data.decode("cp1252", errors="replace")
+
     def mask(self, sample: Sample, size: int) -> np.ndarray | None:
-        """Where the lesion is, bool [size,size]; None if the source does not know."""
-        inside = np.zeros((size, size), dtype=bool)
-        for box in self.boxes.get(sample.key, ()):
-            if max(box) > 1:  # in pixels
-                width, height = self.size_of(sample)
-                box = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
-            left, top, right, bottom = (round(side * size) for side in box)
+        """Where the lesion is, bool [size,size]; None if the source does not know. UserError."""
+        inside, boxes = np.zeros((size, size), dtype=bool), self.boxes.get(sample.key, [])
+        scale = self.size_of(sample) * 2 if any(max(box) > 1 for box in boxes) else (1,) * 4
+        for box in boxes:
+            left, top, right, bottom = (
+                round(x / n * size) for x, n in zip(box, scale, strict=True))
             inside[top : max(bottom, top + 1), left : max(right, left + 1)] = True
         for name in self.masks.get(sample.key, ()):
-            try:
-                # Any lesion pixel counts, so that a small lesion does not vanish.
-                inside |= np.asarray(self.read_mask(name).resize(
-                    (size, size), Image.Resampling.BOX)) > 0
-            except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
-                raise UserError(f"--data {self.spec}: {name} is no readable mask ({error})"
-                                ) from None
-        return inside if sample.key in self.boxes or sample.key in self.masks else None
+            # Any lesion pixel counts, so that a small lesion does not vanish.
+            inside |= np.asarray(self.read_mask(name).resize(
+                (size, size), Image.Resampling.BOX)) > 0
+        return inside if boxes or sample.key in self.masks else None
 
     def read_mask(self, name: str) -> Image.Image:
-        """Read a mask: 255 where it is not black."""
-        with Image.open(io.BytesIO(self.read_file(name)), formats=FORMATS) as image:
+        """Read a mask: 255 where it is not black. UserError."""
+        with (self.reading(name), self.open_file(name) as file,
+              Image.open(file, formats=FORMATS) as image):
             _check_pixels(image.width, image.height)
             return image.convert("L").point(lambda grey: 255 * (grey > 0))
 
     def is_black(self, name: str) -> bool:
-        """Whether a mask marks nothing."""
-        try:
+        """Whether a mask can be read, and marks nothing."""
+        with contextlib.suppress(UserError):
             return not self.read_mask(name).getbbox()
-        except (*DAMAGE, *TOO_MANY_PIXELS, BadImage):
-            return False
+        return False
 
     def size_of(self, sample: Sample) -> tuple[int, int]:
         """Width and height of an image in pixels. UserError if it cannot be read."""
-        try:
-            data = self.read(sample)
-            if data[128:132] == b"DICM":
+        with self.reading(sample.key), self.open_file(sample.key) as file:
+            if file.read(132)[128:] == b"DICM":
                 import pydicom
 
-                header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+                file.seek(0)
+                header = pydicom.dcmread(file, stop_before_pixels=True)
                 return header.Columns, header.Rows
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 return image.size
-        except (*DAMAGE, *TOO_MANY_PIXELS, BadImage) as error:
-            raise UserError(f"--data {self.spec}: {sample.key} cannot be read ({error})") from None
 
     def is_image(self, name: str) -> bool:
         """Whether a file of unknown ending begins like an image."""
-        return False
+        with self.open_file(name) as file:
+            data = file.read(132)
+        return data[128:] == b"DICM" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP") or (
+            data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"P5",
+                             b"P2", b"P6")))
 
     def file_bytes(self, sample: Sample) -> int:
         """Size of the file; 0 if that is not known before it is read."""
@@ -197,10 +202,6 @@ class Source:
             except (OSError, BadImage) as error:
                 yield sample, error
 
-    def open_image(self, sample: Sample) -> Image.Image:
-        """Open an image's file with Pillow. OSError, BadImage."""
-        return Image.open(io.BytesIO(self.read(sample)), formats=FORMATS)
-
     def grey_bits(self) -> int:
         """Bits in use of 16-bit images, one figure a set: the smallest of 10, 12, 14, 16 that holds
         what is seen in 128 of them; 0 if what is looked at, drawn by names, has 8. Tells of pages
@@ -208,47 +209,50 @@ class Source:
         if self._bits is not None:
             return self._bits
         some = sorted(self.samples, key=lambda s: zlib.crc32(s.key.encode()))[: self.looked_at]
-        deep, flat, odd = list[Any](), list[bool](), defaultdict[str, list[str]](list)
+        deep, flat, paged, broken = list[Any](), list[bool](), list[str](), list[str]()
         for sample in some:
             try:
-                with self.open_image(sample) as image:
+                with (self.open_file(sample.key) as file,
+                      Image.open(file, formats=FORMATS) as image):
                     if getattr(image, "n_frames", 1) > 1:
-                        odd["have several pages or frames, of which the first is taken"].append(
-                            sample.key)
+                        paged.append(sample.key)
                     if image.mode.startswith("I") and len(deep) < 128:
                         deep.append(image.getextrema())
                     if len(flat) < 24:
                         image.draft("L", (64, 64))
                         flat.append(bool(np.ptp(np.asarray(image)) == 0))
-            except (*DAMAGE, *TOO_MANY_PIXELS, BadImage):
+            except (*DAMAGE, BadImage):
                 if sample.key.lower().endswith(IMAGE_SUFFIXES[:-2]):  # DICOM is not Pillow's
-                    odd["cannot be read as images"].append(sample.key)
-        why = "hold signed grey values; save them as 8 or 16 bits, by one rule for all" if (
-            sum(low < 0 for low, _ in deep) > MAX_BAD_SHARE * len(deep)) else (
-            "are of one grey; was their conversion right?" if len(flat) > 7 and all(flat) else "")
-        if why:
-            raise UserError(f"--data {self.spec}: the images that were looked at {why}")
-        self._bits = next((n for n in (10, 12, 14, 16) if all(high < 2**n for _, high in deep)),
-                          16) if deep else 0
+                    broken.append(sample.key)
+        looked = "images that were looked at"
+        if sum(low < 0 for low, _ in deep) > MAX_BAD_SHARE * len(deep):
+            raise UserError(f"--data {self.spec}: the {looked} hold signed grey values; save them "
+                            "as 8 or 16 bits, by one rule for all")
+        if len(flat) > 7 and all(flat):
+            raise UserError(f"--data {self.spec}: the {looked} are of one grey; was their "
+                            "conversion right?")
+        top = max((high for _, high in deep), default=0)
+        self._bits = next(n for n in (10, 12, 14, 16) if top < 2**n or n == 16) if deep else 0
+        if deep:
+            self.facts = self.facts | {"grey": f"{self._bits} of 16 bits in use"}
         self.careful = [*self.careful, *(
-            f"{len(names)} of {len(some):,} images that were looked at {what}, e.g. {names[0]}"
-            for what, names in odd.items())]
-        self.facts = self.facts | {"grey": f"{self._bits} of 16 bits in use" if deep else ""}
+            f"{len(names)} of {len(some):,} {looked} {what}, e.g. {names[0]}" for names, what in (
+                (paged, "have several pages or frames, of which the first is taken"),
+                (broken, "cannot be read as images")) if names)]
         return self._bits
 
     def fingerprint(self) -> str:
         """A digest of names, patients, labels and prescribed splits, one of the files' sizes, and
         where they can be had one of a few files' content, wherever the data lies. See same_data."""
-        names, sizes, some = (hashlib.blake2b(digest_size=n) for n in (8, 4, 4))
-        for s in self.samples:
-            names.update(f"{s.key}\t{s.patient}\t{s.label}\t{s.split}\n".encode())
-            sizes.update(b"%d " % self.file_bytes(s))
-        known = f"{names.hexdigest()}-{sizes.hexdigest()}"
+        def short(parts: Iterable[str], size: int) -> str:
+            return hashlib.blake2b("".join(parts).encode(), digest_size=size).hexdigest()
+
+        known = [short((f"{s.key}\t{s.patient}\t{s.label}\t{s.split}\n" for s in self.samples), 8),
+                 short((f"{self.file_bytes(s)} " for s in self.samples), 4)]
         with contextlib.suppress(OSError):
-            for s in self.samples[:: len(self.samples) // 16 + 1]:
-                some.update(b"%d " % self.digest(s))
-            known += f"-{some.hexdigest()}"
-        return known
+            some = self.samples[:: len(self.samples) // 16 + 1]
+            known.append(short((f"{self.digest(s)} " for s in some), 4))
+        return "-".join(known)
 
 
 def same_data(one: str, other: str) -> bool:
@@ -260,9 +264,17 @@ def open_source(config: Config) -> Source:
     """The source that `config.data` names. UserError if there is none, or nothing usable in it."""
     if config.data == "synthetic":
         return PhantomSource(config.samples or PHANTOM_SAMPLES, config.image_size)
-    if config.data.startswith("kaggle:"):
-        return open_kaggle(config.data, config.normal)
-    return FolderSource(config.data, config.normal)
+    if not config.data.startswith("kaggle:"):
+        return FolderSource(config.data, config.normal)
+    m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", config.data)
+    if not m:
+        raise UserError(f"--data {config.data}: wanted is kaggle:owner/name[/versions/N]")
+    remote = RemoteArchive(config.data, m[1], m[2], m[3])
+    try:
+        return KaggleSource(remote, config.normal)
+    except RangeRefused:
+        log.warning("kaggle    no parts of the archive are given: a call for each file, slowly")
+        return KaggleFilesSource(remote, config.normal)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -277,10 +289,7 @@ MASK_LEVEL = 0.04  # smallest noise-free change, as a share of the grey range, t
 
 
 class PhantomSource(Source):
-    """Drawn chest images with known lesions, of `image_size` x `image_size` pixels.
-
-    Training images are numbered from 0, validation from 100,000, test from 200,000.
-    """
+    """Drawn chest images with known lesions, of `image_size` x `image_size` pixels."""
 
     def __init__(self, train_normals: int, image_size: int) -> None:
         self.spec = self.name = "synthetic"
@@ -312,10 +321,7 @@ class PhantomSource(Source):
 def _soft(distance: np.ndarray, width: float) -> np.ndarray:
     """Smooth step from 0 to 1 around distance 0 (`width` wide): a blurred edge without a blur."""
     t = np.clip(distance * (1.0 / width) + 0.5, 0.0, 1.0)
-    bent = 3.0 - 2.0 * t
-    bent *= t  # in place, which is faster
-    bent *= t
-    return bent
+    return (3.0 - 2.0 * t) * t * t
 
 
 def _bone(distance: np.ndarray, half: float, width: float) -> np.ndarray:
@@ -466,14 +472,10 @@ def _lesion(kind: str, p: SimpleNamespace, rng: np.random.RandomState) -> np.nda
 
 def draw_phantom(index: int, size: int = 128, seed: int = 0,
                  kind: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Film number `index` (one patient each) and the mask of its anomaly.
-
-    Returns uint8 [size, size] in 0..255 and bool [size, size], all False when `kind` is None.
-    The film drawn with kind=None is the lesion-free twin: same anatomy, exposure and noise.
-    """
-    if kind not in (None, *PHANTOM_KINDS):
-        raise ValueError(f"kind must be None or one of {PHANTOM_KINDS}, not {kind!r}")
-    # RandomState, because its stream is frozen for good: tests can pin the bytes of a film. The
+    """Draw image number `index`, uint8 [size, size], and the mask of its anomaly, bool
+    [size, size]: all False when `kind` is None. That image is the lesion-free twin of the others:
+    same anatomy, exposure and noise. ValueError if there is no such kind."""
+    # RandomState, because its stream is frozen for good: tests can pin the bytes of an image. The
     # lesion has a generator of its own, so that it cannot disturb the patient's numbers.
     rng = np.random.RandomState([seed, index, 0])
     p = _patient(rng, size)
@@ -505,6 +507,7 @@ def draw_phantom(index: int, size: int = 128, seed: int = 0,
 # Tables and folders say the same things of an image, see `Said`. What a word means is decided in
 # `meaning` alone, and what several of them say of one image in `join` alone.
 
+HIDDEN = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/)")
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 OTHER_SUFFIXES = (".xml", ".json", ".npy", ".npz", ".zip", ".gz", ".xlsx", ".md", ".html", ".pdf",
                   ".py", ".ipynb", ".pt", ".mat", ".mp4", ".log", ".yaml")
@@ -530,7 +533,6 @@ FILLER = re.compile(
     "(case|image|img|picture|photo|png|jpe?g|dicom|dcm|bmp|tiff?|scan|slice|patient|subject|xray|"
     "ray|radiograph|film|frame|file|lung|brain|finding|person|session)s?|study|studies|series|x|p|s|"
     "pat|subj|sub|pid|chest|cxr|class|folder|dir|data|dataset|set|split|group|batch|part")
-NUMBERED = {"class", "grade", "stage", "level", "type"}  # the number after it is the class
 NO_CLASS = re.compile(
     "(pred|prediction|result|heatmap|output|overlay|sample|example|figure|plot|preview|thumbnail|"
     "duplicate|reconstruction)s?|all|tmp|temp|backup|old|misc|inference|submission|demo|trash|"
@@ -543,7 +545,7 @@ PERSON = re.compile(r"(?i)(?:patient|person|pat|subject|subj|sub|case|pid|p)[ _-
 # Patients in the names of files, believed where every image of a set has such a name: Kermany's,
 # OCT's, CheXpert's and MURA's, the NIH's, and such as patient7_3.png.
 NAME_RULES = [re.compile(f"(?:^|/){rule}") for rule in (
-    r"(person\d+_(?P<finding>bacteria|virus)(?=_)|(?:NORMAL2-)?IM-\d+(?=-))[^/]*$",
+    r"(person\d+_(?:bacteria|virus)(?=_)|(?:NORMAL2-)?IM-\d+(?=-))[^/]*$",
     r"[A-Z]+-(\d+)-\d+\.\w+$", r"(\d{8})_\d{3}\.\w+$",
     r"(?:.*/)?((?i:patient|pat|subject|subj|sub|case|person|p)[ _-]?\d+)/",
     r"((?i:patient|pat|subject|subj|sub|case|person)[ _-]?\d+)[ _-][^/]+$")]
@@ -557,7 +559,7 @@ COLUMNS = {name: re.compile(pattern) for name, pattern in {
                "num|number|name|key|code|identifier)?|mrn|pid|lesionid",
     "view": "view|viewposition|frontallateral|appa|projection", "modality": "modality",
     "mask": ".*(mask|segmentation).*", "no label": "sex|gender|age|smoker|survival",
-    "finding": "findings?|findinglabels?", "no path": "|unnamed0|index",
+    "no path": "|unnamed0|index",
     "left": "x|xmin|bboxx|x0|left", "top": "y|ymin|y0|top", "width": "width|w",
     "height": "height|h", "right": "xmax|x1|x2|right", "bottom": "ymax|y1|y2|bottom"}.items()}
 SIDE_VIEWS = {"l", "ll", "lat", "lateral", "axial", "coronal", "sagittal", "oblique"}
@@ -574,7 +576,12 @@ INSTEAD = {  # of what holds images, but is none
     ".zip": "; unpack the archive first", ".gz": "; unpack what ends in .gz first"}
 
 
-@functools.lru_cache(100_000)
+def folder_of(name: str) -> str:
+    """The folder of a file, "" at the top. Faster than dirname."""
+    return name.rpartition("/")[0]
+
+
+@lru_cache(100_000)
 def spaced(text: str) -> str:
     """A name in lower case, its words and numbers parted by single spaces; 7.0 is 7."""
     if re.fullmatch(r"[+-]?\d+(\.0*)?", text.strip()):
@@ -588,7 +595,7 @@ def squash(text: str) -> str:
     return spaced(text).replace(" ", "")
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def bare(text: str) -> tuple[str, str]:
     """The words of a folder or label that tell something, and the split that it names, or "".
 
@@ -601,20 +608,12 @@ def bare(text: str) -> tuple[str, str]:
     if not telling:  # 'class 1', and '1' alone, are classes; 'set 1' and 'images' are not
         is_class = all(w.isdigit() or w == "class" for w in words) and words[-1:] != ["class"]
         return " ".join(words if is_class else ()), split
-    # The number of a copy or place goes, but not where the number is the class.
-    numbered = NUMBERED & {*words} or all(len(w) < 4 for w in telling)
-
-    def adds_nothing(word: str) -> bool:
-        return bool(FILLER.fullmatch(word)) or (word.isdigit() and not numbered)
-
-    while adds_nothing(words[-1]):
-        words.pop()
-    while adds_nothing(words[0]) and (words[0].isdigit() or not words[1].isdigit()):
-        words.pop(0)
-    return " ".join(words), split
+    if any(len(w) > 3 for w in telling):  # not T 1, nor no. 2: there the number tells something
+        words = words[words[0].isdigit() : len(words) - words[-1].isdigit()]
+    return " ".join(w for w in words if not FILLER.fullmatch(w)), split
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def meaning(word: str, given: frozenset[str] = frozenset()) -> str:
     """What a label or folder says: normal, abnormal, unknown, or unsure if it is only like normal.
     given: the words of --normal; whatever else is labelled is abnormal then."""
@@ -630,7 +629,7 @@ def tokens(label: str) -> tuple[str, ...]:
     return tuple(word for part in re.split(r"[|;,]", label) if (word := part.strip(" []{}()'\"")))
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def judge(words: tuple[str, ...], given: frozenset[str]) -> str:
     """What words say together: a meaning, or contradictory."""
     found = {meaning(word, given) for word in words} or {"unknown"}
@@ -639,21 +638,10 @@ def judge(words: tuple[str, ...], given: frozenset[str]) -> str:
     return found.pop() if len(found) == 1 else "unsure" if "unsure" in found else "contradictory"
 
 
-@functools.lru_cache(100_000)
+@lru_cache(100_000)
 def split_of(folder: str) -> str:
     """The split that a folder's path names, the innermost part that does; "" if none does."""
     return next((split for part in reversed(folder.split("/")) if (split := bare(part)[1])), "")
-
-
-def in_common(paths: Iterable[list[str]]) -> list[str]:
-    """The folders at the beginning of all paths."""
-    levels = zip(*paths, strict=False)
-    return [names[0] for names in itertools.takewhile(lambda names: len({*names}) == 1, levels)]
-
-
-def folder_of(name: str) -> str:
-    """The folder of a file, "" at the top."""
-    return name.rpartition("/")[0]
 
 
 def is_mask_folder(name: str) -> bool:
@@ -671,7 +659,6 @@ class Said:
     patient: str = ""
     view: str = ""
     split: str = ""
-    finding: str = ""  # where the name of a file tells it
 
 
 # From what gives way to what does not, where several things are said of an image.
@@ -742,42 +729,33 @@ class Table:
     record a line. csv.Error or ValueError if it is none."""
 
     def __init__(self, name: str, text: str, images: Index, given: frozenset[str]) -> None:
-        self.name, self.given, self.lines = name, given, re.split(r"\r\n?|\n", text)
-        if text.lstrip().startswith("{"):  # JSON
-            records = [json.loads(line) for line in self.lines if line.strip()]
-            header = [*dict.fromkeys(itertools.chain(*records))]
-            csv.writer(file := io.StringIO()).writerows(
-                [header, *([record.get(name, "") for name in header] for record in records)])
-            self.lines = file.getvalue().splitlines()
-        if self.lines[0].startswith("sep="):  # so Excel is told
-            del self.lines[0]
+        self.name, self.given, lines = name, given, re.split(r"\r\n?|\n", text)
+        if lines[0].startswith("sep="):  # so Excel is told
+            del lines[0]
+
+        def parsed(separator: str, most: int | None = None) -> list[list[str]]:
+            rows = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+            cells = ([sys.intern(cell.strip()) for cell in row] for row in rows)
+            return [*itertools.islice(filter(any, cells), most)]
 
         def fit(separator: str) -> tuple[int, int]:
-            first = [*itertools.islice(self.parsed(separator), 50)]
+            first = parsed(separator, 50)
             return (sum(any(cell in images for cell in row) for row in first),
                     len(first[0]) if first and separator != " " else 0)
 
-        self.separator, self.first = max((",", ";", "\t", "|", " "), key=fit), 1
-        self.shown = next(self.parsed(self.separator), [])
+        if text.lstrip().startswith("{"):  # JSON
+            records = [json.loads(line) for line in lines if line.strip()]
+            header = [*dict.fromkeys(itertools.chain(*records))]
+            rows = [header, *([str(record.get(name, "")) for name in header] for record in records)]
+        else:
+            rows = parsed(max((",", ";", "\t", "|", " "), key=fit)) or [[]]
+        self.shown, self.first = rows[0], 1
         if any(cell in images and cell.lower().endswith(IMAGE_SUFFIXES) for cell in self.shown):
-            self.first, self.shown = 0, [""] * len(self.shown)  # it has no header
+            self.shown, self.first = [""] * len(rows[0]), 0  # it has no header
         self.columns = [*map(squash, self.shown)]
-        values: list[Counter] = [Counter() for _ in self.columns]
-        for row in self.rows():
-            for counter, cell in zip(values, row, strict=False):
-                counter[cell] += 1
-        self.find_columns(values, images)
-
-    def parsed(self, separator: str) -> Iterator[list[str]]:
-        """Its rows, parted so, without empty ones; one after the other, as there may be many."""
-        for row in csv.reader(self.lines, delimiter=separator, skipinitialspace=True):
-            if any(cells := [cell.strip() for cell in row]):
-                yield cells
-
-    def rows(self) -> Iterator[list[str]]:
-        """Its rows below the header, at least as long as that."""
-        for row in itertools.islice(self.parsed(self.separator), self.first, None):
-            yield row + [""] * (len(self.columns) - len(row))
+        self.rows = [row + [""] * (len(self.columns) - len(row)) for row in rows[self.first :]]
+        self.find_columns([Counter(row[i] for row in self.rows) for i in range(len(self.columns))],
+                          images)
 
     def find_columns(self, values: list[Counter], images: Index) -> None:
         """Tell by names and values which column is what; None for what there is not."""
@@ -802,14 +780,13 @@ class Table:
                                             for role, found in named.items()}
         self.role["mask"] = next((i for i in named["mask"] if any("." in v for v in values[i])),
                                  None)
-        # Where there are both l and r, they are sides of the body.
-        self.views = [i for i in named["view"] if not {"l", "r"} <= {*map(squash, values[i])}]
+        self.views = named["view"]
         self.sides = ("left", "top", *(("right", "bottom") if named["right"] else
                                        ("width", "height")))
         self.xrays = any(squash(v) in X_RAYS for i in named["modality"] for v in values[i])
 
         taken = {self.path, self.split, *named["view"], *(
-            i for role, i in self.role.items() if role not in ("no label", "finding", "no path"))}
+            i for role, i in self.role.items() if role not in ("no label", "no path"))}
         unused = [i for i in every if i not in taken]
         free = [i for i in unused if i not in named["no label"] and not any(
             len(token) > 60 for v in values[i] for token in tokens(v))]  # sentences are no labels
@@ -826,15 +803,12 @@ class Table:
         label = (knows or (spoken if len(spoken) == 1 else called) or [None])[0]
         self.one_hot = bool(telling) and (label is None or label in telling)
         self.labels = flags if self.one_hot else [] if label is None else [label]
-        if self.labels and not self.one_hot:  # a second one may say what is found
-            self.labels += [i for i in named["finding"] if i in free and i != label][:1]
         self.unused = [self.shown[i] for i in unused if i not in self.labels]
 
     def words_of(self, cells: tuple[str, ...]) -> tuple[str, ...]:
         """What the cells of the labels say of an image, in words."""
         if not self.one_hot:
-            return tokens(cells[0]) + tuple(word for cell in cells[1:] for word in tokens(cell)
-                                            if meaning(word, self.given) != "unknown")
+            return tokens(cells[0])
         said = {self.shown[i]: squash(cell) for i, cell in zip(self.labels, cells, strict=True)}
         words = tuple(name for name, value in said.items() if value in YES)
         if judge(words, self.given) == "normal":  # what is uncertain beside it contradicts it
@@ -844,34 +818,32 @@ class Table:
         return words
 
 
-def listing(parts: Iterable[str], most: int, between: str = "; ") -> str:
+def listing(parts: list[str], most: int) -> str:
     """Write down the first ones of many things, and how many others there are."""
-    parts = [*parts]
-    return between.join(parts[:most]) + (
-        f"{between}and {len(parts) - most:,} more" if len(parts) > most else "")
+    return "; ".join(parts[:most] + [f"and {len(parts) - most:,} more"] * (len(parts) > most))
+
+
+def counts(counter: Counter, most: int = 15) -> str:
+    """Write down how many there are of what, the most first."""
+    return listing([f"{n:,} {what}" for what, n in counter.most_common() if n], most) or "nothing"
 
 
 class Intake:
-    """What is in a place: fills a source's samples, masks, boxes, facts and what is left out.
-
-    normal: the words of --normal. table: the one that was named; else all of them are looked into.
-    UserError if nothing is known to be normal, or a word may mean normal and is not known.
-    """
+    """Fills a source's samples, masks, boxes, facts and what is left out. UserError if nothing is
+    known to be normal, or a word may mean normal or not. normal: the words of --normal. table: the
+    one that was named; else all of them are looked into."""
 
     def __init__(self, source: Source, names: list[str], normal: str = "", table: str = "") -> None:
         self.source, self.normal, self.table = source, normal, table
         self.given = frozenset(squash(word) for word in normal.split(",")) - {""}
-        self.means = functools.partial(meaning, given=self.given)
+        self.means = partial(meaning, given=self.given)
         self.left_out, self.unused = source.left_out, Counter[str]()
-        self.facts = dict.fromkeys(("words", "patients", "split"), "")
+        self.facts = dict.fromkeys(("words", "patients", "split", "not used"), "")
         self.found: dict[str, Said] = {}  # by images
         self.boxes: dict[str, list[Box]] = {}
         self.listed_masks: dict[str, list[str]] = {}
         self.whence = defaultdict[str, dict[str, None]](dict)  # of patients, splits ...: columns
-        hidden = re.compile(r"(?:^|/)(?:\.(?!\.?/)|__MACOSX/)")
-        seen = [name for name in names if not hidden.search(name)]
-        self.unused["hidden files"] = len(names) - len(seen)
-        images, tables = self.sort_files(seen)
+        images, tables = self.sort_files(names)
         self.masks, self.files = self.find_masks(images), Index(images)
         self.images = [n for n in images if n not in self.masks]
         self.index = Index(self.images) if self.masks else self.files
@@ -886,39 +858,41 @@ class Intake:
 
     def sort_files(self, names: list[str]) -> tuple[list[str], list[str]]:
         """Tell images and tables among the files; what is neither is counted by its ending."""
-        images, tables, endings = [], [], Counter[str]()
+        images, tables = list[str](), list[str]()
         for name in names:
             ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES or (ending not in TABLE_SUFFIXES + OTHER_SUFFIXES
-                                            and self.source.is_image(name)):
-                images.append(name)
+            if HIDDEN.search(name):
+                self.unused["hidden files"] += 1
             elif ending in TABLE_SUFFIXES:
                 tables.append(name)
+            elif ending in IMAGE_SUFFIXES or (
+                    ending not in OTHER_SUFFIXES and self.source.is_image(name)):
+                images.append(name)
             else:
-                endings[ending if re.fullmatch(r"\.\w{1,8}", ending) else "no known ending"] += 1
-        if not images:
-            found = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(6))
-            self.refuse(f"no images in it (looked for {', '.join(IMAGE_SUFFIXES)})"
-                        + (f"; found: {found}" if found else "")
-                        + next((text for e, text in INSTEAD.items() if e in endings), ""))
+                known = re.fullmatch(r"\.\w{1,8}", ending)
+                self.unused[f"files ending in {ending if known else 'nothing known'}"] += 1
         tables.sort(key=lambda n: (n.count("/"), n))
         self.unused["tables more than are looked into"] = len(tables[MOST_TABLES:])
-        self.unused.update({f"files ending in {ending}": n for ending, n in endings.items()})
+        if not images:
+            self.refuse(f"no images in it (looked for {', '.join(IMAGE_SUFFIXES)}); not used: "
+                        + counts(self.unused) + next((
+                            text for ending, text in INSTEAD.items()
+                            if f"files ending in {ending}" in self.unused), ""))
         return images, tables[:MOST_TABLES]
 
     def find_masks(self, images: list[str]) -> dict[str, str]:
         """Find the masks; each with the stem of the image that it belongs to."""
-        parts = {folder: folder.split("/") for folder in {*map(folder_of, images)}}
+        parts = {f: f.split("/") for f in map(folder_of, images)}
         # A folder that holds all images is no folder of masks, whatever it is called.
-        shared = len(in_common(parts.values()))
-        stems, masks = {Index.stem(n) for n in images}, {}
-        for name in images:
-            stem = Index.stem(name)
+        everywhere = set.intersection(*map(set, parts.values()))
+        inside = {f for f, ps in parts.items() if any(map(is_mask_folder, {*ps} - everywhere))}
+        stems, masks = {name: Index.stem(name) for name in images}, {}
+        known = {*stems.values()}
+        for name, stem in stems.items():
             beside = MASK_FILE.fullmatch(stem)
             base = beside and (beside[1] or beside[2])
-            inner = parts[folder_of(name)][shared:]
-            if (base and base in stems) or any(map(is_mask_folder, inner)):
-                masks[name] = base if base in stems else stem
+            if base in known or folder_of(name) in inside:
+                masks[name] = base if base in known else stem
         return masks if len(masks) < len(images) else {}
 
     def read_tables(self, names: list[str]) -> None:
@@ -936,7 +910,6 @@ class Intake:
                     tables.append(table)
             except TooLarge:
                 why = "too much in it to be looked into"
-                self.left_out["tables, too large to be looked into"] += 1
             except (csv.Error, ValueError, TypeError, AttributeError) as error:
                 why = f"no rows of columns ({error})"
             if self.table and why:
@@ -951,14 +924,14 @@ class Intake:
         named = {SPLIT_NAMES[w] for w in spaced(Index.stem(table.name)).split() if w in SPLIT_NAMES}
         of_table = "" if {"train", "test"} <= named else max(named - {"val"} or named, default="")
         absent, here, paths = set[str](), dict[str, Said](), dict[str, str]()
-        words_of = functools.lru_cache(100_000)(table.words_of)
+        words_of, below = lru_cache(100_000)(table.words_of), folder_of(table.name)
 
         def cell(column: int | None) -> str:
-            return "" if column is None else sys.intern(row[column])
+            return "" if column is None else row[column]
 
-        for number, row in enumerate(table.rows(), 1 + table.first):
+        for number, row in enumerate(table.rows, 1 + table.first):
             path, split = row[table.path], cell(table.split)
-            image = self.index.find(path, folder_of(table.name))
+            image = self.index.find(path, below)
             words = words_of(tuple(row[i] for i in table.labels)) if table.labels else ()
             if self.table and not (path and words):
                 self.refuse(f"{table.name} row {number}: path or label is empty")
@@ -992,7 +965,7 @@ class Intake:
                     self.boxes.setdefault(image, []).append(
                         (x / scale, y / scale, right / scale, bottom / scale))
             if mask := cell(table.role["mask"]):
-                self.listed_masks[image] = [self.files.find(mask, folder_of(table.name)) or mask]
+                self.listed_masks[image] = [self.files.find(mask, below) or mask]
         if absent and self.table:
             self.refuse(f"{len(absent)} of the {len(absent) + len(here)} files that {table.name} "
                         f"lists are not there, the first is {min(absent)}; paths are relative to "
@@ -1016,10 +989,9 @@ class Intake:
         paths = {f: [p for p in f.split("/") if bare(p)[0] and not PERSON.fullmatch(p)
                      and (self.by_folders or len(squash(p)) > 3)]
                  for f in {*map(folder_of, self.images)}}
-        for part in in_common(ps[:-1] for ps in paths.values()):  # it holds all images
-            if self.means(part) == "normal":
-                break
-            paths = {f: ps[1:] for f, ps in paths.items()}
+        everywhere = set.intersection(*({*ps[:-1]} for ps in paths.values()))  # hold all images
+        paths = {f: [p for p in ps if p not in everywhere or self.means(p) == "normal"]
+                 for f, ps in paths.items()}
         both, kinds = {"normal", "abnormal"}, {f: [
             kind if (kind := self.means(p)) == "normal" or says_abnormal(spaced(p)) else ""
             for p in ps] for f, ps in paths.items()}
@@ -1051,21 +1023,25 @@ class Intake:
                 p for p in rest if re.search(r"\d", p)]
             places[folder] = Said(kind, (word,), "".join(patient[:1]), "", split_of(folder))
         few = len({said.patient for said in places.values()}) < 5  # the parts of a set, or stages
-        for image in self.images:
-            said = places[folder_of(image)]
+        for said in places.values():
             if few and not PERSON.fullmatch(said.patient):
-                said = dataclasses.replace(said, patient="")
-            self.found[image] = join(self.found.get(image, said), said, False)
+                said.patient = ""
             if said.patient:
                 self.whence["patients"]["the names of folders"] = None
+        for image in self.images:
+            said = places[folder_of(image)]
+            self.found[image] = join(self.found.get(image, said), said, False)
 
-    def check_words(self) -> str:
-        """Write down the words that were found. UserError if one of them must be decided on."""
+    def check_words(self) -> None:
+        """Write down the words that were found, and what each is taken for. UserError if one of
+        them must be decided on."""
         entries = [said for said in self.found.values() if said.kind in KINDS]
         if not any(self.means(word) == "normal" for said in entries for word in said.words):
             entries = [*self.found.values()]
         words = Counter(word for said in entries for word in said.words if word)
-        text = listing((f"{word} {n:,}" for word, n in words.most_common()), 12, ", ")
+        self.facts["words"] = listing(
+            [f"{word} {n:,} -> {self.means(word)}" for word, n in sorted(
+                words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))], 40)
         why = (f"there is no {', '.join(strange)}"
                if (strange := sorted(self.given - {*map(squash, words)})) else "")
         for word in words if not why else ():
@@ -1080,19 +1056,17 @@ class Intake:
                 why = f"label {word} is neither 0 (normal) nor 1 (abnormal); {DECIDE}, perhaps 0"
         if why:
             self.refuse(f"{f'--normal {self.normal}: ' * bool(self.normal)}{why}; its words: "
-                        f"{text or 'none'}")
-        return text
+                        f"{self.facts['words'] or 'none'}")
 
     def finish(self) -> None:
         """Make the samples of what was found, and the account of it; or refuse."""
-        text = self.check_words()
+        self.check_words()
         self.name_patients()
         samples = []
-        for image in sorted(self.found):
-            said = self.found[image]
+        for image, said in sorted(self.found.items()):
             if said.kind in ("normal", "abnormal"):
                 samples.append(Sample(image, said.patient or image, int(said.kind == "abnormal"),
-                                      self.finding_of(said) if said.kind == "abnormal" else "",
+                                          self.finding_of(said) if said.kind == "abnormal" else "",
                                       said.view, said.split))
             else:
                 words = f": {' + '.join(sorted(said.words)[:4]) or 'no word'}"
@@ -1102,19 +1076,14 @@ class Intake:
             self.images = [*self.found]
         elif len(self.images) > len(self.found):
             self.left_out["not listed in a table"] = len(self.images) - len(self.found)
-        self.facts["not used"] = listing(
-            (f"{n:,} {what}" for what, n in self.unused.items() if n), 8)
+        some = any(s.label == NORMAL for s in samples)
+        samples = self.source.samples = self.drop_copies(samples)
         if not any(s.label == NORMAL for s in samples):
-            self.refuse(f"none of its {len(self.images)} images is known to be normal; "
-                        + (f"its words: {text}; {DECIDE}; or " if text else
-                           "no table or folder says what they are; ")
-                        + f"{A_CSV} such as {self.images[0] if self.images else 'a.png'},normal"
-                        f" (not used: {self.facts['not used'] or 'nothing'})")
-        samples = self.drop_copies(samples)
-        if not any(s.label == NORMAL for s in samples):
-            self.refuse("no normal image is left, as identical files are labelled normal and "
-                        "abnormal; was their conversion right?")
-        self.source.samples = samples
+            remedy = f"{DECIDE}; or {A_CSV} such as {[*self.images, 'a.png'][0]},normal"
+            self.refuse(f"none of its {len(self.images)} images is known to be normal; its words: "
+                        f"{self.facts['words'] or 'none'}; "
+                        f"{'was their conversion right?' if some else remedy} "
+                        f"(not used: {counts(self.unused)}; left out: {counts(self.left_out, 4)})")
         self.pair_masks({s.key: s.label for s in samples})
         self.account(samples)
 
@@ -1129,22 +1098,18 @@ class Intake:
                 if nobody and all(map(rule.search, nobody)):
                     self.facts["patients"] = "from the names of files"
                     for image in nobody:
-                        match, said = rule.search(image), self.found[image]
-                        said.patient, said.finding = match[1], match.groupdict().get("finding", "")
+                        self.found[image].patient = rule.search(image)[1]
 
     def finding_of(self, said: Said) -> str:
-        """The kind of abnormality, by the name of a file, or else by words."""
+        """The kind of abnormality in words."""
         words = [word for word in said.words if self.means(word) == "abnormal"]
         finding = "|".join([w for w in words if not says_abnormal(spaced(w))] or words)
-        return said.finding or (finding.lower() if self.by_folders else finding)
+        return finding.lower() if self.by_folders else finding
 
     def drop_copies(self, samples: list[Sample]) -> list[Sample]:
         """Keep one of identical files, in test if one is there; none if their labels contradict.
-
-        Those of one named patient, or of a prescribed test split, that lie in one folder stay: so
-        were sets published, and nothing leaks. Only files of equal size, alike at a glance, are
-        read.
-        """
+        Those of one named patient, or of a prescribed test split, that lie in one folder stay.
+        Only files of equal size, alike at a glance, are read."""
         alike = {0: samples}
         for mark in (self.source.file_bytes, self.source.glance, self.source.digest):
             found = defaultdict[Any, list[Sample]](list)
@@ -1155,8 +1120,7 @@ class Intake:
             alike = {key: group for key, group in found.items() if len(group) > 1 and key[1] != 0}
         gone = dict[str, str]()
         for group in alike.values():
-            best = min(group, key=lambda s: (s.split != "test", s.split != "val",
-                                             s.key.count("/"), s.key))
+            best = min(group, key=lambda s: (-STRICT(s.split), s.key.count("/"), s.key))
             for s in group:
                 if len({other.label for other in group}) > 1:
                     gone[s.key] = "identical, with labels that contradict"
@@ -1173,10 +1137,10 @@ class Intake:
         of organs, unless these are black."""
         normals, masks = [], defaultdict[str, list[str]](list)
         for mask, stem in self.masks.items():
-            images = [image for image in self.index.by_stem.get(stem, ()) if image in label]
-            folders = [{*folder_of(image).split("/")} for image in images]
-            shared = [len(names & {*folder_of(mask).split("/")}) for names in folders]
-            near = [image for image, n in zip(images, shared, strict=True) if n == max(shared)]
+            place = {*folder_of(mask).split("/")}
+            shared = {image: len(place & {*folder_of(image).split("/")})
+                      for image in self.index.by_stem.get(stem, ()) if image in label}
+            near = [image for image, n in shared.items() if n == max(shared.values())]
             ill = [image for image in near if label[image] == ABNORMAL]
             if len(ill) == 1:
                 masks[ill[0]].append(mask)
@@ -1197,15 +1161,12 @@ class Intake:
         """Write down what was found and used, and of what one must be careful."""
         source, facts = self.source, self.facts
         source.boxes = {s.key: self.boxes[s.key] for s in samples if s.key in self.boxes}
-        words = Counter(word for s in samples for word in self.found[s.key].words)
-        ordered = sorted(words.items(), key=lambda w: (self.means(w[0]) != "normal", -w[1]))
-        facts["words"] = listing((f"{word or '(none)'} {n:,} -> {self.means(word)}"
-                                  for word, n in ordered), 40)
         used = {s.split for s in samples} - {""}
         facts["split"] = "none prescribed" if used <= {"train"} else (
             f"{', '.join(s for s in SPLITS if s in used)}: prescribed by "
             + " and ".join(self.whence["split"] or ["the names of tables and folders"]))
         facts["boxes"] = f"{len(source.boxes):,} images" if source.boxes else ""
+        facts["not used"] = counts(self.unused) if any(self.unused.values()) else ""
         missing, careful = len(self.images) - len(samples), []
         if missing > len(self.images) / 10:
             careful.append(f"{missing:,} of the {len(self.images):,} images are not used; see why "
@@ -1227,21 +1188,18 @@ class FolderSource(Source):
 
     def __init__(self, spec: str, normal: str = "") -> None:
         path = Path(os.path.expanduser(spec))
-        name = path.resolve().name if path.is_dir() else path.stem
-        self.spec, self.name = spec, re.sub(r"[^\w.-]+", "_", name) or "folder"
-        self.left_out = Counter()
-        if not path.exists():
-            page = re.search(r"kaggle\.com/(?:datasets/)?([\w.-]+/[\w.-]+)", spec)
-            raise UserError(f"--data {spec}: there is nothing at {path.resolve()}; give a folder, "
-                            f"a CSV, kaggle:{page[1] if page else 'owner/name'}, or synthetic")
-        table = "" if path.is_dir() else path.name
-        if table and not (path.is_file() and path.suffix.lower() in TABLE_SUFFIXES):
-            raise UserError(f"--data {spec}: neither a folder nor a CSV file; unpack an archive "
-                            "first, and give a single image to evaluate.py with --image")
-        self.root = path.parent if table else path
-        if not table and all(map(os.path.isfile, (path / "train.py", path / "evaluate.py"))):
+        if not (path.is_dir() or (path.is_file() and path.suffix.lower() in TABLE_SUFFIXES)):
+            there = "no folder or table" if path.exists() else "nothing"
+            raise UserError(f"--data {spec}: there is {there} at {path.resolve()}; give a folder, "
+                            "a CSV, kaggle:owner/name, or synthetic; unpack an archive first, and "
+                            "give a single image to evaluate.py with --image")
+        if all(map(os.path.isfile, (path / "train.py", path / "evaluate.py"))):
             raise UserError(f"--data {spec}: this is the program's own folder; put the images "
                             "into one of their own, and name that")
+        self.root, table = (path, "") if path.is_dir() else (path.parent, path.name)
+        name = path.stem if table else path.resolve().name
+        self.spec, self.name = spec, re.sub(r"[^\w.-]+", "_", name) or "folder"
+        self.left_out = Counter()
         names = self._list_files()
         if table:  # it may list what lies elsewhere
             listed = re.findall(r"(?:\.\./|[A-Z]:|/)[^,;\t|\"\n]*\.\w{3,5}", self.read_text(table))
@@ -1258,41 +1216,28 @@ class FolderSource(Source):
         names = list[str]()
         known: dict[str, str] = {}  # a link may lead to a folder that was there already
         for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
-            real, inside = os.path.realpath(folder), Path(folder).relative_to(self.root)
-            is_run = inside.parts and ({"last.pt", "split.csv"} <= {*files}
-                                       or "comparison.html" in files)
+            real, inside = os.path.realpath(folder), Path(folder).relative_to(self.root).as_posix()
+            is_run = inside != "." and ({"last.pt", "split.csv"} <= {*files}
+                                        or "comparison.html" in files)
             if real in known or is_run:  # runs of this program have pictures, too
                 self.left_out["folder of a run of this program" if is_run else
                               f"link, {inside}, to {known[real]}, which was read already"] += 1
                 folders.clear()
                 continue
-            known[real] = str(inside)
+            known[real] = inside
             folders[:] = sorted(d for d in folders if not d.startswith("."))
             for file in files:
-                name, path = (inside / file).as_posix(), os.path.join(folder, file)
-                why = ("with a name that is not UTF-8" if not is_text(name) else
-                       "" if os.path.isfile(path) else
-                       "neither a file nor a folder" if os.path.exists(path) else  # pipes, devices
-                       "links to files that are not there")
-                if why:
-                    self.left_out[why] += 1
-                else:
+                name = file if inside == "." else f"{inside}/{file}"
+                if not is_text(name):
+                    self.left_out["with a name that is not UTF-8"] += 1
+                elif os.path.isfile(os.path.join(folder, file)):
                     names.append(name)
+                else:  # a pipe would be waited for
+                    self.left_out["links to nothing, pipes or devices"] += 1
         return sorted(names)
 
-    def read_file(self, name: str) -> bytes:
-        with open(os.path.join(self.root, name), "rb") as f:  # joined faster than by pathlib
-            return f.read()
-
-    def open_image(self, sample: Sample) -> Image.Image:
-        return Image.open(os.path.join(self.root, sample.key), formats=FORMATS)
-
-    def is_image(self, name: str) -> bool:
-        try:
-            with open(os.path.join(self.root, name), "rb") as f:
-                return begins_like_image(f.read(132))
-        except OSError:
-            return False
+    def open_file(self, name: str) -> BinaryIO:
+        return open(os.path.join(self.root, name), "rb")  # joined faster than by pathlib
 
     def file_bytes(self, sample: Sample) -> int:
         try:
@@ -1301,26 +1246,18 @@ class FolderSource(Source):
             return 0
 
     def glance(self, sample: Sample) -> bytes:
-        with open(self.root / sample.key, "rb") as f:  # the middle: borders are often black
-            f.seek(self.file_bytes(sample) // 2)
-            return f.read(1024)
+        with self.open_file(sample.key) as file:  # the middle: borders are often black
+            file.seek(self.file_bytes(sample) // 2)
+            return file.read(1024)
 
     def digest(self, sample: Sample) -> int:
+        if not self.is_image(sample.key):
+            raise OSError("an error page, perhaps, and no image that is there twice")
         crc = 0
-        with open(self.root / sample.key, "rb") as f:  # a piece at a time: it may be large
-            if not begins_like_image(f.read(132)):
-                raise OSError("no image, and so none that is there twice")
-            f.seek(0)
-            while piece := f.read(CHUNK):
+        with self.open_file(sample.key) as file:  # a piece at a time: it may be large
+            while piece := file.read(CHUNK):
                 crc = zlib.crc32(piece, crc)
         return crc
-
-
-def begins_like_image(data: bytes) -> bool:
-    """Whether these first 132 bytes are those of an image."""
-    return data[128:132] == b"DICM" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP") or (
-        data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"P5",
-                         b"P2", b"P6")))
 
 
 def is_text(name: str) -> bool:
@@ -1373,8 +1310,6 @@ def kaggle_credentials() -> dict[str, str]:
     if not all(re.fullmatch("[!-~]+", value) for value in found.values()):  # plain characters
         raise UserError("no Kaggle credentials found"
                         + (f", nor usable ones in {file}" if file else "") + KAGGLE_HELP)
-    if file and os.name == "posix" and file.stat().st_mode & 0o077:
-        log.warning(f"careful   others may read {file}; forbid it: chmod 600 {file}")
     return found
 
 
@@ -1515,10 +1450,9 @@ class RemoteArchive(io.RawIOBase):
             if not part:
                 raise ConnectionError("another part of the archive than was asked for")
             with contextlib.suppress(*NO_CONNECTION):
-                while chunk := response.raw.read(min(CHUNK, len(into) - done)):
-                    into[done : done + len(chunk)] = chunk
-                    done += len(chunk)
-                    self.traffic["bytes"] += len(chunk)
+                while count := response.raw.readinto(into[done : done + CHUNK]):
+                    done += count
+                    self.traffic["bytes"] += count
                     if cancelled.is_set():
                         raise Cancelled
         if not done:
@@ -1587,13 +1521,11 @@ class KaggleSource(Source):
         if ending[1:].isdigit():  # the last number of a name such as 1.2.840
             ending = ""
         if ending not in self.endings:  # one of each is looked into, as it costs a request
-            self.endings[ending] = begins_like_image(self.read_file(name)[:132])
+            self.endings[ending] = self.member(name).size <= LARGEST_FILE and super().is_image(name)
         return self.endings[ending]
 
     def member(self, name: str) -> Member:
-        """Look a file up. FileNotFoundError if there is none of that name."""
-        if name not in self.members:
-            raise FileNotFoundError("not in the data set")
+        """Look up where a file lies. KeyError."""
         return Member(*MEMBER.unpack(self.members[name]))
 
     def file_bytes(self, sample: Sample) -> int:
@@ -1679,10 +1611,7 @@ def unpack(member: Member, span: memoryview) -> bytes | Exception:
 
 
 class KaggleFilesSource(KaggleSource):
-    """A Kaggle data set whose archive is not given in parts: a call of the API for each file.
-
-    Slower, and Kaggle limits the number of calls; for small sets.
-    """
+    """A Kaggle data set whose archive is not given in parts: a call of the API for each file."""
 
     blocks, digest = Source.blocks, Source.digest
 
@@ -1716,19 +1645,6 @@ class KaggleFilesSource(KaggleSource):
                 data = packed.open(packed.infolist()[0]).read(size + 1)
         return data if len(data) == size else BadImage(
             f"{len(data):,} bytes long instead of {size:,} as listed")
-
-
-def open_kaggle(spec: str, normal: str = "") -> KaggleSource:
-    """Open the data set that kaggle:owner/name[/versions/N] names. UserError."""
-    m = re.fullmatch(r"kaggle:([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?", spec)
-    if not m:
-        raise UserError(f"--data {spec}: wanted is kaggle:owner/name[/versions/N]")
-    remote = RemoteArchive(spec, m[1], m[2], m[3])
-    try:
-        return KaggleSource(remote, normal)
-    except RangeRefused:
-        log.warning("kaggle    no parts of the archive are given: a call for each file, slowly")
-        return KaggleFilesSource(remote, normal)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1776,40 +1692,34 @@ def _first(samples: list[Sample], want: int, what: str) -> list[Sample]:
 def split_samples(samples: list[Sample], train_limit: int | None = None) -> Splits:
     """Split by patient into train (normals), val and test; the same for every seed and model.
 
-    A test split that the source prescribes is respected, and so is a validation split beside it
-    with at least 20 normals, or alone with 50; a smaller one is left out, or if test is not
-    prescribed either split anew with all else. Otherwise test takes 20 % of the normals and every
-    patient who has no normal image, and validation 10 % of the remaining normals. Abnormal images
-    of patients who are not in train go to validation, where settings may be chosen on them.
-    train_limit: the most training images; validation normals then are at most a quarter, or 100.
+    A prescribed test split is kept, and so is a validation split beside it with at least 20
+    normals, or alone with 50; a smaller one is left out, or without a test split dissolved.
+    Otherwise test takes 20 % of the normals and every patient who has no normal image, and
+    validation 10 % of the remaining normals. Abnormal images of patients who are not in train go
+    to validation. train_limit: the most training images; validation normals then are at most a
+    quarter, or 100.
     """
     notes = []
     test = [s for s in samples if s.split == "test"]
-    rest = [s for s in samples if s.split != "test"]
-    val = [s for s in rest if s.split == "val"]
-    prescribed = bool(test)
+    rest = _without([s for s in samples if s.split != "test"], test)
+    if lost := len(samples) - len(test) - len(rest):
+        notes.append(f"{lost} images left out of training and validation: their patients are in "
+                     "test")
+    val, enough = [s for s in rest if s.split == "val"], MIN_VALIDATION if test else MIN_NORMALS
+    if val and len(_normals(val)) < enough:
+        notes.append(f"prescribed validation split of {len(val)} images is too small (fewer than "
+                     f"{enough} normals): " + ("unused" if test else "split anew with all others"))
+        rest, val = [replace(s, split="") for s in rest
+                     if not test or s.split != "val"], []
     if not test:
-        if val and len(_normals(val)) < MIN_NORMALS:
-            notes.append(f"prescribed validation split of {len(val)} images is too small (fewer "
-                         f"than {MIN_NORMALS} normals): they are split anew with all others")
-            val, rest = [], [dataclasses.replace(s, split="") for s in rest]
         free = _without(rest, val)
         test = _without(free, _normals(free))
         mixed = _without(free, test)
         test = test + _first(mixed, round(0.2 * len(_normals(mixed))), "patient")
-    left = _without(rest, test)
-    if prescribed and len(left) < len(rest):
-        notes.append(f"{len(rest) - len(left)} images left out of training and validation: "
-                     "their patients are in test")
+        rest = _without(rest, test)
 
-    val = [s for s in left if s.split == "val"]
-    rest = [s for s in left if s.split != "val"]
-    normals, enough = _normals(rest), MIN_VALIDATION if prescribed else MIN_NORMALS
-    if len(_normals(val)) < enough:
-        if val:
-            notes.append(f"prescribed validation split of {len(val)} images is too small: unused, "
-                         f"as it has fewer than {enough} normals; "
-                         "validation is taken from the training patients")
+    normals = [s for s in _normals(rest) if s.split != "val"]
+    if not val:
         want = max(round(0.1 * len(normals)), min(20, len(normals) // 4))
         val = _first(normals, want, "patient")
     train = _without(normals, val)
@@ -1819,23 +1729,15 @@ def split_samples(samples: list[Sample], train_limit: int | None = None) -> Spli
         train = _first(train, train_limit, "key")
         val = [s for s in val if s.label == ABNORMAL] + _first(
             _normals(val), max(100, train_limit // 4), "key")
-    known = {s.key for s in val}
-    val += [s for s in _without(rest, train) if s.label == ABNORMAL and s.key not in known]
-    if all(s.patient == s.key for s in samples):
-        notes.append("no patient is named: every image counts as a patient of its own")
+    val += [s for s in _without(rest, train) if s.label == ABNORMAL and s.split != "val"]
     used = {s.key for part in (train, val, test) for s in part}
     if spare := Counter(s.label for s in samples if s.key not in used):
-        notes.append(
-            f"{spare[NORMAL]:,} normal and {spare[ABNORMAL]:,} abnormal images are in no split: "
-            "their patients are in another, --samples is less, or the split that is prescribed "
-            "for them is too small")
+        notes.append(f"{spare[NORMAL]:,} normal and {spare[ABNORMAL]:,} abnormal images are in no "
+                     "split, because of their patients, --samples, or what is prescribed")
     for one, other in ((train, val), (train, test), (val, test)):
         assert len(_without(one, other)) == len(one), "a patient is in two splits"
     assert len(_normals(train)) == len(train), "abnormal image in train"
     return Splits(train, sorted(val, key=lambda s: s.key), test, notes)
-
-
-_COLUMNS = [column.name for column in dataclasses.fields(Sample)]
 
 
 def write_splits(splits: Splits, file: Path) -> None:
@@ -1844,7 +1746,7 @@ def write_splits(splits: Splits, file: Path) -> None:
             for name in SPLITS for s in getattr(splits, name)]
     temporary = file.with_suffix(".tmp")  # half a table would be read as a smaller data set
     with open(temporary, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([_COLUMNS, *rows])
+        csv.writer(f).writerows([SAMPLE_COLUMNS, *rows])
     os.replace(temporary, file)
 
 
@@ -1854,7 +1756,7 @@ def read_splits(file: Path) -> Splits:
     try:
         with open(file, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
-                key, patient, label, finding, view, split = (row[c] for c in _COLUMNS)
+                key, patient, label, finding, view, split = (row[c] for c in SAMPLE_COLUMNS)
                 parts[split].append(Sample(key, patient, int(label), finding, view, split))
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file}: not a readable table of splits ({error})") from None
@@ -1885,8 +1787,7 @@ def split_for_training(source: Source, config: Config) -> Splits:
 
 def flow(source: Source) -> list[tuple[str, str]]:
     """What was found in a source, what it was taken for, and what was left out and why."""
-    left_out = listing((f"{n:,} {why}" for why, n in source.left_out.most_common()), 15)
-    return [(name, text) for name, text in {**source.facts, "left out": left_out}.items() if text]
+    return [*source.facts.items()] + [("left out", counts(source.left_out))] * bool(source.left_out)
 
 
 def describe(source: Source, splits: Splits) -> str:
@@ -1897,10 +1798,9 @@ def describe(source: Source, splits: Splits) -> str:
         part, normals = getattr(splits, name), len(splits.normals(name))
         lines.append(f"  {name:<6}{normals:>9,}{len(part) - normals:>10,}"
                      f"{len({s.patient for s in part}):>10,}")
-    findings = Counter(s.finding or "unnamed" for s in splits.test if s.label == ABNORMAL)
-    if findings:
-        shown = ", ".join(f"{k} {v:,}" for k, v in findings.most_common(6))
-        lines.append(f"  findings in test: {shown}{', and others' if len(findings) > 6 else ''}")
+    if found := Counter(s.finding or "unnamed" for s in splits.test if s.label == ABNORMAL):
+        shown = listing([f"{k} {v:,}" for k, v in found.most_common()], 6)
+        lines.append(f"  findings in test: {shown}")
     if isinstance(source, KaggleSource):  # there a look would cost a request each
         total = sum(source.file_bytes(s) for s in splits.train) / 1e6
         lines.append(f"  training images: {total:,.1f} MB, streamed; nothing is stored on disk")
@@ -1917,10 +1817,9 @@ class BadImage(Exception):
     """These bytes are no image that can be used; the message says why."""
 
 
-# What Pillow's decoders raise on damaged files.
+# What Pillow raises on damaged files, and on what has too many pixels.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError,
-          struct.error)
-TOO_MANY_PIXELS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+          struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 Hold = Callable[[int], contextlib.AbstractContextManager]  # so many bytes, while inside
 
 
@@ -1928,15 +1827,14 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext,
                  bits: int = 0) -> np.ndarray:
     """Decode an image file's bytes to grey values, uint8 [size,size].
 
-    The whole image is stretched to the square, whatever its shape: nothing is cut off and no
-    border is invented. Colour becomes luma (ITU-R 601), transparency is ignored, EXIF orientation
-    is applied. 16-bit grey is scaled from 0..2**bits-1; if bits is 0, from 0-65535, or from 0-4095
-    if no value is larger. DICOM has rescale and window applied, is inverted if MONOCHROME1, and
-    stretched to the full range, its padding aside. Of several pages the first is taken.
-    A JPEG is decoded at a half, a quarter or an eighth where that still leaves twice `size`.
+    The whole image is stretched to the square. Colour becomes luma (ITU-R 601), transparency is
+    ignored, EXIF orientation is applied. 16-bit grey is scaled from 0..2**bits-1; if bits is 0,
+    from 0-65535, or from 0-4095 if no value is larger. DICOM has rescale and window applied, is
+    inverted if MONOCHROME1, and stretched to the full range, its padding aside. Of several pages
+    the first is taken. A JPEG is decoded at a fraction of its size that leaves twice `size`.
     hold: entered with the bytes that the pixels take at most, while they do. Raises BadImage.
     """
-    if bytes(data[128:132]) == b"DICM":
+    if data[128:132] == b"DICM":
         return _decode_dicom(data, size, hold)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -1967,12 +1865,8 @@ def decode_image(data: bytes, size: int, hold: Hold = contextlib.nullcontext,
                 image = image.convert("RGBA")
             # Not pasted on a background: what a viewer shows of an X-ray is its colour.
             return _stretch(image if image.mode == "L" else image.convert("L"), size)
-    except TOO_MANY_PIXELS:
-        raise BadImage("more pixels than any radiograph") from None
     except UnidentifiedImageError:
-        page = bytes(data[:100]).lstrip()[:1] == b"<"
-        raise BadImage("a web page or XML, and no image" if page else
-                       "no image of a known format" if data else "an empty file") from None
+        raise BadImage("no image of a known format" if data else "an empty file") from None
     except DAMAGE as error:
         raise BadImage(str(error).split("<")[0].strip() or type(error).__name__) from None
 
@@ -1996,16 +1890,15 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
         raise UserError("DICOM images need pydicom 3: pip install 'pydicom>=3'") from None
+    if b"1.2.840.10008.1.2.1.99" in data:  # one that is deflated as a whole
+        raise BadImage("deflated DICOM, which may unpack to any size; save it in another form")
     try:
-        packed = _inflated(data)
-        with hold(3 * packed):
-            head = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+        head = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
         _check_pixels(head.Columns, head.Rows)
         planes = int(head.get("NumberOfFrames") or 1) * int(head.get("SamplesPerPixel") or 1)
         # There may be more of them than the header says.
-        pixels = max(head.Rows * head.Columns * planes,
-                     8 * max(packed, len(data)) // head.BitsAllocated)
-        with hold(24 * pixels + 3 * packed):  # float64 on the way
+        pixels = max(head.Rows * head.Columns * planes, 8 * len(data) // head.BitsAllocated)
+        with hold(24 * pixels):  # float64 on the way
             dicom = pydicom.dcmread(io.BytesIO(data))
             raw, padding = dicom.pixel_array, dicom.get("PixelPaddingValue")
             values = apply_voi_lut(apply_modality_lut(raw, dicom), dicom)
@@ -2028,19 +1921,6 @@ def _decode_dicom(data: bytes, size: int, hold: Hold) -> np.ndarray:
         raise BadImage(f"DICOM: {' '.join(str(error).split())}") from None
 
 
-def _inflated(data: bytes) -> int:
-    """Bytes that a DICOM file is inflated to when it is opened; 0 if it is not deflated."""
-    from pydicom.filereader import read_dataset
-
-    file, inflater, count = io.BytesIO(data), zlib.decompressobj(-15), 0
-    file.seek(132)
-    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
-    if meta.get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99":
-        while not inflater.eof and (piece := inflater.unconsumed_tail or file.read(CHUNK)):
-            count += len(inflater.decompress(piece, BLOCK))
-    return count
-
-
 # ----------------------------------------------------------------------------------------------
 # Memory
 
@@ -2049,11 +1929,9 @@ class Cancelled(Exception):
 
 
 class Memory:
-    """The bytes that images may take in all streams that share it. Safe among threads.
-
-    Files in flight may take an eighth, pixels being decoded a quarter. The rest is for decoded
-    images, cached or waiting for their batch: each stream sets a fixed part aside when it is made.
-    """
+    """The bytes that images may take in all streams that share it: an eighth files in flight, a
+    quarter pixels being decoded, the rest decoded images, of which each stream sets a fixed part
+    aside when it is made. Safe among threads."""
 
     def __init__(self, limit: int) -> None:
         self.limit, files, pixels = limit, limit // 8, limit // 4
@@ -2082,11 +1960,9 @@ class Memory:
 
 
 def keep_one_heap() -> None:
-    """Let all threads take memory from one heap that keeps what is freed (Linux with glibc).
-
-    Otherwise 8 threads keep 8 heaps, of four times the bytes that are counted, and large arrays are
-    asked of the kernel anew and zeroed: on a CPU a tenth to a third of a training step.
-    """
+    """Let all threads take memory from one heap that keeps what is freed (Linux with glibc). Else
+    8 threads keep 8 heaps, of four times the bytes that are counted, and large arrays are asked of
+    the kernel anew and zeroed: on a CPU a tenth to a third of a training step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1
         for setting, value in ((m_arena_max, 1), (m_mmap_max, 0), (m_trim_threshold, -1)):
@@ -2097,11 +1973,9 @@ def keep_one_heap() -> None:
 # The stream
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of an epoch: a permutation of range(count), int64, a pure function of its arguments.
-
-    Groups of 16 neighbours are shuffled, then single images within windows of 512: random
-    enough for training, while neighbours in the source are still wanted at about the same time.
-    """
+    """Order of an epoch: a permutation of range(count), int64, of its arguments alone. Groups of
+    16 neighbours are shuffled, then single images within windows of 512, so that neighbours in the
+    source are still wanted at about the same time."""
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     groups = rng.permutation(math.ceil(count / SHUFFLE_GROUP))
     order = (groups[:, None] * SHUFFLE_GROUP + np.arange(SHUFFLE_GROUP)).ravel()
@@ -2115,15 +1989,13 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 
 
 class ImageStream(IterableDataset):
-    """Iterates over batches (images uint8 [B,1,H,W], positions int64 [B]) of samples, in order.
+    """Iterates over batches (images uint8 [B,1,H,W], positions in `samples` int64 [B]).
 
-    Positions index `samples`. With a seed the order is `epoch_order(len, seed, epoch)` and an
-    incomplete last batch is dropped; without one it is the order of `samples`, and complete.
-    Rank r of `world` gets the r-th of as many slices of each batch (perhaps an empty one).
-
-    Threads read and decode ahead. One iteration at a time stays within `memory` (bytes, or a Memory
-    that streams share: at most `share` of what is left for images). If `cache`, as many of the
-    first of `samples` as fit are cached for later epochs.
+    With a seed the order is `epoch_order(len, seed, epoch)` and an incomplete last batch is
+    dropped; without one it is the order of `samples`, and complete. Rank r of `world` gets the r-th
+    of as many slices of each batch (perhaps an empty one). One iteration at a time stays within
+    `memory` (bytes, or a Memory that streams share: at most `share` of what is left for images). If
+    `cache`, as many of the first of `samples` as fit are cached for later epochs.
 
     Unreadable images are skipped, and named in `bad` with the reason. More than 5 % of them (and
     more than one) end the run with a UserError if `stop_on_bad`.
@@ -2180,12 +2052,8 @@ class ImageStream(IterableDataset):
         numbers = range(self.next_batch, len(self))
         batches = [np.array_split(order[i * size : (i + 1) * size], self.world)[self.rank]
                    for i in numbers]
-        # What training leaves over is loaded all the same if it will be cached, so that no later
-        # epoch need read it.
-        rest = order[len(self) * size :] if self.world == 1 else order[:0]
-        batches.append(rest[(rest < self.cached) & ~self._is_cached[rest]])
         with contextlib.closing(self._load(batches)) as loaded:
-            for number, batch in zip(numbers, loaded, strict=False):
+            for number, batch in zip(numbers, loaded, strict=True):
                 if self.stop_on_bad and len(self.bad) > max(1, MAX_BAD_SHARE * n / self.world):
                     key, reason = list(self.bad.items())[-1]
                     raise UserError(
@@ -2195,7 +2063,6 @@ class ImageStream(IterableDataset):
                 self.next_batch = number + 1
                 if len(batch[0]) or self.world > 1:  # where every batch is counted on
                     yield batch
-            next(loaded)  # the rest
 
     def every(self, step: int, size: int) -> Iterator[Tensor]:
         """Iterate over every step-th of `samples`, `size` at a time, uint8 [size,1,H,W]; whole for
@@ -2208,7 +2075,7 @@ class ImageStream(IterableDataset):
     def _groups(self, batches: list[np.ndarray]) -> Iterator[list[int]]:
         """Yield the positions that must be read, in the order in which they are wanted, but those
         of one block together that are wanted within `_span` images."""
-        wanted = [i for i in np.concatenate(batches).tolist()
+        wanted = [i for batch in batches for i in batch.tolist()
                   if not self._is_cached[i] and self.samples[i].key not in self.bad]
         for start in range(0, len(wanted), self._span):
             blocks = defaultdict(list)
@@ -2320,8 +2187,7 @@ def create_dataloaders(config: Config, rank: int = 0, world: int = 1,
 
 def describe_memory(loaders: Loaders) -> str:
     """Tell in one line the bound on what the streams hold, and how many images they cache."""
-    cached = loaders.train.cached + loaders.val.cached
-    there = len(loaders.train.samples) + len(loaders.val.samples)
-    return (f"memory    images never take more than {loaders.train.memory.limit / 2**30:,.3g} GB; "
-            f"{'all' if cached == there else f'{cached:,} of the'} {there:,} training and "
-            "validation images fit into the cache")
+    train, val = loaders[:2]
+    return (f"memory    images never take more than {train.memory.limit / 2**30:,.3g} GB; "
+            f"{train.cached + val.cached:,} of the {len(train.samples) + len(val.samples):,} "
+            "training and validation images fit into the cache")

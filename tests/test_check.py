@@ -72,7 +72,7 @@ def test_images_that_cannot_be_read_are_named(
         name.write_text("<html>404</html>")
     check(config)
     told = capsys.readouterr().out
-    assert re.search(r"careful   normal/00\d\.png cannot be read: a web page", told)
+    assert re.search(r"careful   normal/00\d\.png cannot be read: no image", told)
     for name in sorted((data / "normal").iterdir())[3:20]:
         name.write_text("<html>404</html>")
     with pytest.raises(UserError, match="images cannot be read, more than 5%"):

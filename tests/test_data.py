@@ -8,7 +8,6 @@ import re
 import shutil
 import struct
 import sys
-import threading
 import warnings
 import zlib
 from functools import partial
@@ -20,14 +19,12 @@ import pytest
 import torch
 from conftest import tiny, write_image, write_images
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
 from config import Config, UserError
 from data import (
     ABNORMAL, NORMAL, PHANTOM_KINDS, BadImage, FolderSource, ImageStream, Memory, PhantomSource,
     Sample, create_dataloaders, decode_image, describe, draw_phantom, epoch_order,
     read_splits, split_for_training, split_samples, write_splits)
-from evaluate import TrivialScores
 
 # The phantom
 
@@ -40,29 +37,6 @@ def test_the_phantoms_difficulty_is_frozen() -> None:
             digest.update(image.tobytes() + mask.tobytes())
     assert digest.hexdigest() == (
         "b5f08261ace90ce166b7df45903393f193f71faaaab032697a5481b2795244b8")
-
-
-def test_an_anomaly_differs_from_its_twin_in_the_mask_and_hardly_elsewhere() -> None:
-    for i, kind in enumerate(PHANTOM_KINDS * 4):
-        image, mask = draw_phantom(500 + i, 64, kind=kind)
-        twin, none = draw_phantom(500 + i, 64)
-        change = np.abs(image.astype(int) - twin)
-        assert not none.any() and 5 < mask.sum() < 0.3 * mask.size
-        assert change[mask].mean() > 10, kind
-        assert change[~mask].max() < 0.1 * 255, kind
-    with pytest.raises(ValueError, match="kind must be"):
-        draw_phantom(0, kind="fracture")
-
-
-def test_trivial_scores_do_not_solve_the_phantom() -> None:
-    source = PhantomSource(250, 64)
-    parts = split_samples(source.samples)
-    train, test = (np.concatenate([x.numpy() for x, _ in ImageStream(source, samples, 64, 50)])
-                   for samples in (parts.train, parts.test))
-    labels = [s.label for s in parts.test]
-    for name, scores in TrivialScores(train)(test).items():
-        auroc = roc_auc_score(labels, scores)
-        assert max(auroc, 1 - auroc) < 0.75, name
 
 
 def test_phantom_masks_belong_to_the_images_that_are_read() -> None:
@@ -92,10 +66,9 @@ def test_links_special_files_and_names_that_cannot_be_written_down_do_no_harm(
     source = FolderSource(str(tmp_path))
     assert len(source.samples) == 3 and len(source.fingerprint().split("-")) == 3
     assert source.left_out.pop("with a name that is not UTF-8") == 1
-    assert source.left_out.pop("neither a file nor a folder") == 3
-    assert source.left_out.pop("links to files that are not there") == 1
+    assert source.left_out.pop("links to nothing, pipes or devices") == 4
     assert [reason[:17] for reason in source.left_out] == ["link, again, to .", "link, normal/link"]
-    with pytest.raises(UserError, match="neither a folder nor a CSV file"):
+    with pytest.raises(UserError, match="no folder or table at"):
         FolderSource(str(tmp_path / "table.csv"))
     (tmp_path / "list.csv").write_text("path,label\nnormal/zero.png,0\n")
     with pytest.raises(UserError, match="no column path whose values are images that are there"):
@@ -140,10 +113,9 @@ def test_a_csv_of_paths_with_patients_split_finding_and_mask(tmp_path: Path) -> 
     ("path,label\na.png,Unknown\n", "list.csv", "none of its .* is known to be normal"),
     ("path,label,split\na.png,0,later\n", "list.csv", "split 'later' is not one of"),
     ("path,label,mask\na.png,0,gone.png\n", "list.csv", "1 masks that list.csv .* is gone.png"),
-    ("", "gone", "nothing at {}/gone; give a folder, a CSV, kaggle:owner/name, or synthetic"),
-    ("", "https://www.kaggle.com/datasets/a/x", "give a folder, a CSV, kaggle:a/x, or synthetic"),
+    ("", "gone", "nothing at {}/gone; give a folder, a CSV, kaggle:owner/name, or"),
     ("", "my films/empty", "no images in it"),
-    ("", "a.png", "neither a folder nor a CSV file; un"),
+    ("", "a.png", "no folder or table at"),
     ("", "my films/Normal", "give a CSV with the first line path,label"),
     ("", str(Path(__file__).parent.parent), "the program's own folder; put the images into one")])
 def test_a_wrong_place_or_table_is_one_line_that_names_it(
@@ -216,7 +188,7 @@ def test_validation_that_is_prescribed_without_test_is_used_and_not_tested_on() 
     assert sum(s.label == NORMAL for s in parts.test) == 60 and len(parts.train) == 240
     # A small one is split anew with all else, and nothing is lost.
     parts = split_samples(train + val[:20] + val[60:80])
-    assert "they are split anew" in parts.notes[0]
+    assert "split anew" in parts.notes[0]
     assert sum(len(part) for part in parts[:3]) == len(train) + 40
 
 
@@ -334,7 +306,7 @@ def test_an_image_or_mask_of_absurd_size_is_refused_before_it_is_decoded(tmp_pat
     (tmp_path / "b.png").write_bytes(encoded(Image.fromarray(RAMP.T)))
     (tmp_path / "list.csv").write_text("path,label,mask\na.png,1,mask.png\nb.png,0,\n")
     source = FolderSource(str(tmp_path))
-    with pytest.raises(UserError, match=r"mask\.png is no readable mask"):
+    with pytest.raises(UserError, match=r"mask\.png cannot be read"):
         source.mask(source.samples[0], 32)
 
 
@@ -382,8 +354,7 @@ def icon() -> bytes:
 
 
 @pytest.mark.parametrize(("make", "says"), [
-    (lambda: dicom("MONOCHROME2", "DeflatedExplicitVRLittleEndian", PixelData=bytes(9_000_000)),
-     "needs 27.0 MB at once"),
+    (lambda: dicom("MONOCHROME2", "DeflatedExplicitVRLittleEndian"), "deflated DICOM"),
     (lambda: dicom("MONOCHROME2", PixelData=bytes(9_000_000)), r"needs 10\d.0 MB at once"),
     (lambda: tiled(4096), "needs 33.6 MB at once"), (icon, "no image of a known format"),
     (lambda: encoded(Image.new("RGB", (2000, 2000)), "WEBP"), "needs 80.0 MB at once")])
@@ -393,13 +364,8 @@ def test_what_a_file_is_inflated_to_counts_and_not_what_it_says(
     with pytest.raises(BadImage, match=says):
         decode_image(make(), 64, partial(memory.hold, "pixels"))
     assert memory.peak_bytes == 0
-    memory = Memory(4 << 20)
-    hold = partial(memory.hold, "pixels")
-    deflated = dicom("MONOCHROME2", "DeflatedExplicitVRLittleEndian")
-    for content in (deflated, tiled(128)):
-        decode_image(content, 64, hold)
-    assert np.array_equal(decode_image(deflated, 64), decode_image(dicom("MONOCHROME2"), 64))
-    assert memory.peak_bytes < memory.limit / 4
+    decode_image(tiled(128), 64, partial(memory.hold, "pixels"))
+    assert 0 < memory.peak_bytes < memory.limit / 4
 
 
 def test_dicom_that_cannot_be_decoded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,17 +415,6 @@ class Counting(PhantomSource):
     def read(self, sample: Sample) -> bytes:
         self.reads += 1
         return super().read(sample)
-
-
-def test_leaving_early_ends_the_threads_and_reads_little() -> None:
-    source, others = Counting(400, 32), set(threading.enumerate())  # of earlier tests, perhaps
-    stream = iter(ImageStream(source, source.samples[:400], 32, 8, cache=False))
-    next(stream)
-    mine = set(threading.enumerate()) - others
-    stream.close()
-    for thread in mine:
-        thread.join(timeout=10)
-    assert mine and not any(thread.is_alive() for thread in mine) and source.reads <= 8 * 3
 
 
 def test_a_bad_image_is_skipped_counted_and_named_and_many_stop_the_run(tmp_path: Path) -> None:
