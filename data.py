@@ -828,6 +828,10 @@ def counts(counter: Counter, most: int = 15) -> str:
     return listing([f"{n:,} {what}" for what, n in counter.most_common() if n], most) or "nothing"
 
 
+class Unlabelled(UserError):
+    """Neither a table nor a folder's name says what the images of a set are."""
+
+
 class Intake:
     """Fills a source's samples, masks, boxes, facts and what is left out. UserError if nothing is
     known to be normal, or a word may mean normal or not. normal: the words of --normal. table: the
@@ -852,9 +856,9 @@ class Intake:
         self.read_folders()
         self.finish()
 
-    def refuse(self, text: str) -> NoReturn:
+    def refuse(self, text: str, kind: type[UserError] = UserError) -> NoReturn:
         """Raise a UserError that begins with the name of the set."""
-        raise UserError(f"--data {self.source.spec}: {text}")
+        raise kind(f"--data {self.source.spec}: {text}")
 
     def sort_files(self, names: list[str]) -> tuple[list[str], list[str]]:
         """Tell images and tables among the files; what is neither is counted by its ending."""
@@ -1083,7 +1087,8 @@ class Intake:
             self.refuse(f"none of its {len(self.images)} images is known to be normal; its words: "
                         f"{self.facts['words'] or 'none'}; "
                         f"{'was their conversion right?' if some else remedy} "
-                        f"(not used: {counts(self.unused)}; left out: {counts(self.left_out, 4)})")
+                        f"(not used: {counts(self.unused)}; left out: {counts(self.left_out, 4)})",
+                        UserError if self.facts["words"] else Unlabelled)
         self.pair_masks({s.key: s.label for s in samples})
         self.account(samples)
 
