@@ -8,9 +8,8 @@
     python evaluate.py runs/unet --calibrate normals      a threshold for another site
     python evaluate.py runs/unet --export model.onnx      take the model elsewhere (or model.pt2)
 
-A test is written into RUN/eval/DATA/ (DATA-val/ with --split val), of a single run with the page
-report.html. A comparison lies beside its runs: comparison.html and .png, of other data than their
-own comparison-DATA.*, of the validation split comparison-DATA-val.*
+A test is written into RUN/eval/DATA/, of a single run with the page report.html. A comparison lies
+beside its runs: comparison.html and .png, of other data or --split val comparison-DATA.*
 """
 
 import os
@@ -21,22 +20,18 @@ from config import Parser, UserError, command, load, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
-    """Read the command line: what is given there, for `evaluate`, `predict`, `calibrate`, `export`.
-    """
+    """Read the command line: what `evaluate`, `predict`, `calibrate` or `export` is given."""
     parser = Parser("evaluate.py", __doc__)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or the folder above: "
         "every run in it that has its model's name")
     add("--data", metavar="SPEC", help="other data to test on: synthetic, a folder, a CSV or "
         "kaggle:owner/name (default: what the run was trained on)")
-    add("--normal", metavar="WORD[,WORD]", help="with --data: the words that mean normal there "
-        "(default: those of training)")
-    add("--split", metavar="{test,val}",
-        help="val: choose settings there, never on test (default: test)")
-    add("--samples", type=int, metavar="N",
-        help="at most N images, drawn evenly from both labels (default: all)")
-    add("--scorer", metavar="NAME", help="reader, zscore, mse, ssim, or "
-        "all for a table of every one (default: reader)")
+    add("--normal", metavar="WORD[,WORD]", help="with --data or --calibrate: the words that mean "
+        "normal there (default: those of training)")
+    add("--split", metavar="{test,val}", help="val: choose settings there, never on test")
+    add("--samples", type=int, metavar="N", help="at most N images, evenly from both labels")
+    add("--scorer", metavar="NAME", help="reader (default), zscore, mse, ssim, or all for a table")
     add("--out", metavar="DIR", help="where --image writes (default: predictions in the run "
         "folder); a number is added if predictions are there already")
     add("--specificity", type=float, metavar="SHARE",
@@ -161,9 +156,9 @@ class TrainedRun:
     @property
     def normals(self) -> str:
         """What threshold and percentiles come from."""
-        kind = f"normal images of calibration {self.calibration}" if self.calibration else (
-            "validation normals")
-        return f"{len(self.scorer.normal_scores[DEFAULT_SCORER]):,} {kind}"
+        count, *_ = map(len, self.scorer.normal_scores.values())
+        return f"{count:,} " + (f"normal images of calibration {self.calibration}" if
+                                self.calibration else "validation normals")
 
     def threshold(self, scorer: str) -> float:
         """The score above which an image counts as abnormal."""
@@ -180,8 +175,8 @@ class TrainedRun:
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        check_scorer(scorer)
-        found = [(output.reconstruction, maps[scorer], scores[scorer]) for output, scores, maps in (
+        by = scorer_called(scorer)
+        found = [(output.reconstruction, maps[by], scores[by]) for output, scores, maps in (
             self.score(part) for part in x.split(8 * READ_AT_ONCE))]
         return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
@@ -209,11 +204,12 @@ class TrainedRun:
         return torch.cat(found)
 
 
-def check_scorer(name: str) -> None:
-    """Raise UserError unless there is a scorer of that name."""
-    if name not in SCORERS:
-        why = "is for tests of runs; here name one of" if name == "all" else "not one of"
-        raise UserError(f"--scorer {name}: {why} {', '.join(SCORERS)}")
+def scorer_called(name: str | None) -> str:
+    """The scorer of that name, or the default one. UserError if there is none."""
+    if name in (None, *SCORERS):
+        return name or DEFAULT_SCORER
+    why = "is for tests of runs; here name one of" if name == "all" else "not one of"
+    raise UserError(f"--scorer {name}: {why} {', '.join(SCORERS)}")
 
 
 def load_run(path: str | Path, device: str = "auto", calibration: str | None = None,
@@ -603,12 +599,17 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
     """Compute the metrics with one scorer; None where the labels do not allow a figure."""
     scores, labels, normal = r.scored[scorer], r.labels, r.run.scorer.normal_scores[scorer]
     sick, well = scores[labels == ABNORMAL], scores[labels == NORMAL]
-    threshold = r.run.threshold(scorer)
+
+    def at(specificity: float) -> dict[str, Any]:
+        threshold = r.run.scorer.threshold(scorer, specificity)
+        return {"threshold": threshold, "sensitivity": mean_of(sick > threshold),
+                "specificity": mean_of(well <= threshold)}
+
+    threshold, sensitivity, specificity = at(r.run.specificity).values()
     result: dict[str, Any] = {
         "auroc": None, "auroc_ci": None, "average_precision": None, "average_precision_ci": None,
-        "specificity_wanted": r.run.specificity,
-        "threshold": threshold, "sensitivity_at_threshold": mean_of(sick > threshold),
-        "specificity_at_threshold": mean_of(well <= threshold),
+        "specificity_wanted": r.run.specificity, "threshold": threshold,
+        "sensitivity_at_threshold": sensitivity, "specificity_at_threshold": specificity,
         "specificity_ci": None, "specificity_chance": None,
         "n_normal": len(well), "n_abnormal": len(sick),
         "n_patients": len({s.patient for s in r.samples}), "n_validation_normals": len(normal),
@@ -626,12 +627,9 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
             result |= {name: float(values[0]), f"{name}_ci": interval(values[1:])}
         result |= {f"auroc_by_{kind}": by_group(r, scores, kind) for kind in ("finding", "view")}
     for level in (90, 95):  # whatever threshold counts
-        at = r.run.scorer.threshold(scorer, level / 100)
-        result[f"sensitivity_at_{level}_specificity"] = mean_of(sick > at)
-    result["at_specificity"] = {str(s): {
-        "threshold": (at := r.run.scorer.threshold(scorer, s)), "sensitivity": mean_of(sick > at),
-        "specificity": mean_of(well <= at)} for s in LEVELS if normals_needed(s) <= len(normal)}
-    return result
+        result[f"sensitivity_at_{level}_specificity"] = at(level / 100)["sensitivity"]
+    return result | {"at_specificity": {
+        str(s): at(s) for s in LEVELS if normals_needed(s) <= len(normal)}}
 
 
 def predictive_values(sensitivity: float, specificity: float, prevalence: float) -> str:
@@ -704,8 +702,7 @@ def evaluate(
     with on_screen():
         given = [runs] if isinstance(runs, str | Path) else runs
         paths = {path.resolve(): path for g in given for path in runs_in(g)}.values()
-        by = DEFAULT_SCORER if scorer in (None, "all") else scorer
-        check_scorer(by)
+        by = scorer_called(None if scorer == "all" else scorer)
         if split not in ("test", "val"):
             raise UserError(f"--split: {split!r} is not one of test, val")
         loaded = []
@@ -889,6 +886,10 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         pictures |= {r.folder / file: f"{name}: {text}" for file, text in PICTURES.items()
                      if not (several and file == "scores.png")}  # in comparison.png
         pictures[r.run.folder / "curves.png"] = f"{name}: loss in training"
+    figures = [f'<figure class="scroll" tabindex="0"><figcaption>{escape(text)}</figcaption><img '
+               f'alt="{escape(text)}" src="data:image/png;base64,'
+               f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
+               for picture, text in pictures.items() if picture.exists()]
     # What became of the images that were found: the account of the intake, and the splits.
     images = dict(flow(first.source)) | {"careful": "; ".join(first.source.careful) or "nothing"}
     splits = read_splits(first.run.folder / "split.csv")
@@ -904,8 +905,8 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
         sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
         facts=html_list(facts), tables="".join(map(html_table, tables)),
-        pictures="\n".join(html_picture(*each) for each in pictures.items() if each[0].exists()),
-        flow=html_list(images), made=html_list(made), today=datetime.date.today()))
+        pictures="\n".join(figures), flow=html_list(images), made=html_list(made),
+        today=datetime.date.today()))
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
 
 
@@ -957,13 +958,6 @@ def html_table(table: Table) -> str:
     return (f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table>'
             f"<caption>{name}</caption><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody>"
             f"</table></div>\n<p>{escape(table.note)}</p>\n")
-
-
-def html_picture(file: Path, text: str) -> str:
-    """Write a picture as HTML, with its content."""
-    return (f'<figure class="scroll" tabindex="0"><figcaption>{escape(text)}</figcaption><img '
-            f'alt="{escape(text)}" src="data:image/png;base64,'
-            f'{base64.b64encode(file.read_bytes()).decode()}"></figure>')
 
 
 def decimal(value: Any, ends: Sequence[float] | None = None) -> str:
@@ -1240,20 +1234,16 @@ TOLD = ("{image}: score {score:.4g}, percentile {percentile_among_normals:.0f} a
         "{verdict} (threshold {threshold:.4g})")
 
 
-def is_prediction(path: Path) -> bool:
-    """Whether a picture is one of an earlier prediction: it has its map beside it."""
-    stem = re.sub(r"_(heatmap|overlay)\.png$", "", str(path))
-    return stem != str(path) and Path(f"{stem}_map.npy").exists()
-
-
 class NewImages(FolderSource):
-    """An image file, or all in a folder, without labels."""
+    """An image file, or all in a folder but pictures of earlier predictions, without labels."""
 
     def __init__(self, path: Path) -> None:
         self.spec, self.root, files = str(path), path.parent, [path]
         if path.is_dir():
-            self.root, files = path, sorted(p for p in path.rglob("*") if p.suffix.lower() in (
-                IMAGE_SUFFIXES) and not is_prediction(p))
+            self.root, files = path, sorted(path.rglob("*"))
+            made = {f"{str(p)[:-8]}_{kind}.png" for p in files if p.name.endswith("_map.npy")
+                    for kind in ("heatmap", "overlay")}
+            files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and str(p) not in made]
         # A pipe would be waited for.
         names = [p.relative_to(self.root).as_posix() for p in files if p.is_file()]
         if not names:
@@ -1274,9 +1264,8 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
     NAME_map.npy (float32 [H,W]) and predictions.csv to `out`, by default <run>/predictions; a
     number is added to that name if predictions lie there already."""
     with on_screen():
-        trained, scorer = load_run(run, device, calibration, specificity), scorer or DEFAULT_SCORER
-        check_scorer(scorer)
-        threshold, top = trained.threshold(scorer), trained.scorer.map_tops[scorer]
+        trained, by = load_run(run, device, calibration, specificity), scorer_called(scorer)
+        threshold, top = trained.threshold(by), trained.scorer.map_tops[by]
         source, rows, number = NewImages(Path(image)), list[dict[str, Any]](), 1
         wanted = folder = Path(out) if out else trained.folder / "predictions"
         while (folder / "predictions.csv").exists():
@@ -1285,19 +1274,19 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-        stream, traits = trained.stream(source, source.samples), list[Tensor]()
+        stream, traits = trained.stream(source, source.samples), list[np.ndarray]()
         stems, side = distinct_stems([s.key for s in source.samples]), trained.config.image_size
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
-                    backs, maps, scores = trained(images, scorer)
-                    percentiles = trained.scorer.percentile(scorer, torch.from_numpy(scores))
-                    traits.append(trained.scorer.traits(images))
-                    for i, (seen,), (back,), (map_,), score, percentile in zip(
-                            positions.tolist(), images.numpy() / np.float32(255), backs, maps,
-                            scores.tolist(), percentiles.tolist(), strict=True):
+                    traits.append(trained.scorer.traits(images).numpy())
+                    for i, (seen,), (back,), (map_,), score in zip(
+                            positions.tolist(), images.numpy() / np.float32(255),
+                            *trained(images, by), strict=True):
+                        percentile = trained.scorer.percentile(by, torch.tensor(score)).item()
                         y, x = divmod(int(map_.argmax()), side)
-                        rows.append({"image": source.samples[i].key, "score": round(score, 6),
+                        rows.append({"image": source.samples[i].key,
+                                     "score": round(score.item(), 6),
                                      "percentile_among_normals": round(percentile, 1),
                                      "threshold": round(threshold, 6),
                                      "verdict": "abnormal" if score > threshold else "normal",
@@ -1307,8 +1296,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
                         titles = ["input", "reconstruction", "anomaly map"]
                         row = Row("", [seen, back, seen], titles, [None, None, map_])
                         save_picture(folder / f"{stems[i]}_heatmap.png",
-                                     f"{TOLD.format(**rows[-1])} ({trained.name})", [row], scorer,
-                                     top)
+                                     f"{TOLD.format(**rows[-1])} ({trained.name})", [row], by, top)
                         overlay(stream, i, map_ / top).save(folder / f"{stems[i]}_overlay.png")
                         bar.update(1)
         finally:  # also when it was interrupted
@@ -1323,7 +1311,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             *[f"... and {len(rows) - 40} more in predictions.csv"] * (len(rows) > 40),
             f"{trained.name} trained on {trained.config.data}; abnormal means: above "
             f"{100 * trained.specificity:g} % of {trained.normals}. Not a diagnosis.",
-            *drift(trained, scorer, torch.cat(traits), np.array([row["score"] for row in rows])),
+            *drift(trained, by, np.concatenate(traits), np.array([r["score"] for r in rows])),
             f"written   {folder}/: for each image a heatmap, an overlay in its own size (.png) and "
             "the raw map (.npy); predictions.csv"]))
     return rows
@@ -1441,8 +1429,7 @@ def export(run: str | Path, file: str | Path, scorer: str | None = None,
     gives eight validation images the program's scores, to a thousandth of the normals' standard
     deviation; UserError if not, or if a package is missing."""
     with on_screen():
-        file, scorer = Path(file), scorer or DEFAULT_SCORER
-        check_scorer(scorer)
+        file, scorer = Path(file), scorer_called(scorer)
         if file.suffix not in (".onnx", ".pt2"):
             raise UserError(f"--export {file}: give a name that ends in .onnx or .pt2")
         if not os.access(file.parent, os.W_OK):
@@ -1513,10 +1500,10 @@ def main() -> None:
     given = parse_arguments()
     tasks: dict[str, Callable] = {"image": predict, "calibrate": calibrate, "export": export}
     try:
-        for task in given.keys() & tasks:
+        if task := next((name for name in tasks if name in given), None):
             tasks[task](given.pop("runs")[0], given.pop(task), **given)
-            return
-        evaluate(**given)
+        else:
+            evaluate(**given)
     except (RuntimeError, MemoryError) as error:
         if not train.is_out_of_memory(error):
             raise

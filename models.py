@@ -350,8 +350,7 @@ MODEL_CLASSES: dict[str, type[UNet | ReversedAutoencoder]] = {
 # ----------------------------------------------------------------------------------------------
 # Objectives: what the network sees, and what it is asked for
 
-# Share of a training batch on which U-Net's skip-free decoder is trained too.
-SKIP_FREE_SHARE = 0.25
+SKIP_FREE_SHARE = 0.25  # of a training batch, on which U-Net's skip-free decoder is trained too
 
 
 class Draws:
@@ -396,18 +395,13 @@ def augment(images: Tensor, draws: Draws, framing: float = 1) -> Tensor:
     dx, dy = uniform(framing * 0.1), uniform(framing * 0.1)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(B, 2, 3).to(images.device)
-    images = sample(images, F.affine_grid(theta, list(images.shape), align_corners=False))
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    edge = 1 - 1 / images.shape[-1]  # border padding, which MPS does not have
+    images = F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
     contrast = (1 + uniform(0.1)).view(B, 1, 1, 1).to(images.device)
     brightness = uniform(0.05).view(B, 1, 1, 1).to(images.device)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return ((images - mean) * contrast + mean + brightness).clamp_(0, 1)
-
-
-def sample(images: Tensor, grid: Tensor) -> Tensor:
-    """Images at the places of a grid [B,H,W,2]. Edges are repeated, as by border padding, which MPS
-    does not have."""
-    edge = 1 - 1 / images.shape[-1]
-    return F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
 
 
 def coarse_noise(images: Tensor, draws: Draws) -> Tensor:
@@ -480,9 +474,9 @@ def add_opacities(images: Tensor, draws: Draws) -> Tensor:
     return images + (strength.to(device) * shapes * texture).sum(1, keepdim=True)
 
 
-def add_foreign_patch(images: Tensor, draws: Draws, clean: Tensor) -> Tensor:
-    """A piece of another of the images `clean` [B,1,H,W], shifted, perhaps flipped, on half of the
-    images. One image alone gets none."""
+def add_foreign_patch(images: Tensor, draws: Draws) -> Tensor:
+    """A piece of another of the images [B,1,H,W], shifted, perhaps flipped, on half of them. One
+    image alone gets none."""
     B, device = len(images), images.device
     shape = soft_shapes(images, draws, 1)
     blend = (0.4 + 0.6 * draws.rand(1, 1, 1)) * (draws.rand(1, 1, 1) < 0.5)
@@ -493,7 +487,7 @@ def add_foreign_patch(images: Tensor, draws: Draws, clean: Tensor) -> Tensor:
     partner = (torch.arange(B) + 1 + (offset * (B - 1)).long()) % B
     theta = torch.cat([torch.diag_embed(flip), shift[..., None]], dim=2).to(device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    patch = F.grid_sample(clean[partner.to(device)], grid, padding_mode="reflection",
+    patch = F.grid_sample(images[partner.to(device)], grid, padding_mode="reflection",
                           align_corners=False)
     return images + blend.to(device) * shape * (patch - images)
 
@@ -514,7 +508,7 @@ def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
 
 def add_lesions(images: Tensor, draws: Draws) -> Tensor:
     """Foreign patches, opacities and veils on images [B,1,H,W]; same shape, may leave [0,1]."""
-    return add_veil(add_opacities(add_foreign_patch(images, draws, images), draws), draws)
+    return add_veil(add_opacities(add_foreign_patch(images, draws), draws), draws)
 
 
 def add_veil(images: Tensor, draws: Draws) -> Tensor:
@@ -536,7 +530,9 @@ def warp(images: Tensor, draws: Draws) -> Tensor:
     shift = (0.1 + 0.1 * draws.rand(2)) * torch.where(draws.rand(2) < 0.5, 1.0, -1.0)
     theta = torch.eye(2, 3).expand(len(images), 2, 3).to(images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return sample(images, grid + shape[..., None] * shift.to(images.device)[:, None, None])
+    grid = grid + shape[..., None] * shift.to(images.device)[:, None, None]
+    edge = 1 - 1 / images.shape[-1]
+    return F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
 
 
 def draw_lesions(images: Tensor, draws: Draws, framing: float = 2) -> tuple[Tensor, Tensor]:
@@ -588,8 +584,8 @@ TRAITS = ("brightness", "contrast", "sharpness", "framing")
 def normals_needed(specificity: float) -> int:
     """How many normal images a threshold of that specificity takes. UserError if it is no share."""
     if not 0 < specificity < 1:
-        raise UserError(f"--specificity: {specificity:g} is not between 0 and 1; give a share, such "
-                        "as 0.95")
+        raise UserError(f"--specificity {specificity:g}: not between 0 and 1; give a share, "
+                        "such as 0.95")
     return math.ceil(round(specificity / (1 - specificity), 9))
 
 
@@ -686,7 +682,7 @@ def texture(output: Output) -> Tensor:
     TEXTURE_SCALES: [B,V x scales,H,W]. What is hazy or blurred loses contrast, which a
     reconstruction keeps. Residuals, which are means of grey values, hardly see this."""
     both = torch.cat([output.images, output.reconstructions], dim=1)
-    logs = [log_contrast(both, scale) for scale in TEXTURE_SCALES]
+    logs = (log_contrast(both, scale) for scale in TEXTURE_SCALES)
     return torch.cat([log[:, :1] - log[:, 1:] for log in logs], dim=1)
 
 
@@ -720,10 +716,6 @@ class Reader(nn.Module):
             y = block(torch.cat([skip, y], dim=1))
         return self.out(y)
 
-    def place(self, device: torch.device) -> "Reader":
-        """The same on the device, in the memory layout in which its convolutions are fastest."""
-        return self.to(device).to(memory_format=torch.channels_last)
-
 
 def pooled(maps: Tensor) -> Tensor:
     """Average maps [B,C,H,W] to a side of about READER_SIDE: by a power of two."""
@@ -742,7 +734,7 @@ def train_reader(inputs: Tensor, targets: Tensor, config: Config, device: torch.
     generator = seeded(config.seed, "reader", 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
-        reader = Reader(inputs.shape[1]).place(device)
+        reader = Reader(inputs.shape[1]).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(reader.parameters(), READER_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, READER_LR, config.reader_steps)
     for _ in range(config.reader_steps):
@@ -769,13 +761,10 @@ class AnomalyScorer:
     (`refer_to`). Nothing is fitted to real anomalies.
     """
 
-    CALIBRATED = (
-        "count", "mean", "std", "mean_image", "normal_scores", "normal_traits", "map_tops")
-
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # of what is added, and of squares: float64 [2,C,H,W]
+        self.sums: dict[str, Tensor] = {}  # of what is added, and of squares: float64 [2,C,H,W]
         self.count = 0
-        self.mean: dict[str, Tensor] = {}  # of each of Z_MAPS: [C,H,W], C = reconstructions x scales
+        self.mean: dict[str, Tensor] = {}  # of Z_MAPS, [C,H,W]; C = reconstructions x scales
         self.std: dict[str, Tensor] = {}
         self.mean_image = torch.empty(0)  # [1,H,W]
         self.readers: dict[str, Reader] = {}
@@ -788,22 +777,22 @@ class AnomalyScorer:
         every = {name: measure(output) for name, (measure, *_) in Z_MAPS.items()}
         for name, maps in (every | {"image": output.images}).items():
             maps = maps.cpu().double()  # MPS has no float64
-            sums = torch.stack([maps.sum(0), maps.square().sum(0)])
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+            self.sums[name] = self.sums.get(name, 0) + torch.stack([
+                maps.sum(0), maps.square().sum(0)])
         self.count += len(output.images)
 
     def finish(self) -> None:
         """Turn what was added into means and deviations."""
-        self.mean_image = (self._sums["image"][0] / self.count).float()
+        self.mean_image = (self.sums["image"][0] / self.count).float()
         for name, (_, floor, around) in Z_MAPS.items():
-            mean, squares = box_filter(self._sums[name] / self.count, around)
+            mean, squares = box_filter(self.sums[name] / self.count, around)
             variance = (squares - mean**2).clamp(min=0)
             # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
             # The floor keeps pixels that never vary from ruling the score.
             smooth = box_filter(variance[None], 1 / 32)[0]
             self.mean[name] = mean.float()
             self.std[name] = smooth.sqrt().clamp(min=floor).float()
-        self._sums = {}
+        self.sums = {}
 
     def z(self, output: Output) -> dict[str, Tensor]:
         """Z_MAPS in standard deviations of training normals, each [B,V x scales,H,W]."""
@@ -863,15 +852,15 @@ class AnomalyScorer:
     def state_dict(self) -> dict[str, object]:
         """Everything calibrated, as tensors and plain numbers."""
         readers = {name: reader.state_dict() for name, reader in self.readers.items()}
-        return {name: getattr(self, name) for name in self.CALIBRATED} | {"readers": readers}
+        return {k: v for k, v in vars(self).items() if k != "sums"} | {"readers": readers}
 
     def load_state_dict(self, state: dict, device: torch.device) -> "AnomalyScorer":
         """Take in what `state_dict` gave; readers are put on the device. Gives itself."""
-        vars(self).update({name: state[name] for name in self.CALIBRATED})
+        vars(self).update(state, readers={})
         for name, weights in state["readers"].items():
-            reader = Reader(weights["down.0.0.weight"].shape[1])
+            reader = self.readers[name] = Reader(weights["down.0.0.weight"].shape[1])
             reader.load_state_dict(weights)
-            self.readers[name] = reader.place(device).eval().requires_grad_(False)
+            reader.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         return self
 
 
