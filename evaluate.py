@@ -82,7 +82,7 @@ import shlex
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from operator import getitem
@@ -166,18 +166,16 @@ class TrainedRun:
 
     def __call__(self, images: np.ndarray | Tensor, scorer: str = DEFAULT_SCORER,
                  ) -> tuple[np.ndarray, ...]:
-        """(reconstructions [n,1,H,W] in [0,1], anomaly maps [n,1,H,W], scores [n]) of images
-        [n,1,H,W], uint8, or float in [0,1]; H = W = config.image_size. UserError if they are not.
-        """
-        x, side = torch.as_tensor(images).cpu(), self.config.image_size
+        """(reconstructions, anomaly maps, both [n,1,H,W], scores [n]) of images [n,1,H,W], uint8,
+        or float in [0,1]; H = W = config.image_size. UserError if they are not."""
+        x, side, by = torch.as_tensor(images).cpu(), self.config.image_size, scorer_called(scorer)
         if x.is_floating_point() and x.numel() and x.min() >= 0 and x.max() <= 1:
             x = (255 * x).round().byte()
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        by = scorer_called(scorer)
-        found = [(output.reconstruction, maps[by], scores[by]) for output, scores, maps in (
-            self.score(part) for part in x.split(8 * READ_AT_ONCE))]
+        found = [(output.reconstruction, maps[by], scores[by]) for output, scores, maps in map(
+            self.score, x.split(8 * READ_AT_ONCE))]
         return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
     @torch.no_grad()
@@ -214,9 +212,8 @@ def scorer_called(name: str | None) -> str:
 
 def load_run(path: str | Path, device: str = "auto", calibration: str | None = None,
              specificity: float | None = None) -> TrainedRun:
-    """Load a run folder's best.pt, perhaps with another site's calibration, or thresholds for
-    another specificity than SPECIFICITY. UserError if there is none, it is unfinished, or has too
-    few normal images for what is asked."""
+    """Load a run folder's best.pt, perhaps with another site's calibration or another specificity.
+    UserError if there is none, it is unfinished, or has too few normal images for that."""
     folder = Path(path)
     if not (folder / "best.pt").exists():
         inside = shlex.join(str(p.parent) for p in sorted(folder.glob("*/best.pt")))
@@ -251,9 +248,9 @@ def load_run(path: str | Path, device: str = "auto", calibration: str | None = N
     if calibration:
         file = folder / f"calibration-{calibration}.pt"
         if not file.exists():
-            there = [p.stem.removeprefix("calibration-") for p in folder.glob("calibration-*.pt")]
+            there = sorted(p.stem[12:] for p in folder.glob("calibration-*.pt"))
             raise UserError(f"--calibration {calibration}: {folder} has none of that name; it has "
-                            f"{', '.join(sorted(there)) or 'none'}. One is made by --calibrate")
+                            f"{', '.join(there) or 'none'}. One is made by --calibrate")
         site = train.load_checkpoint(file)
         if site.get("made_for") != digest(scorer.normal_scores[DEFAULT_SCORER]):
             raise UserError(f"--calibration {calibration}: {file} was made for another run, or "
@@ -261,8 +258,8 @@ def load_run(path: str | Path, device: str = "auto", calibration: str | None = N
         scorer.refer_to(site["normal_scores"], site["normal_traits"])
         run.calibration, run.calibrated_on = calibration, frozenset(site["images"])
         run.name += f", calibrated at {calibration}"
-    if specificity is not None and (needed := normals_needed(specificity)) > len(
-            scorer.normal_scores[DEFAULT_SCORER]):
+    needed = 0 if specificity is None else normals_needed(specificity)
+    if needed > len(scorer.normal_scores[DEFAULT_SCORER]):
         raise UserError(f"--specificity {specificity:g}: takes {needed:,} normal images, and "
                         f"{folder} has {run.normals}")
     return run
@@ -309,8 +306,8 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
 def weighted_metrics(scores: np.ndarray, labels: np.ndarray,
                      weights: np.ndarray | None = None) -> np.ndarray:
     """Compute AUROC and average precision of scores [n] against labels [n] in {0,1}, under each row
-    of weights [R,n] (default: every image once): [2,R]. NaN where a row has no image of one label
-    left. Equal scores count half in the AUROC, and enter the precision together."""
+    of weights [R,n] (default: every image once): [2,R]. NaN where a row lacks one label. Equal
+    scores count half in the AUROC, and enter the precision together."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf))
     weights, y = np.ones((1, len(labels))) if weights is None else weights, labels[order]
@@ -403,13 +400,14 @@ def samples_to_score(run: TrainedRun, source: Source, split: str,
         wanted, there = getattr(splits, split), {s.key: s for s in source.samples}
         if gone := [s.key for s in wanted if s.key not in there]:
             notes.append(f"{len(gone)} images of split.csv are no longer there, e.g. {gone[0]}")
-        pairs = [(there[s.key], s) for s in wanted if s.key in there]
-        if other := [s.key for s, t in pairs if (s.patient, s.label) != (t.patient, t.label)]:
+        found = [there[s.key] for s in wanted if s.key in there]
+        same_now = {(s.key, s.patient, s.label) for s in wanted}
+        if other := [s.key for s in found if (s.key, s.patient, s.label) not in same_now]:
             notes.append(f"{len(other)} images have another label or patient than at training, "
                          f"e.g. {other[0]}; those of now count")
         if split == "val":
             notes.append("the thresholds come from these very validation normals")
-        return [s for s, _ in pairs], False, notes
+        return found, False, notes
     if split == "val":
         raise UserError("--split val: only on the data that the run was trained on")
     chosen = [s for s in source.samples if s.split == "test"] or source.samples
@@ -477,8 +475,8 @@ class Result:
     traits: Any = ()  # [n,4], see TRAITS
     digests: list[str] = field(default_factory=list)
     scored_before: int = 0  # how often this run had been tested on this split
-    # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
-    # sum, and its share of the image's area, which is what a map that knows nothing would give.
+    # For each lesion with a mask or box: whether the map's peak lies in it, its shares of the map's
+    # sum, and of the image's area, which a map that knows nothing would give.
     located: list[tuple[bool, float, float]] = field(default_factory=list)
     pixels: Any = 0  # [2,n]: how many outside, and inside of masks lie between PIXEL_BOUNDS
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -623,8 +621,8 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
             binomtest(under, len(well)).proportion_ci(method="wilson"))}
     if len(sick) and len(well):
         drawn = weighted_metrics(scores, labels, weights)
-        for name, values in zip(("auroc", "average_precision"), drawn, strict=True):
-            result |= {name: float(values[0]), f"{name}_ci": interval(values[1:])}
+        for k, values in zip(("auroc", "average_precision"), drawn, strict=True):
+            result |= {k: float(values[0]), f"{k}_ci": interval(values[1:])}
         result |= {f"auroc_by_{kind}": by_group(r, scores, kind) for kind in ("finding", "view")}
     for level in (90, 95):  # whatever threshold counts
         result[f"sensitivity_at_{level}_specificity"] = at(level / 100)["sensitivity"]
@@ -696,9 +694,9 @@ def evaluate(
     samples: int | None = None, scorer: str | None = None, device: str = "auto",
     normal: str | None = None, specificity: float | None = None, calibration: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Test runs, or all in a folder, on the test split of their data (or on other `data`): the
-    metrics of each. Shows the tables, and writes <run>/eval/<data name>/ and for several runs the
-    comparison in the folder above. Runs that differ by their seed alone are compared as one."""
+    """Test runs, or all in a folder, on the test split of their data or on other `data`; gives the
+    metrics of each. Writes <run>/eval/<data name>/, and of several runs the comparison in the
+    folder above. Runs that differ by their seed alone are compared as one."""
     with on_screen():
         given = [runs] if isinstance(runs, str | Path) else runs
         paths = {path.resolve(): path for g in given for path in runs_in(g)}.values()
@@ -767,14 +765,13 @@ def write_test(r: Result) -> None:
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
         for i, s in enumerate(r.samples)])
     save_picture(r.folder / "scores.png", f"tested on {r.about}", tested=[r])
-    order, threshold = np.argsort(r.scores), f"threshold {m['threshold']:.3g}"
-    near = np.argsort(abs(r.scores - m["threshold"]))
-    some = dict.fromkeys([*order[:-4:-1].tolist(), *near[:3].tolist(), *order[:3].tolist()])
-    draw_cases(r, "examples.png", f"highest, borderline and lowest scores, {threshold}", [*some])
+    order, near = np.argsort(r.scores), np.argsort(abs(r.scores - m["threshold"]))
+    some = dict.fromkeys([*order[:-4:-1], *near[:3], *order[:3]])
+    draw_cases(r, "examples.png", "highest, borderline and lowest scores", [*some])
     missed, flagged = worst(r)
     draw_cases(r, "worst.png", f"{len(missed)} of {m['n_abnormal']} abnormal images missed, "
-               f"{len(flagged)} of {m['n_normal']} normal images flagged: the worst of them, "
-               f"{threshold}", missed[:8], flagged[:8])
+               f"{len(flagged)} of {m['n_normal']} normal images flagged: the worst of them",
+               missed[:8], flagged[:8])
     if not r.external:
         try:
             draw_healing(r)
@@ -859,7 +856,7 @@ def drift(run: TrainedRun, scorer: str, traits: np.ndarray, scores: np.ndarray) 
 def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str]) -> None:
     """Show what was found, and write it to report.html or the comparison."""
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
-    tables, sentences = result_tables(tested, groups), [*verdicts, *cautions(tested)]
+    tables, sentences = [*result_tables(tested, groups)], [*verdicts, *cautions(tested)]
     facts = {
         "Trained on": "; ".join(dict.fromkeys(relative(r.run.config.data) for r in tested)),
         "Tested on": first.about,
@@ -870,7 +867,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         "Chosen by": "weights: the lowest loss on corrupted normal validation images; threshold: "
         f"{first.run.normals}. No abnormal image had a part in either"}
     log.info("\n" + "\n\n".join(["\n".join(map(": ".join, facts.items())),
-                                 *map(text_table, tables), *sentences]) + "\n")
+                                 *itertools.starmap(text_table, tables), *sentences]) + "\n")
     for image, reason in first.bad.items():
         log.info(f"skipped   {image}: {reason}")
     if isinstance(first.source, KaggleSource):
@@ -904,7 +901,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
     train.write_file(page, PAGE.substitute(
         title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
         sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
-        facts=html_list(facts), tables="".join(map(html_table, tables)),
+        facts=html_list(facts), tables="".join(itertools.starmap(html_table, tables)),
         pictures="\n".join(figures), flow=html_list(images), made=html_list(made),
         today=datetime.date.today()))
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
@@ -926,22 +923,16 @@ def command_to_train(config: Config) -> str:
     return shlex.join(words)
 
 
-class Table(NamedTuple):
-    """A table for the screen and for the page. A row's first cell names it."""
-
-    title: str
-    header: list[str]  # above the other cells
-    rows: list[list[str]]
-    note: str = ""
+Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, note
 
 
-def text_table(table: Table) -> str:
-    """Lay the table out as aligned text."""
-    lines = [["", *table.header], *table.rows]
+def text_table(title: str, header: list[str], rows: list[list[str]], note: str) -> str:
+    """Lay a table out as aligned text. The first cell of a row names it, and has no header."""
+    lines = [["", *header], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line))
             for line in lines]
-    return "\n".join([table.title, *map(str.rstrip, text), *textwrap.wrap(table.note, 99)])
+    return "\n".join([title, *map(str.rstrip, text), *textwrap.wrap(note, 99)])
 
 
 def html_list(texts: dict[str, str]) -> str:
@@ -949,15 +940,14 @@ def html_list(texts: dict[str, str]) -> str:
     return "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in texts.items())
 
 
-def html_table(table: Table) -> str:
-    """Write the table as HTML, in a region that scrolls."""
-    name = escape(table.title)
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in ("", *table.header))
-    rows = "\n".join(f'<tr><th scope="row">{escape(first)}</th>' + "".join(
-        f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for first, *cells in table.rows)
-    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table>'
-            f"<caption>{name}</caption><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody>"
-            f"</table></div>\n<p>{escape(table.note)}</p>\n")
+def html_table(title: str, header: list[str], rows: list[list[str]], note: str) -> str:
+    """Write a table as HTML, in a region that scrolls."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in ("", *header))
+    body = "\n".join(f'<tr><th scope="row">{escape(first)}</th>' + "".join(
+        f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for first, *cells in rows)
+    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}"><table>'
+            f"<caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>\n<tbody>{body}"
+            f"</tbody></table></div>\n<p>{escape(note)}</p>\n")
 
 
 def decimal(value: Any, ends: Sequence[float] | None = None) -> str:
@@ -966,7 +956,7 @@ def decimal(value: Any, ends: Sequence[float] | None = None) -> str:
         f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
-def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list[Table]:
+def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> Iterator[Table]:
     """Make all tables of figures. Those by model hold means over the seeds."""
     first, names = tested[0].metrics, list(groups)
 
@@ -981,17 +971,17 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
     every = [(r.run.name, r.metrics) for r in tested] + [
         (f"{r.run.name}, {name}", m) for r in tested
         for name, m in r.metrics.get("scorers", {}).items() if name != r.scorer]
-    tables = [Table(f"Results, scorer {tested[0].scorer}", [
+    yield f"Results, scorer {tested[0].scorer}", [
         "AUROC (95 % interval)", "average precision", "sensitivity", "specificity"], [
         [name, decimal(m["auroc"], m["auroc_ci"]),
          decimal(m["average_precision"], m["average_precision_ci"]),
          decimal(m["sensitivity_at_threshold"]),
-         decimal(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every],
+         decimal(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every], (
         "AUROC needs both normal and abnormal images: not computed. " * (first["auroc"] is None)
         + f"At the threshold that {100 * first['specificity_wanted']:g} % of the "
         f"{tested[0].run.normals} stay under; specificity is the share of these normals under it. "
         f"Intervals: {RESAMPLES} bootstrap resamples of patients, the same for all; of specificity "
-        "Wilson's.")]
+        "Wilson's.")
     if first["auroc"] is not None:
         points = []
         for (name, group), level in itertools.product(groups.items(), first["at_specificity"]):
@@ -999,40 +989,37 @@ def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list
                            for k in ("specificity", "sensitivity"))
             points.append([f"{name}, {100 * float(level):g} %", decimal(under), decimal(over),
                            *(predictive_values(over, under, p) for p in PREVALENCES)])
-        tables.append(Table("Thresholds for a specificity, and predictive values", [
-            "specificity", "sensitivity", *(f"{100 * p:g} % ill: PPV, NPV" for p in PREVALENCES)],
-            points, "PPV: share of the flagged images that are abnormal; NPV: share of the others "
-            "that are normal; if so many of all images were abnormal."))
+        yield "Thresholds for a specificity, and predictive values", [
+            "specificity", "sensitivity", *(f"{100 * p:g} % ill: PPV, NPV" for p in PREVALENCES)
+            ], points, ("PPV: share of the flagged images that are abnormal; NPV: share of the "
+                        "others that are normal; if so many of all images were abnormal.")
         if len(groups) < len(tested):
             seeds = {k: [r.metrics["auroc"] for r in group] for k, group in groups.items()}
-            tables.append(Table("AUROC over seeds; the tables below hold means over them", [
+            yield "AUROC over seeds; the tables below hold means over them", [
                 "seeds", "mean", "standard deviation", "lowest", "highest"], [
                 [k, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
-                for k, x in seeds.items() if len(x) > 1]))
-        tables.append(Table("AUROC of baselines", names, [
-            [name, *by_model("baselines", name)] for name in first["baselines"]],
-            "Trivial scores are taken in their better direction, which favours them."))
-        for key in ("auroc_by_finding", "auroc_by_view"):
-            if first[key]:
-                tables.append(Table(key.replace("_", " ").replace("auroc", "AUROC"),
-                                    ["images", *names], [
+                for k, x in seeds.items() if len(x) > 1], ""
+        yield "AUROC of baselines", names, [
+            [name, *by_model("baselines", name)] for name in first["baselines"]
+            ], "Trivial scores are taken in their better direction, which favours them."
+        for kind in ("finding", "view"):
+            if found := first[key := f"auroc_by_{kind}"]:
+                yield f"AUROC by {kind}", ["images", *names], [
                     [name, str(group["n"]), *by_model(key, name, "auroc")]
-                    for name, group in first[key].items()]))
+                    for name, group in found.items()], ""
     if "n_located" in first:
         rows = {"pixel AUROC": "pixel_auroc", "map peak in lesion": "peak_in_lesion",
                 "map peak in lesion, the smaller half": "peak_in_small_lesion",
                 "map peak in lesion, the larger half": "peak_in_large_lesion",
                 "share of map in lesion": "energy_in_lesion"}
-        tables.append(Table(f"Where the maps point: {first['n_located']} lesions", names, [
-            [title, *by_model(key)] for title, key in rows.items()],
+        yield f"Where the maps point: {first['n_located']} lesions", names, [
+            [title, *by_model(key)] for title, key in rows.items()], (
             f"The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside the lesion. "
-            f"Lesions cover {decimal(first['lesion_area'])} of the image."))
-    return tables
+            f"Lesions cover {decimal(first['lesion_area'])} of the image.")
 
 
 # ----------------------------------------------------------------------------------------------
 # Pictures and page
-
 
 UNITS = {"reader": "how much looks\nlike a lesion, 0 to 1",
          "zscore": "residual in standard deviations\nof training normals"}
@@ -1156,8 +1143,8 @@ def worst(r: Result) -> tuple[list[int], list[int]]:
 def draw_cases(r: Result, name: str, title: str, *groups: list[int]) -> None:
     """Draw tested images, those at the positions of each group in rows of their own."""
     rows = [row for group in groups if group for row in tested_rows(r, group)]
-    save_picture(r.folder / name, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer,
-                 r.run.scorer.map_tops[r.scorer])
+    save_picture(r.folder / name, f"{r.run.name}, tested on {r.about}\n{title}, threshold "
+                 f"{r.metrics['threshold']:.3g}", rows, r.scorer, r.run.scorer.map_tops[r.scorer])
 
 
 def draw_healing(r: Result) -> None:
