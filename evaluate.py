@@ -1339,8 +1339,8 @@ def calibrate(run: str | Path, folder: str, calibration: str | None = None,
     and writes RUN/calibration-NAME.pt; nothing else is changed. UserError if they are too few, or
     the name is taken."""
     with on_screen():
-        trained = load_run(run, device)
-        trained.specificity = wanted = specificity or SPECIFICITY
+        trained, wanted = load_run(run, device), SPECIFICITY if specificity is None else specificity
+        trained.specificity, needed = wanted, max(FEWEST_NORMALS, normals_needed(wanted))
         name = calibration or re.sub(r"[^\w.-]+", "_", Path(folder).resolve().name)
         file = trained.folder / f"calibration-{name}.pt"
         if not re.fullmatch(r"[\w.-]+", name) or file.exists():
@@ -1363,7 +1363,7 @@ def calibrate(run: str | Path, folder: str, calibration: str | None = None,
         for key, reason in r.bad.items():
             log.info(f"skipped   {key}: {reason}")
         scores, n = torch.from_numpy(r.scores), len(r.samples)
-        if n < (needed := max(FEWEST_NORMALS, normals_needed(wanted))):
+        if n < needed:
             raise UserError(f"--calibrate {folder}: {n} normal images can be used; "
                             f"{100 * wanted:g} % specificity takes {needed} or more, better 100")
         low, high = scores.log().quantile(scores.new_tensor([0.25, 0.75]))
@@ -1402,7 +1402,6 @@ class Exported(nn.Module):
         self.normal = run.scorer.normal_scores[scorer].float()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """See the class."""
         output = Output(image, torch.cat(self.model.reconstructions(image), 1))
         map_ = self.scorer.maps(output)[self.by]
         score = map_.mean((1, 2, 3))
