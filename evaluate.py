@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     if wrong := given.keys() - {"runs", task, "specificity", "calibration", *allowed}:
         raise UserError(f"--{min(wrong)}: does not go with " + (
             f"--{task}" if task in given else "a test on a run's own data"))
-    if task in ("image", "calibrate", "export") and len(given["runs"]) > 1:
+    if task not in ("data", "test") and len(given["runs"]) > 1:
         raise UserError(f"--{task}: takes one run")
     if given.get("samples", 1) < 1:
         raise UserError(f"--samples: {given['samples']} is less than 1")
@@ -324,11 +324,10 @@ def weighted_metrics(scores: np.ndarray, labels: np.ndarray,
     return np.concatenate(found, axis=1)
 
 
-def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
-                    seed: int = 0) -> np.ndarray:
+def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES) -> np.ndarray:
     """Draw whole patients with replacement: how often each image counts, [1+R,n]; first: once."""
     names, of_image = np.unique(np.asarray(patients), return_inverse=True)
-    rng = np.random.Generator(np.random.PCG64(seed))
+    rng = np.random.Generator(np.random.PCG64(0))
     weights = np.ones((1 + resamples, len(of_image)), dtype=np.float32)
     for row in weights[1:]:
         drawn = rng.integers(len(names), size=len(names))
@@ -734,7 +733,7 @@ def evaluate(
             r.metrics = measure_all(r, weights, scorer == "all")
             write_test(r)
         groups = {name: [r for r in tested if r.run in group] for name, group in named.items()}
-        report(tested, groups, all_verdicts(groups, weights))
+        report(tested, groups, weights)
     return [r.metrics for r in tested]
 
 
@@ -790,57 +789,52 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     train.write_file(file, text.getvalue())
 
 
-def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[str]:
+def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> Iterator[str]:
     """Compare each model with those after it, the best trivial score, a reader of the image alone
     and itself untrained: one sentence a model."""
-    first, found = next(iter(groups.values()))[0], list[str]()
+    first = next(iter(groups.values()))[0]
     if not (known := first.metrics.get("baselines")):
-        return found
+        return
     every = {name: np.array([r.scores for r in group]) for name, group in groups.items()}
     best = max((k for k in known if k not in (IMAGE_ALONE, UNTRAINED)), key=known.get)
     for number, (name, group) in enumerate(groups.items(), 1):
         others = dict([*every.items()][number:]) | {
             k: np.array([r.baselines[k] for r in group]) for k in (best, IMAGE_ALONE, UNTRAINED)}
-        found.append(f"AUROC of {name}, with 95 % intervals: " + "; ".join(
+        yield f"AUROC of {name}, with 95 % intervals: " + "; ".join(
             verdict(other, *paired_difference(scores, every[name], first.labels, weights))
-            for other, scores in others.items()) + ".")
-    return found
+            for other, scores in others.items()) + "."
 
 
-def cautions(tested: list[Result]) -> list[str]:
+def cautions(tested: list[Result]) -> Iterator[str]:
     """Warn, in sentences, of changed data, and of thresholds that do not hold or cannot."""
-    found, normals = [], min(r.metrics["n_validation_normals"] for r in tested)
+    normals = min(r.metrics["n_validation_normals"] for r in tested)
     first, wanted = tested[0], tested[0].run.specificity
     if normals < 100:
-        found.append(f"Careful: with {normals} validation normals the threshold is rough" + (
-            ": it cannot hold. It takes 20, better 100." if normals < 20 else "."))
+        yield f"Careful: with {normals} validation normals the threshold is rough" + (
+            ": it cannot hold. It takes 20, better 100." if normals < 20 else ".")
     if not all(r.external or same_data(r.metrics["data_fingerprint"], r.run.fingerprint)
                for r in tested):
-        found.append("Careful: the images, their names or labels have changed since training. "
-                     "Train again, unless the test images alone were meant to change.")
+        yield ("Careful: the images, their names or labels have changed since training. Train "
+               "again, unless the test images alone were meant to change.")
     if far := [(m["specificity_at_threshold"], m["specificity_ci"])
                for m in (r.metrics for r in tested) if m["n_normal"]
                and m["specificity_at_threshold"] < wanted - 0.05
                and m["specificity_chance"] < 0.025]:
-        found.append(f"Careful: the threshold set for {100 * wanted:g} % specificity reaches "
-                     f"{decimal(*min(far))} on these normals. They differ from the "
-                     f"{first.run.normals}. {RECALIBRATE}")
+        yield (f"Careful: the threshold set for {100 * wanted:g} % specificity reaches "
+               f"{decimal(*min(far))} on these normals. They differ from the {first.run.normals}. "
+               f"{RECALIBRATE}")
     elif first.external:
         chosen = first.labels == (NORMAL if NORMAL in first.labels else ABNORMAL)
-        found += drift(first.run, first.scorer, first.traits[chosen], first.scores[chosen])
+        yield from drift(first.run, first.scorer, first.traits[chosen], first.scores[chosen])
     if known := max(len(r.run.calibrated_on & {*r.digests}) for r in tested):
-        found.append(f"Careful: {known} of these images are among those that the threshold was "
-                     "calibrated on. Its specificity is flattered by them.")
-    return found
+        yield (f"Careful: {known} of these images are among those that the threshold was "
+               "calibrated on. Its specificity is flattered by them.")
 
 
-def drift(run: TrainedRun, scorer: str, traits: np.ndarray, scores: np.ndarray) -> list[str]:
-    """Tell, in a sentence, if 20 images or more differ as a whole from those that the threshold
-    comes from: traits [n,4], scores [n].
-
-    Kolmogorov-Smirnov tests of the scores and of each of TRAITS, at 5 % in all (Bonferroni). What
-    is clear but slight (distributions that lie less than 0.15 apart) is not told.
-    """
+def drift(run: TrainedRun, scorer: str, traits: np.ndarray, scores: np.ndarray) -> Iterator[str]:
+    """Tell, in a sentence, if 20 images or more (traits [n,4], scores [n]) differ as a whole from
+    those that the threshold comes from, by Kolmogorov-Smirnov tests at 5 % in all (Bonferroni).
+    What is clear but slight (distributions that lie less than 0.15 apart) is not told."""
     found = list[str]()
     own = torch.column_stack([run.scorer.normal_traits, run.scorer.normal_scores[scorer]]).numpy()
     for name, x, y in zip((*TRAITS, "score"), np.column_stack([traits, scores]).T, own.T,
@@ -848,15 +842,17 @@ def drift(run: TrainedRun, scorer: str, traits: np.ndarray, scores: np.ndarray) 
         test = ks_2samp(x, y)
         if len(x) >= 20 and test.pvalue < 0.05 / own.shape[1] and test.statistic > 0.15:
             found.append(f"{name} {np.median(x):.3g} instead of {np.median(y):.3g}")
-    return [f"Careful: these images differ as a whole from the {run.normals} (medians: "
-            f"{'; '.join(found)}). Unless many of them are abnormal, the threshold may not hold. "
-            f"{RECALIBRATE}"] if found else []
+    if found:
+        yield (f"Careful: these images differ as a whole from the {run.normals} (medians: "
+               f"{'; '.join(found)}). Unless many of them are abnormal, the threshold may not "
+               f"hold. {RECALIBRATE}")
 
 
-def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str]) -> None:
+def report(tested: list[Result], groups: dict[str, list[Result]], weights: np.ndarray) -> None:
     """Show what was found, and write it to report.html or the comparison."""
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
-    tables, sentences = [*result_tables(tested, groups)], [*verdicts, *cautions(tested)]
+    tables, sentences = [*result_tables(tested, groups)], [
+        *all_verdicts(groups, weights), *cautions(tested)]
     facts = {
         "Trained on": "; ".join(dict.fromkeys(relative(r.run.config.data) for r in tested)),
         "Tested on": first.about,
@@ -1246,10 +1242,10 @@ class NewImages(FolderSource):
 def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             scorer: str | None = None, device: str = "auto", specificity: float | None = None,
             calibration: str | None = None) -> list[dict[str, Any]]:
-    """Score an image file, or every image in a folder that can be read; one row of results an
-    image. Writes NAME_heatmap.png, NAME_overlay.png (the map over the image at its own size),
-    NAME_map.npy (float32 [H,W]) and predictions.csv to `out`, by default <run>/predictions; a
-    number is added to that name if predictions lie there already."""
+    """Score an image file, or every image in a folder that can be read; a row of results for each.
+    Writes NAME_heatmap.png, NAME_overlay.png (in the image's own size), NAME_map.npy (float32
+    [H,W]) and predictions.csv to `out`, by default <run>/predictions, with a number if predictions
+    lie there already."""
     with on_screen():
         trained, by = load_run(run, device, calibration, specificity), scorer_called(scorer)
         threshold, top = trained.threshold(by), trained.scorer.map_tops[by]
@@ -1335,9 +1331,8 @@ def calibrate(run: str | Path, folder: str, calibration: str | None = None,
               specificity: float | None = None, normal: str | None = None,
               device: str = "auto") -> Path:
     """Take the normal images in a folder for threshold and percentiles: those labelled so, or all
-    if nothing there tells; none that the run was trained or validated on. Tells what that changes,
-    and writes RUN/calibration-NAME.pt; nothing else is changed. UserError if they are too few, or
-    the name is taken."""
+    if nothing there tells; none that the run was trained or validated on. Writes only
+    RUN/calibration-NAME.pt. UserError if they are too few, or the name is taken."""
     with on_screen():
         trained, wanted = load_run(run, device), SPECIFICITY if specificity is None else specificity
         trained.specificity, needed = wanted, max(FEWEST_NORMALS, normals_needed(wanted))

@@ -107,7 +107,7 @@ def test_a_threshold_that_does_not_hold_is_warned_of_where_that_is_no_chance(
     t = scored([0] * of_normals + [1, 1], scores, run)
     t.metrics = ev.measure(t, "mse", np.ones((2, len(scores)))) | {
         "data_fingerprint": run.fingerprint}
-    found = ev.cautions([t])
+    found = [*ev.cautions([t])]
     assert len(found) == bool(says) and (not says or says in found[0])
     if of_normals == 100 and says:  # Brown, Cai and DasGupta 2001, and any textbook
         assert t.metrics["specificity_ci"] == pytest.approx((0.711, 0.867), abs=1e-3)
