@@ -53,9 +53,10 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
     allowed = goes_with.get(task, "split samples scorer device").split()
     if "runs" not in given:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
-    if wrong := given.keys() - {"runs", task, "specificity", "calibration", *allowed}:
-        raise UserError(f"--{min(wrong)}: does not go with " + (
-            f"--{task}" if task in given else "a test on a run's own data"))
+    for name in sorted(given.keys() - {"runs", task, "specificity", "calibration", *allowed}):
+        where = " or ".join(f"--{other}" for other, flags in goes_with.items() if name in flags)
+        raise UserError(f"--{name}: " + (
+            f"does not go with --{task}" if task in given else f"goes with {where}"))
     if task not in ("data", "test") and len(given["runs"]) > 1:
         raise UserError(f"--{task}: takes one run")
     if given.get("samples", 1) < 1:

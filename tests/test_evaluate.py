@@ -678,7 +678,8 @@ def test_an_image_gets_the_same_score_at_calibration_in_a_test_and_alone(
     (lambda run, tmp: ev.parse_arguments(["r", "s", "--image", "x"]), "--image: takes one run"),
     (lambda run, tmp: ev.parse_arguments(["r", "--image", "x", "--split", "val"]),
      "--split: does not go with --image"),
-    (lambda run, tmp: ev.parse_arguments(["r", "--out", "x"]), "--out: does not go with a test"),
+    (lambda run, tmp: ev.parse_arguments(["r", "--normal", "x"]), "with --calibrate or --data"),
+    (lambda run, tmp: ev.parse_arguments(["r", "--out", "x"]), "--out: goes with --image"),
 ])
 def test_bad_input_is_one_clear_line(
         runs: list[Path], tmp_path: Path, call: object, says: str) -> None:
