@@ -8,9 +8,8 @@
     python evaluate.py runs/unet --calibrate normals      a threshold for another site
     python evaluate.py runs/unet --export model.onnx      take the model elsewhere (or model.pt2)
 
-A test is written into RUN/eval/DATA/ (DATA-val/ with --split val), of a single run with the page
-report.html. A comparison lies beside its runs: comparison.html and .png, of other data than their
-own comparison-DATA.*, of the validation split comparison-DATA-val.*
+A test is written into RUN/eval/DATA/, of a single run with the page report.html. A comparison lies
+beside its runs: comparison.html and .png, of other data or --split val comparison-DATA.*
 """
 
 import os
@@ -21,54 +20,49 @@ from config import Parser, UserError, command, load, run_command
 
 
 def parse_arguments(argv: list[str] | None = None) -> dict[str, Any]:
-    """Read the command line: keyword arguments for `evaluate` or `predict`."""
+    """Read the command line: what `evaluate`, `predict`, `calibrate` or `export` is given."""
     parser = Parser("evaluate.py", __doc__)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="run folder, e.g. runs/unet, or the folder above: "
         "every run in it that has its model's name")
     add("--data", metavar="SPEC", help="other data to test on: synthetic, a folder, a CSV or "
         "kaggle:owner/name (default: what the run was trained on)")
-    add("--normal", metavar="WORD[,WORD]", help="with --data: the words that mean normal there "
-        "(default: those of training)")
-    add("--split", default="test", metavar="{test,val}",
-        help="val: choose settings there, never on test (default: test)")
-    add("--samples", type=int, metavar="N",
-        help="at most N images, drawn evenly from both labels (default: all)")
-    add("--scorer", metavar="NAME", help="reader, zscore, mse, ssim, or "
-        "all for a table of every one (default: reader)")
-    add("--image", metavar="PATH", help="score this image, or every image in this folder, instead "
-        "of testing")
+    add("--normal", metavar="WORD[,WORD]", help="with --data or --calibrate: the words that mean "
+        "normal there (default: those of training)")
+    add("--split", metavar="{test,val}", help="val: choose settings there, never on test")
+    add("--samples", type=int, metavar="N", help="at most N images, evenly from both labels")
+    add("--scorer", metavar="NAME", help="reader (default), zscore, mse, ssim, or all for a table")
     add("--out", metavar="DIR", help="where --image writes (default: predictions in the run "
         "folder); a number is added if predictions are there already")
     add("--specificity", type=float, metavar="SHARE",
         help="place the threshold above this share of normal images (default: 0.95)")
-    add("--calibrate", metavar="FOLDER", help="take threshold and percentiles from these normal "
-        "images of another site, at least 30; kept as calibration-NAME.pt")
     add("--calibration", metavar="NAME", help="test, score or export with the calibration of this "
         "name; with --calibrate: its name (default: that of the folder)")
-    add("--export", metavar="FILE", help="write model, reader and threshold as one graph: a name "
-        "that ends in .onnx or .pt2")
-    add("--device", default="auto", metavar="{auto,cpu,cuda,mps}")
-    arguments = parser.values(argv)
-    if not arguments["runs"]:
+    add("--device", metavar="{auto,cpu,cuda,mps}", help="where to compute (default: auto)")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--image", metavar="PATH", help="score this image, or every image in this folder, "
+            "instead of testing")
+    instead("--calibrate", metavar="FOLDER", help="take threshold and percentiles from these "
+            "normal images of another site, at least 30; kept as calibration-NAME.pt")
+    instead("--export", metavar="FILE", help="write model, reader and threshold as one graph: a "
+            "name that ends in .onnx or .pt2")
+    given = {k: v for k, v in parser.values(argv).items() if v not in (None, [])}
+    goes_with = {"image": "out scorer device", "calibrate": "normal device", "export": "scorer",
+                 "data": "normal split samples scorer device"}
+    task = next((name for name in goes_with if name in given), "test")
+    allowed = goes_with.get(task, "split samples scorer device").split()
+    if "runs" not in given:
         raise UserError("which run? Name its folder, such as runs/unet; --help says more")
-    if arguments["samples"] is not None and arguments["samples"] < 1:
-        raise UserError(f"--samples: {arguments['samples']} is less than 1")
-    if arguments["normal"] and not (arguments["data"] or arguments["calibrate"]):
-        raise UserError("--normal: goes with --data; a run's own data keeps the words of training")
-    if arguments["specificity"] is not None and not 0 < arguments["specificity"] < 1:
-        raise UserError(f"--specificity: {arguments['specificity']:g} is not between 0 and 1; give "
-                        "a share, such as 0.95")
-    tests = arguments["data"], arguments["samples"], arguments["split"] != "test"
-    asked = [name for name in ("image", "calibrate", "export") if arguments[name]]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]}: one thing at a time; leave out --{asked[1]}")
-    if asked and (any(tests) or len(arguments["runs"]) > 1):
-        raise UserError(f"--{asked[0]}: takes one run; leave out --data, --split, --samples")
-    if arguments["out"] and not arguments["image"]:
-        raise UserError("--out: goes with --image; tests are written to RUN/eval/")
-    arguments["runs"] = [os.path.expanduser(run) for run in arguments["runs"]]
-    return arguments
+    for name in sorted(given.keys() - {"runs", task, "specificity", "calibration", *allowed}):
+        where = " or ".join(f"--{other}" for other, flags in goes_with.items() if name in flags)
+        raise UserError(f"--{name}: " + (
+            f"does not go with --{task}" if task in given else f"goes with {where}"))
+    if task not in ("data", "test") and len(given["runs"]) > 1:
+        raise UserError(f"--{task}: takes one run")
+    if given.get("samples", 1) < 1:
+        raise UserError(f"--samples: {given['samples']} is less than 1")
+    given["runs"] = [os.path.expanduser(run) for run in given["runs"]]
+    return given
 
 
 if __name__ == "__main__":  # --help and a mistyped flag are answered before torch is loaded
@@ -89,7 +83,7 @@ import shlex
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from operator import getitem
@@ -156,39 +150,33 @@ class TrainedRun:
     setup: Setup
     fingerprint: str  # of the data it was trained on
     made_with: str  # versions, device and precision of its training
+    specificity: float  # that its thresholds are set for
     calibration: str = ""  # the name of that of another site
     calibrated_on: frozenset[str] = frozenset()  # digests of its images
 
     @property
     def normals(self) -> str:
         """What threshold and percentiles come from."""
-        count = max(map(len, self.scorer.normal_scores.values()))
+        count, *_ = map(len, self.scorer.normal_scores.values())
         return f"{count:,} " + (f"normal images of calibration {self.calibration}" if
                                 self.calibration else "validation normals")
 
-    def threshold(self, scorer: str, specificity: float | None) -> float:
-        """The threshold at a specificity, SPECIFICITY if None is asked for. UserError if the one
-        that is asked for takes more normal images."""
-        if specificity is not None and (
-                normals_needed(specificity) > len(self.scorer.normal_scores[scorer])):
-            raise UserError(f"--specificity {specificity:g}: takes {normals_needed(specificity):,} "
-                            f"normal images, and {self.folder} has {self.normals}")
-        return self.scorer.threshold(scorer, specificity or SPECIFICITY)
+    def threshold(self, scorer: str) -> float:
+        """The score above which an image counts as abnormal."""
+        return self.scorer.threshold(scorer, self.specificity)
 
     def __call__(self, images: np.ndarray | Tensor, scorer: str = DEFAULT_SCORER,
                  ) -> tuple[np.ndarray, ...]:
-        """(reconstructions [n,1,H,W] in [0,1], anomaly maps [n,1,H,W], scores [n]) of images
-        [n,1,H,W], uint8, or float in [0,1]; H = W = config.image_size. UserError if they are not.
-        """
-        x, side = torch.as_tensor(images).cpu(), self.config.image_size
+        """(reconstructions, anomaly maps, both [n,1,H,W], scores [n]) of images [n,1,H,W], uint8,
+        or float in [0,1]; H = W = config.image_size. UserError if they are not."""
+        x, side, by = torch.as_tensor(images).cpu(), self.config.image_size, scorer_called(scorer)
         if x.is_floating_point() and x.numel() and x.min() >= 0 and x.max() <= 1:
             x = (255 * x).round().byte()
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        check_scorer(scorer)
-        found = [(output.reconstruction, maps[scorer], scores[scorer]) for output, scores, maps in (
-            self.score(part) for part in x.split(8 * READ_AT_ONCE))]
+        found = [(output.reconstruction, maps[by], scores[by]) for output, scores, maps in map(
+            self.score, x.split(8 * READ_AT_ONCE))]
         return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
     @torch.no_grad()
@@ -215,16 +203,18 @@ class TrainedRun:
         return torch.cat(found)
 
 
-def check_scorer(name: str) -> None:
-    """Raise UserError unless there is a scorer of that name."""
-    if name not in SCORERS:
-        why = "is for tests of runs; here name one of" if name == "all" else "not one of"
-        raise UserError(f"--scorer {name}: {why} {', '.join(SCORERS)}")
+def scorer_called(name: str | None) -> str:
+    """The scorer of that name, or the default one. UserError if there is none."""
+    if name in (None, *SCORERS):
+        return name or DEFAULT_SCORER
+    why = "is for tests of runs; here name one of" if name == "all" else "not one of"
+    raise UserError(f"--scorer {name}: {why} {', '.join(SCORERS)}")
 
 
-def load_run(path: str | Path, device: str = "auto", calibration: str | None = None) -> TrainedRun:
-    """Load a run folder's best.pt, perhaps with another site's calibration. UserError if there is
-    none, or it is unfinished."""
+def load_run(path: str | Path, device: str = "auto", calibration: str | None = None,
+             specificity: float | None = None) -> TrainedRun:
+    """Load a run folder's best.pt, perhaps with another site's calibration or another specificity.
+    UserError if there is none, it is unfinished, or has too few normal images for that."""
     folder = Path(path)
     if not (folder / "best.pt").exists():
         inside = shlex.join(str(p.parent) for p in sorted(folder.glob("*/best.pt")))
@@ -245,45 +235,40 @@ def load_run(path: str | Path, device: str = "auto", calibration: str | None = N
     if state["precision"] != setup.precision:
         log.warning(f"note      {folder} was calibrated in {state['precision']} and scores in "
                     f"{setup.precision} here: scores differ a little")
-    model, scorer, untrained = (
-        models.create_model(config.model, config), AnomalyScorer(), AnomalyScorer())
+    model = models.create_model(config.model, config)
     model.load_state_dict(state["model"])
-    scorer.load_state_dict(state["scorer"], where)
-    untrained.load_state_dict(state["untrained"], where)
+    scorer, untrained = (AnomalyScorer().load_state_dict(state[k], where)
+                         for k in ("scorer", "untrained"))
     name, own = NAMES[config.model], folder.resolve().name
-    made_with = [f"{sum(p.numel() for p in model.parameters()):,} parameters",
-                 f"epoch {state['epoch']}", *map(" ".join, state["versions"].items()),
-                 state["device"], state["precision"]]
+    made_with = (f"{sum(p.numel() for p in model.parameters()):,} parameters, epoch "
+                 f"{state['epoch']}, {', '.join(map(' '.join, state['versions'].items()))}, "
+                 f"{state['device']}, {state['precision']}")
     run = TrainedRun(folder, name if own == config.model else f"{name} ({own[:24]})", config,
                      setup.place(model).eval(), scorer, untrained, setup,
-                     state["data_fingerprint"], ", ".join(made_with))
+                     state["data_fingerprint"], made_with, specificity or SPECIFICITY)
     if calibration:
         file = folder / f"calibration-{calibration}.pt"
         if not file.exists():
-            there = [p.stem.removeprefix("calibration-") for p in folder.glob("calibration-*.pt")]
+            there = sorted(p.stem[12:] for p in folder.glob("calibration-*.pt"))
             raise UserError(f"--calibration {calibration}: {folder} has none of that name; it has "
-                            f"{', '.join(sorted(there)) or 'none'}. One is made by --calibrate")
+                            f"{', '.join(there) or 'none'}. One is made by --calibrate")
         site = train.load_checkpoint(file)
-        if site.get("made_for") != identity(scorer):
+        if site.get("made_for") != digest(scorer.normal_scores[DEFAULT_SCORER]):
             raise UserError(f"--calibration {calibration}: {file} was made for another run, or "
                             f"before {folder} was trained anew; make it again by --calibrate")
         scorer.refer_to(site["normal_scores"], site["normal_traits"])
         run.calibration, run.calibrated_on = calibration, frozenset(site["images"])
         run.name += f", calibrated at {calibration}"
+    needed = 0 if specificity is None else normals_needed(specificity)
+    if needed > len(scorer.normal_scores[DEFAULT_SCORER]):
+        raise UserError(f"--specificity {specificity:g}: takes {needed:,} normal images, and "
+                        f"{folder} has {run.normals}")
     return run
 
 
-def identity(scorer: AnomalyScorer) -> str:
-    """A digest that tells trained runs apart."""
-    return digest(*scorer.mean.values(), *scorer.readers[DEFAULT_SCORER].parameters())
-
-
-def digest(*tensors: Tensor) -> str:
-    """A digest of tensors' content."""
-    content = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()
+def digest(tensor: Tensor) -> str:
+    """A digest of a tensor's content: it tells images apart, and runs by their normal scores."""
+    return hashlib.blake2b(tensor.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def runs_in(path: str | Path) -> list[Path]:
@@ -322,8 +307,8 @@ def group_by_seed(runs: list[TrainedRun]) -> dict[str, list[TrainedRun]]:
 def weighted_metrics(scores: np.ndarray, labels: np.ndarray,
                      weights: np.ndarray | None = None) -> np.ndarray:
     """Compute AUROC and average precision of scores [n] against labels [n] in {0,1}, under each row
-    of weights [R,n] (default: every image once): [2,R]. NaN where a row has no image of one label
-    left. Equal scores count half in the AUROC, and enter the precision together."""
+    of weights [R,n] (default: every image once): [2,R]. NaN where a row lacks one label. Equal
+    scores count half in the AUROC, and enter the precision together."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf))
     weights, y = np.ones((1, len(labels))) if weights is None else weights, labels[order]
@@ -340,11 +325,10 @@ def weighted_metrics(scores: np.ndarray, labels: np.ndarray,
     return np.concatenate(found, axis=1)
 
 
-def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES,
-                    seed: int = 0) -> np.ndarray:
+def patient_weights(patients: Sequence[str], resamples: int = RESAMPLES) -> np.ndarray:
     """Draw whole patients with replacement: how often each image counts, [1+R,n]; first: once."""
     names, of_image = np.unique(np.asarray(patients), return_inverse=True)
-    rng = np.random.Generator(np.random.PCG64(seed))
+    rng = np.random.Generator(np.random.PCG64(0))
     weights = np.ones((1 + resamples, len(of_image)), dtype=np.float32)
     for row in weights[1:]:
         drawn = rng.integers(len(names), size=len(names))
@@ -370,12 +354,10 @@ def paired_difference(a: np.ndarray, b: np.ndarray, labels: np.ndarray,
 def verdict(other: str, difference: float, low: float, high: float) -> str:
     """Tell the AUROC difference to another score: clear if its 95 % interval, as it is shown,
     leaves out 0."""
-    side = "above" if difference >= 0 else "below"
-    if difference < 0:
-        difference, low, high = -difference, -high, -low
-    difference, low, high = (round(x, 3) + 0.0 for x in (difference, low, high))  # no -0.000
-    return (f"{'clearly' if low > 0 else 'not clearly'} {side} {other}, "
-            f"by {difference:.3f} ({low:.3f} to {high:.3f})")
+    side, sign = ("above", 1) if difference >= 0 else ("below", -1)
+    by, *ends = (round(sign * x, 3) + 0.0 for x in (difference, low, high))  # no -0.000
+    return (f"{'clearly' if min(ends) > 0 else 'not clearly'} {side} {other}, "
+            f"by {by:.3f} ({min(ends):.3f} to {max(ends):.3f})")
 
 
 class TrivialScores:
@@ -418,27 +400,26 @@ def samples_to_score(run: TrainedRun, source: Source, split: str,
         wanted, there = getattr(splits, split), {s.key: s for s in source.samples}
         if gone := [s.key for s in wanted if s.key not in there]:
             notes.append(f"{len(gone)} images of split.csv are no longer there, e.g. {gone[0]}")
-        pairs = [(there[s.key], s) for s in wanted if s.key in there]
-        if other := [s.key for s, t in pairs if (s.patient, s.label) != (t.patient, t.label)]:
+        found = [there[s.key] for s in wanted if s.key in there]
+        same_now = {(s.key, s.patient, s.label) for s in wanted}
+        if other := [s.key for s in found if (s.key, s.patient, s.label) not in same_now]:
             notes.append(f"{len(other)} images have another label or patient than at training, "
                          f"e.g. {other[0]}; those of now count")
         if split == "val":
             notes.append("the thresholds come from these very validation normals")
-        return [s for s, _ in pairs], False, notes
+        return found, False, notes
     if split == "val":
         raise UserError("--split val: only on the data that the run was trained on")
     chosen = [s for s in source.samples if s.split == "test"] or source.samples
     # The same data under another path, with a few images more or fewer: what was trained on
     # must not be tested on. Names that coincide by chance are far fewer than half.
-    learnt = splits.train + splits.val
-    files = {file_of(run.config.data, s.key) for s in learnt}
-    others = [s for s in chosen if file_of(source.spec, s.key) not in files]
+    others = not_learnt(run, source, chosen)
     if same := len(chosen) - len(others):  # a folder in that of the training data, or above it
         notes.append(f"{same} images left out: the run was trained or validated on them")
         if not others:
             raise UserError(f"--data {source.spec}: {run.folder} was trained or validated on all "
                             f"{same} images that would be tested")
-    seen = {(s.key, s.patient, s.label) for s in learnt}
+    seen = {(s.key, s.patient, s.label) for s in splits.train + splits.val}
     fresh = [s for s in others if (s.key, s.patient, s.label) not in seen]
     known = len(others) - len(fresh)
     if known > len(seen) / 2:
@@ -451,22 +432,26 @@ def samples_to_score(run: TrainedRun, source: Source, split: str,
     return others, True, notes
 
 
-def file_of(spec: str, key: str) -> str:
-    """Tell where an image lies; of data that is no folder give something that no file has."""
-    root = os.path.realpath(spec)
-    return os.path.join(os.path.dirname(root) if root.lower().endswith(".csv") else root, key)
+def not_learnt(run: TrainedRun, source: Source, samples: list[Sample]) -> list[Sample]:
+    """Leave out the files that a run was trained or validated on."""
+    def place(spec: str, sample: Sample) -> str:  # no file's, if the data is no folder
+        root = os.path.realpath(spec)
+        return os.path.join(os.path.dirname(root) if root.lower().endswith(".csv") else root,
+                            sample.key)
+
+    splits = read_splits(run.folder / "split.csv")
+    learnt = {place(run.config.data, s) for s in splits.train + splits.val}
+    return [s for s in samples if place(source.spec, s) not in learnt]
 
 
 def draw_evenly(samples: list[Sample], limit: int | None) -> list[Sample]:
     """Choose at most `limit` samples, as evenly from both labels as possible; always the same."""
     if limit is None or limit >= len(samples):
         return samples
-    rng = np.random.Generator(np.random.PCG64(0))
-    groups = ([s for s in samples if s.label == label] for label in (NORMAL, ABNORMAL))
-    drawn = [[group[i] for i in rng.permutation(len(group))] for group in groups]
-    in_turn = [s for pair in itertools.zip_longest(*drawn) for s in pair if s]
-    kept = {s.key for s in in_turn[:limit]}
-    return [s for s in samples if s.key in kept]
+    rng, labels = np.random.Generator(np.random.PCG64(0)), np.array([s.label for s in samples])
+    drawn = (rng.permutation(np.flatnonzero(labels == label)) for label in (NORMAL, ABNORMAL))
+    in_turn = [i for pair in itertools.zip_longest(*drawn) for i in pair if i is not None]
+    return [samples[i] for i in sorted(in_turn[:limit])]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -483,17 +468,15 @@ class Result:
     scorer: str = DEFAULT_SCORER  # the one that counts
     split: str = "test"
     external: bool = False  # whether the data is not what the run was trained on
-    specificity: float | None = None  # at which the threshold is asked for
     # What score_samples finds.
     scored: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> scores [n]
-    trivial: dict[str, np.ndarray] = field(default_factory=dict)  # in their better direction
-    baselines: dict[str, np.ndarray] = field(default_factory=dict)  # scores by other readers
+    baselines: dict[str, np.ndarray] = field(default_factory=dict)  # other scores, by name
     bad: dict[str, str] = field(default_factory=dict)  # images that could not be read, and why
-    traits: Tensor = field(default_factory=lambda: torch.empty(0, len(TRAITS)))
+    traits: Any = ()  # [n,4], see TRAITS
     digests: list[str] = field(default_factory=list)
     scored_before: int = 0  # how often this run had been tested on this split
-    # For each lesion with a mask or box: whether the map's peak lies in it, its share of the map's
-    # sum, and its share of the image's area, which is what a map that knows nothing would give.
+    # For each lesion with a mask or box: whether the map's peak lies in it, its shares of the map's
+    # sum, and of the image's area, which a map that knows nothing would give.
     located: list[tuple[bool, float, float]] = field(default_factory=list)
     pixels: Any = 0  # [2,n]: how many outside, and inside of masks lie between PIXEL_BOUNDS
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -525,8 +508,7 @@ class Result:
 
 
 def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int | None,
-               scorer: str, normal: str | None = None, specificity: float | None = None,
-               ) -> list[Result]:
+               scorer: str, normal: str | None = None) -> list[Result]:
     """Choose what each run is tested on; UserError if that is not the same for all."""
     plans: list[Result] = []
     opened: dict[tuple, Source] = {}
@@ -537,22 +519,20 @@ def plan_tests(runs: list[TrainedRun], data: str | None, split: str, limit: int 
         try:
             source = opened[key] = opened.get(key) or open_source(config)
         except UserError as error:
-            elsewhere = (f". {run.folder} was trained on it: if it lies elsewhere now, name that "
-                         "place with --data")
-            raise UserError(f"{error}{'' if data else elsewhere}") from None
+            raise error if data else UserError(
+                f"{error}. {run.folder} was trained on it: if it lies elsewhere now, name that "
+                "place with --data") from None
         chosen, external, notes = samples_to_score(run, source, split)
-        run.threshold(scorer, specificity)  # refused before anything is scored
-        plan = Result(run, source, draw_evenly(chosen, limit), scorer, split, external, specificity)
-        if not plan.samples:
+        plans.append(Result(run, source, draw_evenly(chosen, limit), scorer, split, external))
+        if not chosen:
             raise UserError(f"--data {source.spec}: no images to score in its {split} split")
-        plans.append(plan)
         if len({tuple((s.key, s.patient, s.label) for s in p.samples) for p in plans}) > 1:
             raise UserError(f"{run.folder} and {runs[0].folder} cannot be compared: their test "
                             "images differ; name common data with --data, or the runs to compare")
         if len(plans) == 1:
             log.info(f"testing   {source.title}")
-            notes += map(": ".join, flow(source))
-            for note in ["external test: nothing is fitted to these images"] * external + notes:
+            first = ["external test: nothing is fitted to these images"] * external
+            for note in [*first, *notes, *map(": ".join, flow(source))]:
                 log.info(f"          note: {note}")
     return plans
 
@@ -563,7 +543,6 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
     several = max(1, min(8, 8 * 128**2 // r.run.config.image_size**2))
     stream = r.run.stream(r.source, r.samples, several * READ_AT_ONCE, stop_on_bad=True)
     found: list[dict[str, np.ndarray]] = []
-    order, traits = list[int](), list[Tensor]()
     untrained = replace(r.run, model=models.untrained_model(r.run.config, r.run.setup).eval(),
                         scorer=r.run.untrained)
     # Inside, the weights that autocast has cast are kept, instead of being cast for each batch
@@ -573,31 +552,29 @@ def score_samples(r: Result, trivial: TrivialScores | None = None) -> None:
         for images, positions in stream:
             _, scores, maps = r.run.score(images)
             scores[UNTRAINED] = untrained.score(images)[1][DEFAULT_SCORER]
+            scores |= {"traits": r.run.scorer.traits(images), "position": positions}
             found.append({k: v.numpy() for k, v in scores.items()}
                          | (trivial(images.numpy()) if trivial else {}))
-            order += positions.tolist()
-            traits.append(r.run.scorer.traits(images))
             r.digests += map(digest, images)
             for map_, i in zip(maps[r.scorer][:, 0].cpu().numpy(), positions.tolist(), strict=True):
                 if (mask := r.mask(r.samples[i])) is not None:
                     locate(r, map_, mask)
             bar.update(len(images))
-    if not order:
+    if not found:
         raise UserError(f"--data {r.source.spec}: none of the {len(r.samples)} images could be "
                         "read")
-    r.samples, r.bad, r.traits = [r.samples[i] for i in order], stream.bad, torch.cat(traits)
     every = {k: np.concatenate([scores[k] for scores in found]) for k in found[0]}
-    r.scored = {k: every.pop(k) for k in SCORERS}
+    r.samples, r.bad = [r.samples[i] for i in every.pop("position")], stream.bad
+    r.traits, r.scored = every.pop("traits"), {k: every.pop(k) for k in SCORERS}
     if not all(np.isfinite(v).all() for v in r.scored.values()):
         raise UserError(f"{r.run.folder}: its scores are not finite numbers; train it again")
-    r.baselines = {IMAGE_ALONE: every.pop(BASELINE), UNTRAINED: every.pop(UNTRAINED)}
-    if trivial:
-        is_ap = np.array([s.view.startswith("AP") for s in r.samples], dtype=float)
-        if 0 < is_ap.sum() < len(is_ap):
-            every["is it an AP view"] = is_ap
-        # Each in the direction that tells more: its AUROC is then the most it can claim.
-        r.trivial = {k: -v if weighted_metrics(v, r.labels)[0, 0] < 0.5 else v
-                     for k, v in every.items()}
+    readers = {IMAGE_ALONE: every.pop(BASELINE), UNTRAINED: every.pop(UNTRAINED)}
+    is_ap = np.array([s.view.startswith("AP") for s in r.samples], dtype=float)
+    if trivial and 0 < is_ap.sum() < len(is_ap):
+        every["is it an AP view"] = is_ap
+    # Each in the direction that tells more: its AUROC is then the most it can claim.
+    r.baselines = {k: -v if weighted_metrics(v, r.labels)[0, 0] < 0.5 else v
+                   for k, v in every.items()} | readers
 
 
 def locate(r: Result, map_: np.ndarray, mask: np.ndarray) -> None:
@@ -620,35 +597,37 @@ def measure(r: Result, scorer: str, weights: np.ndarray) -> dict[str, Any]:
     """Compute the metrics with one scorer; None where the labels do not allow a figure."""
     scores, labels, normal = r.scored[scorer], r.labels, r.run.scorer.normal_scores[scorer]
     sick, well = scores[labels == ABNORMAL], scores[labels == NORMAL]
-    threshold = r.run.threshold(scorer, r.specificity)
+
+    def at(specificity: float) -> dict[str, Any]:
+        threshold = r.run.scorer.threshold(scorer, specificity)
+        return {"threshold": threshold, "sensitivity": mean_of(sick > threshold),
+                "specificity": mean_of(well <= threshold)}
+
+    threshold, sensitivity, specificity = at(r.run.specificity).values()
     result: dict[str, Any] = {
         "auroc": None, "auroc_ci": None, "average_precision": None, "average_precision_ci": None,
-        "specificity_wanted": r.specificity or SPECIFICITY,
-        "threshold": threshold, "sensitivity_at_threshold": mean_of(sick > threshold),
-        "specificity_at_threshold": mean_of(well <= threshold),
+        "specificity_wanted": r.run.specificity, "threshold": threshold,
+        "sensitivity_at_threshold": sensitivity, "specificity_at_threshold": specificity,
         "specificity_ci": None, "specificity_chance": None,
         "n_normal": len(well), "n_abnormal": len(sick),
         "n_patients": len({s.patient for s in r.samples}), "n_validation_normals": len(normal),
         "score_mean_normal": mean_of(well), "score_mean_abnormal": mean_of(sick)}
     if len(well):
         under, rank = int((well <= threshold).sum()), int((normal <= threshold).sum())
-        low, high = binomtest(under, len(well)).proportion_ci(method="wilson")
         # The chance that so few test normals, or fewer, lie under the value of that rank among the
         # validation normals, if both are alike: a threshold from few images is a matter of chance.
         chance = betabinom.cdf(under, len(well), rank, len(normal) + 1 - rank)
-        result |= {"specificity_ci": (float(low), float(high)), "specificity_chance": float(chance)}
+        result |= {"specificity_chance": float(chance), "specificity_ci": tuple(
+            binomtest(under, len(well)).proportion_ci(method="wilson"))}
     if len(sick) and len(well):
         drawn = weighted_metrics(scores, labels, weights)
-        for name, values in zip(("auroc", "average_precision"), drawn, strict=True):
-            result |= {name: float(values[0]), f"{name}_ci": interval(values[1:])}
+        for k, values in zip(("auroc", "average_precision"), drawn, strict=True):
+            result |= {k: float(values[0]), f"{k}_ci": interval(values[1:])}
         result |= {f"auroc_by_{kind}": by_group(r, scores, kind) for kind in ("finding", "view")}
     for level in (90, 95):  # whatever threshold counts
-        at = r.run.scorer.threshold(scorer, level / 100)
-        result[f"sensitivity_at_{level}_specificity"] = mean_of(sick > at)
-    result["at_specificity"] = {str(s): {
-        "threshold": (at := r.run.scorer.threshold(scorer, s)), "sensitivity": mean_of(sick > at),
-        "specificity": mean_of(well <= at)} for s in LEVELS if normals_needed(s) <= len(normal)}
-    return result
+        result[f"sensitivity_at_{level}_specificity"] = at(level / 100)["sensitivity"]
+    return result | {"at_specificity": {
+        str(s): at(s) for s in LEVELS if normals_needed(s) <= len(normal)}}
 
 
 def predictive_values(sensitivity: float, specificity: float, prevalence: float) -> str:
@@ -698,8 +677,7 @@ def measure_all(r: Result, weights: np.ndarray, every_scorer: bool) -> dict[str,
         "model": r.run.config.model, "seed": r.run.config.seed, "unreadable": r.bad,
         "left_out": dict(r.source.left_out)}
     if metrics["auroc"] is not None:
-        drawn = {k: weighted_metrics(v, r.labels, weights)[0]
-                 for k, v in (r.trivial | r.baselines).items()}
+        drawn = {k: weighted_metrics(v, r.labels, weights)[0] for k, v in r.baselines.items()}
         metrics |= {"baselines": {k: float(values[0]) for k, values in drawn.items()},
                     "baselines_ci": {k: interval(values[1:]) for k, values in drawn.items()}}
     if every_scorer:
@@ -716,20 +694,19 @@ def evaluate(
     samples: int | None = None, scorer: str | None = None, device: str = "auto",
     normal: str | None = None, specificity: float | None = None, calibration: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Test runs, or all in a folder, on the test split of their data (or on other `data`): the
-    metrics of each. Shows the tables, and writes <run>/eval/<data name>/ and for several runs the
-    comparison in the folder above. Runs that differ by their seed alone are compared as one."""
+    """Test runs, or all in a folder, on the test split of their data or on other `data`; gives the
+    metrics of each. Writes <run>/eval/<data name>/, and of several runs the comparison in the
+    folder above. Runs that differ by their seed alone are compared as one."""
     with on_screen():
         given = [runs] if isinstance(runs, str | Path) else runs
         paths = {path.resolve(): path for g in given for path in runs_in(g)}.values()
-        by = DEFAULT_SCORER if scorer in (None, "all") else scorer
-        check_scorer(by)
+        by = scorer_called(None if scorer == "all" else scorer)
         if split not in ("test", "val"):
             raise UserError(f"--split: {split!r} is not one of test, val")
         loaded = []
         for path in paths:
             try:
-                loaded.append(load_run(path, device, calibration))
+                loaded.append(load_run(path, device, calibration, specificity))
             except UserError as error:
                 if path in map(Path, given) or len(paths) == 1:
                     raise
@@ -739,7 +716,7 @@ def evaluate(
         if locked := [run.folder for run in loaded if not os.access(run.folder, os.W_OK)]:
             raise UserError(f"{locked[0]}: results cannot be written there")
         named = group_by_seed(loaded)
-        tested = plan_tests(loaded, data, split, samples, by, normal, specificity)
+        tested = plan_tests(loaded, data, split, samples, by, normal)
         first = tested[0]
         try:
             source = open_source(first.run.config) if first.external else first.source
@@ -752,61 +729,55 @@ def evaluate(
             if bad := r.bad.keys() ^ first.bad.keys():
                 raise UserError(f"{r.run.folder} and {first.run.folder} cannot be compared: "
                                 f"{min(bad)} could be read for one of them only")
-            r.trivial = first.trivial
+            r.baselines = first.baselines | r.baselines  # trivial scores are the same for all
             weights = patient_weights([s.patient for s in r.samples])
             r.metrics = measure_all(r, weights, scorer == "all")
             write_test(r)
         groups = {name: [r for r in tested if r.run in group] for name, group in named.items()}
-        report(tested, groups, all_verdicts(groups, weights))
+        report(tested, groups, weights)
     return [r.metrics for r in tested]
 
 
 def write_test(r: Result) -> None:
-    """Write what a test found to <run>/eval/<data name>/, with a digest if other data is there."""
-    m, name = r.metrics, "-".join(filter(None, (
-        r.source.name, "val" * (r.split == "val"), r.run.calibration)))
-    folder = r.folder = r.run.folder / "eval" / name
+    """Write what a test found to <run>/eval/<data name>/, with a digest if other data is there, and
+    that it was made to <run>/eval/tests.csv."""
+    m, above, split = r.metrics, r.run.folder / "eval", "val" * (r.split == "val")
+    name = "-".join(filter(None, (r.source.name, split, r.run.calibration)))
+    r.folder, tests, known = above / name, above / "tests.csv", m["data_fingerprint"]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        there = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        if not same_data(there["data_fingerprint"], m["data_fingerprint"]):
-            folder = r.folder = folder.with_name(f"{name}-{m['data_fingerprint'][-6:]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    r.scored_before = note_test(r)
-    train.write_file(folder / "metrics.json", json.dumps(m, indent=2) + "\n")
+        there = json.loads((r.folder / "metrics.json").read_text(encoding="utf-8"))
+        if not same_data(there["data_fingerprint"], known):
+            r.folder = above / f"{name}-{known[-6:]}"
+    r.folder.mkdir(parents=True, exist_ok=True)
+    before = ["day,data,split,fingerprint,images,scorer"]
+    with contextlib.suppress(OSError):
+        before = tests.read_text(encoding="utf-8", errors="replace").splitlines() or before
+    train.write_file(tests, "\n".join([*before, ",".join(map(str, (
+        datetime.date.today(), r.source.name, r.split, known, len(r.samples), r.scorer)))]) + "\n")
+    r.scored_before = sum(len(cells) == 6 and cells[2] == r.split and same_data(cells[3], known)
+                          for cells in (line.split(",") for line in before))
+    train.write_file(r.folder / "metrics.json", json.dumps(m, indent=2) + "\n")
     percentiles = {k: r.run.scorer.percentile(k, torch.from_numpy(v)).tolist()
                    for k, v in r.scored.items()}
-    write_csv(folder / "scores.csv", [
+    write_csv(r.folder / "scores.csv", [
         {k: getattr(s, k) for k in ("key", "patient", "label", "finding", "view")}
         | {k: float(f"{v[i]:.6g}") for k, v in r.scored.items()}
         | {f"{k}_percentile": round(v[i], 1) for k, v in percentiles.items()}
         for i, s in enumerate(r.samples)])
-    save_picture(folder / "scores.png", f"tested on {r.about}", tested=[r])
-    order, threshold = np.argsort(r.scores), f"threshold {m['threshold']:.3g}"
-    near = np.argsort(abs(r.scores - m["threshold"]))
-    some = dict.fromkeys([*order[:-4:-1].tolist(), *near[:3].tolist(), *order[:3].tolist()])
-    draw_cases(r, "examples.png", f"highest, borderline and lowest scores, {threshold}", [*some])
+    save_picture(r.folder / "scores.png", f"tested on {r.about}", tested=[r])
+    order, near = np.argsort(r.scores), np.argsort(abs(r.scores - m["threshold"]))
+    some = dict.fromkeys([*order[:-4:-1], *near[:3], *order[:3]])
+    draw_cases(r, "examples.png", "highest, borderline and lowest scores", [*some])
     missed, flagged = worst(r)
     draw_cases(r, "worst.png", f"{len(missed)} of {m['n_abnormal']} abnormal images missed, "
-               f"{len(flagged)} of {m['n_normal']} normal images flagged: the worst of them, "
-               f"{threshold}", missed[:8], flagged[:8])
+               f"{len(flagged)} of {m['n_normal']} normal images flagged: the worst of them",
+               missed[:8], flagged[:8])
     if not r.external:
         try:
             draw_healing(r)
         except UserError as error:  # its validation images are gone
             log.info(f"          note: no healing.png ({error})")
-    log.info(f"written   {folder}/: metrics.json, scores.csv and pictures")
-
-
-def note_test(r: Result) -> int:
-    """Write the test down in RUN/eval/tests.csv; how often that split had been scored before."""
-    file, before = r.run.folder / "eval" / "tests.csv", ["day,data,split,fingerprint,images,scorer"]
-    with contextlib.suppress(OSError):
-        before = file.read_text(encoding="utf-8", errors="replace").splitlines() or before
-    known = r.source.fingerprint()
-    train.write_file(file, "\n".join([*before, ",".join(map(str, (
-        datetime.date.today(), r.source.name, r.split, known, len(r.samples), r.scorer)))]) + "\n")
-    return sum(same_data(cells[3], known) for cells in (line.split(",") for line in before)
-               if len(cells) == 6 and cells[2] == r.split)
+    log.info(f"written   {r.folder}/: metrics.json, scores.csv and pictures")
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -819,75 +790,73 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     train.write_file(file, text.getvalue())
 
 
-def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> list[str]:
+def all_verdicts(groups: dict[str, list[Result]], weights: np.ndarray) -> Iterator[str]:
     """Compare each model with those after it, the best trivial score, a reader of the image alone
     and itself untrained: one sentence a model."""
-    first, found = next(iter(groups.values()))[0], list[str]()
+    first = next(iter(groups.values()))[0]
     if not (known := first.metrics.get("baselines")):
-        return found
+        return
     every = {name: np.array([r.scores for r in group]) for name, group in groups.items()}
+    best = max((k for k in known if k not in (IMAGE_ALONE, UNTRAINED)), key=known.get)
     for number, (name, group) in enumerate(groups.items(), 1):
-        others = dict(itertools.islice(every.items(), number, None))
-        for other in (max(first.trivial, key=known.get), *first.baselines):
-            others[other] = np.array([(r.trivial | r.baselines)[other] for r in group])
-        found.append(f"AUROC of {name}, with 95 % intervals: " + "; ".join(
+        others = dict([*every.items()][number:]) | {
+            k: np.array([r.baselines[k] for r in group]) for k in (best, IMAGE_ALONE, UNTRAINED)}
+        yield f"AUROC of {name}, with 95 % intervals: " + "; ".join(
             verdict(other, *paired_difference(scores, every[name], first.labels, weights))
-            for other, scores in others.items()) + ".")
-    return found
+            for other, scores in others.items()) + "."
 
 
-def cautions(tested: list[Result]) -> list[str]:
+def cautions(tested: list[Result]) -> Iterator[str]:
     """Warn, in sentences, of changed data, and of thresholds that do not hold or cannot."""
-    found, normals = [], min(r.metrics["n_validation_normals"] for r in tested)
+    normals = min(r.metrics["n_validation_normals"] for r in tested)
+    first, wanted = tested[0], tested[0].run.specificity
     if normals < 100:
-        found.append(f"Careful: with {normals} validation normals the threshold is rough" + (
-            ": it cannot hold. It takes 20, better 100." if normals < 20 else "."))
+        yield f"Careful: with {normals} validation normals the threshold is rough" + (
+            ": it cannot hold. It takes 20, better 100." if normals < 20 else ".")
     if not all(r.external or same_data(r.metrics["data_fingerprint"], r.run.fingerprint)
                for r in tested):
-        found.append("Careful: the images, their names or labels have changed since training. "
-                     "Train again, unless the test images alone were meant to change.")
+        yield ("Careful: the images, their names or labels have changed since training. Train "
+               "again, unless the test images alone were meant to change.")
     if far := [(m["specificity_at_threshold"], m["specificity_ci"])
                for m in (r.metrics for r in tested) if m["n_normal"]
-               and m["specificity_at_threshold"] < m["specificity_wanted"] - 0.05
+               and m["specificity_at_threshold"] < wanted - 0.05
                and m["specificity_chance"] < 0.025]:
-        first = tested[0].metrics["specificity_wanted"]
-        found.append(f"Careful: the threshold set for {100 * first:g} % specificity reaches "
-                     f"{decimal(*min(far))} on these normals. They differ from the "
-                     f"{tested[0].run.normals}. {RECALIBRATE}")
-    elif (r := tested[0]).external:
-        chosen = r.labels == NORMAL if (r.labels == NORMAL).any() else r.labels == ABNORMAL
-        found += drift(r.run, r.scorer, r.traits[chosen], r.scores[chosen])
+        yield (f"Careful: the threshold set for {100 * wanted:g} % specificity reaches "
+               f"{decimal(*min(far))} on these normals. They differ from the {first.run.normals}. "
+               f"{RECALIBRATE}")
+    elif first.external:
+        chosen = first.labels == (NORMAL if NORMAL in first.labels else ABNORMAL)
+        yield from drift(first.run, first.scorer, first.traits[chosen], first.scores[chosen])
     if known := max(len(r.run.calibrated_on & {*r.digests}) for r in tested):
-        found.append(f"Careful: {known} of these images are among those that the threshold was "
-                     "calibrated on. Its specificity is flattered by them.")
-    return found
+        yield (f"Careful: {known} of these images are among those that the threshold was "
+               "calibrated on. Its specificity is flattered by them.")
 
 
-def drift(run: TrainedRun, scorer: str, traits: Tensor, scores: np.ndarray) -> list[str]:
-    """Tell, in a sentence, if 20 images or more differ as a whole from those that the threshold
-    comes from: traits [n,4], scores [n].
-
-    Kolmogorov-Smirnov tests of the scores and of each of TRAITS, at 5 % in all (Bonferroni). What
-    is clear but slight (distributions that lie less than 0.15 apart) is not told.
-    """
-    own = [*run.scorer.normal_traits.T.numpy(), run.scorer.normal_scores[scorer].numpy()]
-    new, found = [*traits.T.numpy(), scores], list[str]()
-    for name, x, y in zip((*TRAITS, "score"), new, own, strict=True):
-        if len(x) >= 20 and (test := ks_2samp(x, y)).pvalue < 0.05 / len(new) and (
-                test.statistic > 0.15):
+def drift(run: TrainedRun, scorer: str, traits: np.ndarray, scores: np.ndarray) -> Iterator[str]:
+    """Tell, in a sentence, if 20 images or more (traits [n,4], scores [n]) differ as a whole from
+    those that the threshold comes from, by Kolmogorov-Smirnov tests at 5 % in all (Bonferroni).
+    What is clear but slight (distributions that lie less than 0.15 apart) is not told."""
+    found = list[str]()
+    own = torch.column_stack([run.scorer.normal_traits, run.scorer.normal_scores[scorer]]).numpy()
+    for name, x, y in zip((*TRAITS, "score"), np.column_stack([traits, scores]).T, own.T,
+                          strict=True):
+        test = ks_2samp(x, y)
+        if len(x) >= 20 and test.pvalue < 0.05 / own.shape[1] and test.statistic > 0.15:
             found.append(f"{name} {np.median(x):.3g} instead of {np.median(y):.3g}")
-    return [f"Careful: these images differ as a whole from the {run.normals} (medians: "
-            f"{'; '.join(found)}). Unless many of them are abnormal, the threshold may not hold. "
-            f"{RECALIBRATE}"] if found else []
+    if found:
+        yield (f"Careful: these images differ as a whole from the {run.normals} (medians: "
+               f"{'; '.join(found)}). Unless many of them are abnormal, the threshold may not "
+               f"hold. {RECALIBRATE}")
 
 
-def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list[str]) -> None:
+def report(tested: list[Result], groups: dict[str, list[Result]], weights: np.ndarray) -> None:
     """Show what was found, and write it to report.html or the comparison."""
     first, m, several = tested[0], tested[0].metrics, len(tested) > 1
-    tables, sentences = result_tables(tested, groups), [*verdicts, *cautions(tested)]
-    trained_on = [relative(r.run.config.data) for r in tested]
+    tables, sentences = [*result_tables(tested, groups)], [
+        *all_verdicts(groups, weights), *cautions(tested)]
     facts = {
-        "Trained on": "; ".join(dict.fromkeys(trained_on)), "Tested on": first.about,
+        "Trained on": "; ".join(dict.fromkeys(relative(r.run.config.data) for r in tested)),
+        "Tested on": first.about,
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
         f"abnormal, of {m['n_patients']:,} patients"
         + (f"; {len(first.bad)} could not be read" if first.bad else ""),
@@ -895,7 +864,7 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         "Chosen by": "weights: the lowest loss on corrupted normal validation images; threshold: "
         f"{first.run.normals}. No abnormal image had a part in either"}
     log.info("\n" + "\n\n".join(["\n".join(map(": ".join, facts.items())),
-                                 *map(text_table, tables), *sentences]) + "\n")
+                                 *itertools.starmap(text_table, tables), *sentences]) + "\n")
     for image, reason in first.bad.items():
         log.info(f"skipped   {image}: {reason}")
     if isinstance(first.source, KaggleSource):
@@ -911,31 +880,28 @@ def report(tested: list[Result], groups: dict[str, list[Result]], verdicts: list
         pictures |= {r.folder / file: f"{name}: {text}" for file, text in PICTURES.items()
                      if not (several and file == "scores.png")}  # in comparison.png
         pictures[r.run.folder / "curves.png"] = f"{name}: loss in training"
+    figures = [f'<figure class="scroll" tabindex="0"><figcaption>{escape(text)}</figcaption><img '
+               f'alt="{escape(text)}" src="data:image/png;base64,'
+               f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
+               for picture, text in pictures.items() if picture.exists()]
+    # What became of the images that were found: the account of the intake, and the splits.
+    images = dict(flow(first.source)) | {"careful": "; ".join(first.source.careful) or "nothing"}
+    splits = read_splits(first.run.folder / "split.csv")
+    images |= {} if first.external else {
+        name: f"{len(splits.normals(name)):,} normal of {len(getattr(splits, name)):,}"
+        for name in SPLITS}
     made = {r.run.name: f"{command_to_train(r.run.config)}\n{r.run.made_with}; data "
                         f"{r.run.fingerprint}" for r in tested}
     made["This test"] = (
         f"torch {torch.__version__}, numpy {np.__version__}, {first.run.setup.device.type}, "
         f"{first.run.setup.precision}; data {m['data_fingerprint']}")
-    figures = [f'<figure class="scroll" tabindex="0"><figcaption>{escape(text)}</figcaption><img '
-               f'alt="{escape(text)}" src="data:image/png;base64,'
-               f'{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
-               for picture, text in pictures.items() if picture.exists()]
     train.write_file(page, PAGE.substitute(
         title=escape(f"{' and '.join(groups)}, {'compared' if several else 'tested'}"),
         sentences="".join(f"<p>{escape(line)}</p>\n" for line in sentences),
-        facts=html_list(facts), tables="".join(map(html_table, tables)),
-        pictures="\n".join(figures), flow=html_list(flow_of(first)),
-        made=html_list(made), today=datetime.date.today()))
+        facts=html_list(facts), tables="".join(itertools.starmap(html_table, tables)),
+        pictures="\n".join(figures), flow=html_list(images), made=html_list(made),
+        today=datetime.date.today()))
     log.info(f"written   {page}: the results in one file, to open in a browser or to send on")
-
-
-def flow_of(r: Result) -> dict[str, str]:
-    """What became of the images that were found: the account of the intake, and the splits."""
-    rows = dict(flow(r.source)) | {"careful": "; ".join(r.source.careful) or "nothing"}
-    splits = read_splits(r.run.folder / "split.csv")
-    return rows | ({} if r.external else {
-        name: f"{len(splits.normals(name)):,} normal of {len(getattr(splits, name)):,}"
-        for name in SPLITS})
 
 
 def relative(path: str) -> str:
@@ -954,22 +920,16 @@ def command_to_train(config: Config) -> str:
     return shlex.join(words)
 
 
-class Table(NamedTuple):
-    """A table for the screen and for the page. A row's first cell names it."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
+Table = tuple[str, list[str], list[list[str]], str]  # title, header, rows, note
 
 
-def text_table(table: Table) -> str:
-    """Lay the table out as aligned text."""
-    lines = [table.header, *table.rows]
+def text_table(title: str, header: list[str], rows: list[list[str]], note: str) -> str:
+    """Lay a table out as aligned text. The first cell of a row names it, and has no header."""
+    lines = [["", *header], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line))
             for line in lines]
-    return "\n".join([table.title, *map(str.rstrip, text), *textwrap.wrap(table.note, 99)])
+    return "\n".join([title, *map(str.rstrip, text), *textwrap.wrap(note, 99)])
 
 
 def html_list(texts: dict[str, str]) -> str:
@@ -977,15 +937,14 @@ def html_list(texts: dict[str, str]) -> str:
     return "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in texts.items())
 
 
-def html_table(table: Table) -> str:
-    """Write the table as HTML, in a region that scrolls."""
-    name = escape(table.title)
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
-    rows = "\n".join(f'<tr><th scope="row">{escape(first)}</th>' + "".join(
-        f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for first, *cells in table.rows)
-    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table>'
-            f"<caption>{name}</caption><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody>"
-            f"</table></div>\n<p>{escape(table.note)}</p>\n")
+def html_table(title: str, header: list[str], rows: list[list[str]], note: str) -> str:
+    """Write a table as HTML, in a region that scrolls."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in ("", *header))
+    body = "\n".join(f'<tr><th scope="row">{escape(first)}</th>' + "".join(
+        f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for first, *cells in rows)
+    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}"><table>'
+            f"<caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>\n<tbody>{body}"
+            f"</tbody></table></div>\n<p>{escape(note)}</p>\n")
 
 
 def decimal(value: Any, ends: Sequence[float] | None = None) -> str:
@@ -994,73 +953,70 @@ def decimal(value: Any, ends: Sequence[float] | None = None) -> str:
         f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
-def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> list[Table]:
+def result_tables(tested: list[Result], groups: dict[str, list[Result]]) -> Iterator[Table]:
     """Make all tables of figures. Those by model hold means over the seeds."""
     first, names = tested[0].metrics, list(groups)
 
+    def mean(group: list[Result], *keys: str) -> float | None:
+        """Average a figure over seeds, found in their metrics under these keys."""
+        found: list[Any] = [functools.reduce(getitem, keys, r.metrics) for r in group]
+        return None if None in found else float(np.mean(found))
+
     def by_model(*keys: str) -> list[str]:
-        """Show a figure of each model, found in its metrics under these keys."""
-        found: list[list[Any]] = [[functools.reduce(getitem, keys, r.metrics) for r in group]
-                                  for group in groups.values()]
-        return [decimal(None if None in values else np.mean(values)) for values in found]
+        return [decimal(mean(group, *keys)) for group in groups.values()]
 
     every = [(r.run.name, r.metrics) for r in tested] + [
         (f"{r.run.name}, {name}", m) for r in tested
         for name, m in r.metrics.get("scorers", {}).items() if name != r.scorer]
-    tables = [Table(f"Results, scorer {tested[0].scorer}", [
-        "", "AUROC (95 % interval)", "average precision", "sensitivity", "specificity"], [
+    yield f"Results, scorer {tested[0].scorer}", [
+        "AUROC (95 % interval)", "average precision", "sensitivity", "specificity"], [
         [name, decimal(m["auroc"], m["auroc_ci"]),
          decimal(m["average_precision"], m["average_precision_ci"]),
          decimal(m["sensitivity_at_threshold"]),
-         decimal(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every],
+         decimal(m["specificity_at_threshold"], m["specificity_ci"])] for name, m in every], (
         "AUROC needs both normal and abnormal images: not computed. " * (first["auroc"] is None)
         + f"At the threshold that {100 * first['specificity_wanted']:g} % of the "
         f"{tested[0].run.normals} stay under; specificity is the share of these normals under it. "
         f"Intervals: {RESAMPLES} bootstrap resamples of patients, the same for all; of specificity "
-        "Wilson's.")]
+        "Wilson's.")
     if first["auroc"] is not None:
         points = []
-        for name, level in itertools.product(groups, first["at_specificity"]):
-            found = [r.metrics["at_specificity"][level] for r in groups[name]]
-            one, two = (float(np.mean([at[k] for at in found]))
-                        for k in ("sensitivity", "specificity"))
-            points.append([f"{name}, {100 * float(level):g} %", decimal(two), decimal(one),
-                           *(predictive_values(one, two, p) for p in PREVALENCES)])
-        tables.append(Table("Thresholds for a specificity, and predictive values", [
-            "", "specificity", "sensitivity",
-            *(f"{100 * p:g} % ill: PPV, NPV" for p in PREVALENCES)], points,
-            "PPV: share of the flagged images that are abnormal; NPV: share of the others that are "
-            "normal; if so many of all images were abnormal."))
-    if len(groups) < len(tested) and first["auroc"] is not None:
-        aurocs = {name: [r.metrics["auroc"] for r in group] for name, group in groups.items()}
-        tables.append(Table("AUROC over seeds; the tables below hold means over them", [
-            "", "seeds", "mean", "standard deviation", "lowest", "highest"], [
-            [name, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
-            for name, x in aurocs.items() if len(x) > 1]))
-    if known := first.get("baselines"):
-        tables.append(Table("AUROC of baselines", ["", *names], [
-            [name, *by_model("baselines", name)] for name in known],
-            "Trivial scores are taken in their better direction, which favours them."))
-    for kind in ("finding", "view"):
-        if known := first.get(key := f"auroc_by_{kind}"):
-            tables.append(Table(f"AUROC by {kind}", ["", "images", *names], [
-                [name, str(group["n"]), *by_model(key, name, "auroc")]
-                for name, group in known.items()]))
+        for (name, group), level in itertools.product(groups.items(), first["at_specificity"]):
+            under, over = (mean(group, "at_specificity", level, k)
+                           for k in ("specificity", "sensitivity"))
+            points.append([f"{name}, {100 * float(level):g} %", decimal(under), decimal(over),
+                           *(predictive_values(over, under, p) for p in PREVALENCES)])
+        yield "Thresholds for a specificity, and predictive values", [
+            "specificity", "sensitivity", *(f"{100 * p:g} % ill: PPV, NPV" for p in PREVALENCES)
+            ], points, ("PPV: share of the flagged images that are abnormal; NPV: share of the "
+                        "others that are normal; if so many of all images were abnormal.")
+        if len(groups) < len(tested):
+            seeds = {k: [r.metrics["auroc"] for r in group] for k, group in groups.items()}
+            yield "AUROC over seeds; the tables below hold means over them", [
+                "seeds", "mean", "standard deviation", "lowest", "highest"], [
+                [k, str(len(x)), *map(decimal, (np.mean(x), np.std(x, ddof=1), min(x), max(x)))]
+                for k, x in seeds.items() if len(x) > 1], ""
+        yield "AUROC of baselines", names, [
+            [name, *by_model("baselines", name)] for name in first["baselines"]
+            ], "Trivial scores are taken in their better direction, which favours them."
+        for kind in ("finding", "view"):
+            if found := first[key := f"auroc_by_{kind}"]:
+                yield f"AUROC by {kind}", ["images", *names], [
+                    [name, str(group["n"]), *by_model(key, name, "auroc")]
+                    for name, group in found.items()], ""
     if "n_located" in first:
         rows = {"pixel AUROC": "pixel_auroc", "map peak in lesion": "peak_in_lesion",
                 "map peak in lesion, the smaller half": "peak_in_small_lesion",
                 "map peak in lesion, the larger half": "peak_in_large_lesion",
                 "share of map in lesion": "energy_in_lesion"}
-        tables.append(Table(f"Where the maps point: {first['n_located']} lesions", ["", *names], [
-            [title, *by_model(key)] for title, key in rows.items()],
+        yield f"Where the maps point: {first['n_located']} lesions", names, [
+            [title, *by_model(key)] for title, key in rows.items()], (
             f"The peak may lie {100 * PEAK_TOLERANCE:g} % of the image side beside the lesion. "
-            f"Lesions cover {decimal(first['lesion_area'])} of the image."))
-    return tables
+            f"Lesions cover {decimal(first['lesion_area'])} of the image.")
 
 
 # ----------------------------------------------------------------------------------------------
 # Pictures and page
-
 
 UNITS = {"reader": "how much looks\nlike a lesion, 0 to 1",
          "zscore": "residual in standard deviations\nof training normals"}
@@ -1184,8 +1140,8 @@ def worst(r: Result) -> tuple[list[int], list[int]]:
 def draw_cases(r: Result, name: str, title: str, *groups: list[int]) -> None:
     """Draw tested images, those at the positions of each group in rows of their own."""
     rows = [row for group in groups if group for row in tested_rows(r, group)]
-    save_picture(r.folder / name, f"{r.run.name}, tested on {r.about}\n{title}", rows, r.scorer,
-                 r.run.scorer.map_tops[r.scorer])
+    save_picture(r.folder / name, f"{r.run.name}, tested on {r.about}\n{title}, threshold "
+                 f"{r.metrics['threshold']:.3g}", rows, r.scorer, r.run.scorer.map_tops[r.scorer])
 
 
 def draw_healing(r: Result) -> None:
@@ -1262,20 +1218,16 @@ TOLD = ("{image}: score {score:.4g}, percentile {percentile_among_normals:.0f} a
         "{verdict} (threshold {threshold:.4g})")
 
 
-def is_prediction(path: Path) -> bool:
-    """Whether a picture is one of an earlier prediction: it has its map beside it."""
-    stem = re.sub(r"_(heatmap|overlay)\.png$", "", str(path))
-    return stem != str(path) and Path(f"{stem}_map.npy").exists()
-
-
 class NewImages(FolderSource):
-    """An image file, or all in a folder, without labels."""
+    """An image file, or all in a folder but pictures of earlier predictions, without labels."""
 
     def __init__(self, path: Path) -> None:
         self.spec, self.root, files = str(path), path.parent, [path]
         if path.is_dir():
-            self.root, files = path, sorted(p for p in path.rglob("*") if p.suffix.lower() in (
-                IMAGE_SUFFIXES) and not is_prediction(p))
+            self.root, files = path, sorted(path.rglob("*"))
+            made = {f"{str(p)[:-8]}_{kind}.png" for p in files if p.name.endswith("_map.npy")
+                    for kind in ("heatmap", "overlay")}
+            files = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and str(p) not in made]
         # A pipe would be waited for.
         names = [p.relative_to(self.root).as_posix() for p in files if p.is_file()]
         if not names:
@@ -1291,14 +1243,13 @@ class NewImages(FolderSource):
 def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             scorer: str | None = None, device: str = "auto", specificity: float | None = None,
             calibration: str | None = None) -> list[dict[str, Any]]:
-    """Score an image file, or every image in a folder that can be read; one row of results an
-    image. Writes NAME_heatmap.png, NAME_overlay.png (the map over the image at its own size),
-    NAME_map.npy (float32 [H,W]) and predictions.csv to `out`, by default <run>/predictions; a
-    number is added to that name if predictions lie there already."""
+    """Score an image file, or every image in a folder that can be read; a row of results for each.
+    Writes NAME_heatmap.png, NAME_overlay.png (in the image's own size), NAME_map.npy (float32
+    [H,W]) and predictions.csv to `out`, by default <run>/predictions, with a number if predictions
+    lie there already."""
     with on_screen():
-        trained, scorer = load_run(run, device, calibration), scorer or DEFAULT_SCORER
-        check_scorer(scorer)
-        threshold, top = trained.threshold(scorer, specificity), trained.scorer.map_tops[scorer]
+        trained, by = load_run(run, device, calibration, specificity), scorer_called(scorer)
+        threshold, top = trained.threshold(by), trained.scorer.map_tops[by]
         source, rows, number = NewImages(Path(image)), list[dict[str, Any]](), 1
         wanted = folder = Path(out) if out else trained.folder / "predictions"
         while (folder / "predictions.csv").exists():
@@ -1307,19 +1258,19 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-        stream, traits = trained.stream(source, source.samples), list[Tensor]()
+        stream, traits = trained.stream(source, source.samples), list[np.ndarray]()
         stems, side = distinct_stems([s.key for s in source.samples]), trained.config.image_size
         try:
             with train.progress(len(stems), "scoring") as bar:
                 for images, positions in stream:
-                    backs, maps, scores = trained(images, scorer)
-                    percentiles = trained.scorer.percentile(scorer, torch.from_numpy(scores))
-                    traits.append(trained.scorer.traits(images))
-                    for i, (seen,), (back,), (map_,), score, percentile in zip(
-                            positions.tolist(), images.numpy() / np.float32(255), backs, maps,
-                            scores.tolist(), percentiles.tolist(), strict=True):
+                    traits.append(trained.scorer.traits(images).numpy())
+                    for i, (seen,), (back,), (map_,), score in zip(
+                            positions.tolist(), images.numpy() / np.float32(255),
+                            *trained(images, by), strict=True):
+                        percentile = trained.scorer.percentile(by, torch.tensor(score)).item()
                         y, x = divmod(int(map_.argmax()), side)
-                        rows.append({"image": source.samples[i].key, "score": round(score, 6),
+                        rows.append({"image": source.samples[i].key,
+                                     "score": round(score.item(), 6),
                                      "percentile_among_normals": round(percentile, 1),
                                      "threshold": round(threshold, 6),
                                      "verdict": "abnormal" if score > threshold else "normal",
@@ -1329,8 +1280,7 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
                         titles = ["input", "reconstruction", "anomaly map"]
                         row = Row("", [seen, back, seen], titles, [None, None, map_])
                         save_picture(folder / f"{stems[i]}_heatmap.png",
-                                     f"{TOLD.format(**rows[-1])} ({trained.name})", [row], scorer,
-                                     top)
+                                     f"{TOLD.format(**rows[-1])} ({trained.name})", [row], by, top)
                         overlay(stream, i, map_ / top).save(folder / f"{stems[i]}_overlay.png")
                         bar.update(1)
         finally:  # also when it was interrupted
@@ -1344,8 +1294,8 @@ def predict(run: str | Path, image: str | Path, out: str | Path | None = None,
             *(TOLD.format(**row) for row in rows[:40]),
             *[f"... and {len(rows) - 40} more in predictions.csv"] * (len(rows) > 40),
             f"{trained.name} trained on {trained.config.data}; abnormal means: above "
-            f"{100 * (specificity or SPECIFICITY):g} % of {trained.normals}. Not a diagnosis.",
-            *drift(trained, scorer, torch.cat(traits), np.array([row["score"] for row in rows])),
+            f"{100 * trained.specificity:g} % of {trained.normals}. Not a diagnosis.",
+            *drift(trained, by, np.concatenate(traits), np.array([r["score"] for r in rows])),
             f"written   {folder}/: for each image a heatmap, an overlay in its own size (.png) and "
             "the raw map (.npy); predictions.csv"]))
     return rows
@@ -1382,21 +1332,34 @@ def calibrate(run: str | Path, folder: str, calibration: str | None = None,
               specificity: float | None = None, normal: str | None = None,
               device: str = "auto") -> Path:
     """Take the normal images in a folder for threshold and percentiles: those labelled so, or all
-    if nothing there tells. Tells what that changes, and writes RUN/calibration-NAME.pt; nothing
-    else is changed. UserError if they are too few, or the name is taken."""
+    if nothing there tells; none that the run was trained or validated on. Writes only
+    RUN/calibration-NAME.pt. UserError if they are too few, or the name is taken."""
     with on_screen():
-        trained, wanted = load_run(run, device), specificity or SPECIFICITY
+        trained, wanted = load_run(run, device), SPECIFICITY if specificity is None else specificity
+        trained.specificity, needed = wanted, max(FEWEST_NORMALS, normals_needed(wanted))
         name = calibration or re.sub(r"[^\w.-]+", "_", Path(folder).resolve().name)
         file = trained.folder / f"calibration-{name}.pt"
         if not re.fullmatch(r"[\w.-]+", name) or file.exists():
             why = f"{file} is there already; give another" if file.exists() else "give a"
             raise UserError(f"--calibration {name}: {why} name, of letters, digits, '.', '_', '-'")
-        r = Result(trained, *normals_in(trained, folder, normal))
+        try:
+            source: Source = open_source(replace(
+                trained.config, data=folder, samples=None, normal=normal or trained.config.normal))
+            log.info(f"normals   those labelled so among the {len(source.samples):,} images of "
+                     f"{source.title}")
+        except UserError as error:
+            if normal or not Path(folder).is_dir():
+                raise
+            source = NewImages(Path(folder))
+            log.info(f"normals   all {len(source.samples):,} images there, since "
+                     f"{str(error).partition(';')[0]}")
+        r = Result(trained, source, [s for s in not_learnt(trained, source, source.samples)
+                                     if s.label == NORMAL])
         score_samples(r)
         for key, reason in r.bad.items():
             log.info(f"skipped   {key}: {reason}")
         scores, n = torch.from_numpy(r.scores), len(r.samples)
-        if n < (needed := max(FEWEST_NORMALS, normals_needed(wanted))):
+        if n < needed:
             raise UserError(f"--calibrate {folder}: {n} normal images can be used; "
                             f"{100 * wanted:g} % specificity takes {needed} or more, better 100")
         low, high = scores.log().quantile(scores.new_tensor([0.25, 0.75]))
@@ -1404,55 +1367,37 @@ def calibrate(run: str | Path, folder: str, calibration: str | None = None,
         if len(odd):
             log.warning(f"careful   {len(odd)} of these images score far above the others: are "
                         f"they normal? {', '.join(r.samples[i].key for i in odd[:5])}")
-        old = trained.scorer.threshold(DEFAULT_SCORER, wanted)
-        trained.scorer.refer_to({k: torch.from_numpy(v) for k, v in r.scored.items()}, r.traits)
+        own, old = trained.scorer.normal_scores[DEFAULT_SCORER], trained.threshold(DEFAULT_SCORER)
+        trained.scorer.refer_to({k: torch.from_numpy(v) for k, v in r.scored.items()},
+                                torch.from_numpy(r.traits))
         train.write_file(file, {
-            "format": train.FORMAT, "made_for": identity(trained.scorer), "images": r.digests,
-            "normal_scores": trained.scorer.normal_scores, "normal_traits": r.traits})
+            "format": train.FORMAT, "made_for": digest(own), "images": r.digests,
+            "normal_scores": trained.scorer.normal_scores,
+            "normal_traits": trained.scorer.normal_traits})
         # Judged by the threshold of the n - 1 others, as many images stay under as its rank there.
-        told = [(k / n, binomtest(k, n).proportion_ci(method="exact")) for k in (
+        told = [decimal(k / n, tuple(binomtest(k, n).proportion_ci())) for k in (
             int((scores <= old).sum()), math.ceil(round(n * wanted, 9)))]
-        log.info(f"threshold {trained.scorer.threshold(DEFAULT_SCORER, wanted):.4g} instead of "
-                 f"{old:.4g}, for {100 * wanted:g} % specificity, which takes "
-                 f"{normals_needed(wanted)} normal images or more\n"
-                 f"specificity on these {n} images: before {decimal(*told[0])}; now "
-                 f"{decimal(*told[1])}, each judged by the others (95 % intervals: Clopper-Pearson)"
-                 f"\nwritten   {file}\nnext      {command('evaluate.py')} "
+        log.info(f"threshold {trained.threshold(DEFAULT_SCORER):.4g} instead of {old:.4g}, for "
+                 f"{100 * wanted:g} % specificity, which takes {normals_needed(wanted)} normal "
+                 f"images or more\nspecificity on these {n} images: before {told[0]}; now "
+                 f"{told[1]}, each judged by the others (95 % intervals: Clopper-Pearson)\n"
+                 f"written   {file}\nnext      {command('evaluate.py')} "
                  f"{shlex.quote(str(trained.folder))} --calibration {name} --image NEW_IMAGES")
     return file
-
-
-def normals_in(run: TrainedRun, folder: str, normal: str | None) -> tuple[Source, list[Sample]]:
-    """Find the normal images in a folder that the run was neither trained nor validated on."""
-    config = replace(run.config, data=folder, samples=None, normal=normal or run.config.normal)
-    try:
-        source: Source = open_source(config)
-        told = f"those labelled so among the {len(source.samples):,} images of {source.title}"
-    except UserError as error:
-        if normal or not Path(folder).is_dir():
-            raise
-        source = NewImages(Path(folder))
-        told = f"all {len(source.samples):,} images there, since {str(error).partition(';')[0]}"
-    log.info(f"normals   {told}")
-    splits = read_splits(run.folder / "split.csv")
-    learnt = {file_of(run.config.data, s.key) for s in splits.train + splits.val}
-    return source, [s for s in source.samples if s.label == NORMAL
-                    and file_of(source.spec, s.key) not in learnt]
 
 
 class Exported(nn.Module):
     """A run as one graph: image float [1,1,H,W] in [0,1] -> score [1], percentile [1], whether it
     is abnormal, bool [1], and anomaly map [1,1,H,W]."""
 
-    def __init__(self, run: TrainedRun, scorer: str, threshold: float) -> None:
+    def __init__(self, run: TrainedRun, scorer: str) -> None:
         super().__init__()
         self.model: Any = run.model
-        self.scorer, self.by, self.threshold = run.scorer, scorer, threshold
+        self.scorer, self.by, self.threshold = run.scorer, scorer, run.threshold(scorer)
         self.readers = nn.ModuleDict(run.scorer.readers)  # so that their weights are the graph's
         self.normal = run.scorer.normal_scores[scorer].float()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """See the class."""
         output = Output(image, torch.cat(self.model.reconstructions(image), 1))
         map_ = self.scorer.maps(output)[self.by]
         score = map_.mean((1, 2, 3))
@@ -1466,34 +1411,35 @@ def export(run: str | Path, file: str | Path, scorer: str | None = None,
     gives eight validation images the program's scores, to a thousandth of the normals' standard
     deviation; UserError if not, or if a package is missing."""
     with on_screen():
-        file, scorer = Path(file), scorer or DEFAULT_SCORER
-        check_scorer(scorer)
+        file, scorer = Path(file), scorer_called(scorer)
         if file.suffix not in (".onnx", ".pt2"):
             raise UserError(f"--export {file}: give a name that ends in .onnx or .pt2")
         if not os.access(file.parent, os.W_OK):
             raise UserError(f"--export {file}: {file.parent} cannot be written")
-        trained = load_run(run, "cpu", calibration)
-        threshold = trained.threshold(scorer, specificity)
+        trained = load_run(run, "cpu", calibration, specificity)
         images = trained.some_normals(open_source(trained.config), "val", 8)[:8]
         as_it_runs, precision = trained.score(images)[1][scorer], trained.setup.precision
         trained.setup = Setup(torch.device("cpu"))
         trained.model = trained.model.to(memory_format=torch.contiguous_format)
         in_fp32 = trained.score(images)[1][scorer]
         about = {"made_by": f"ImgAE-Dx, {trained.name}; research use only", "scorer": scorer,
-                 "threshold": f"{threshold:.6g}, above {100 * (specificity or SPECIFICITY):g} % of "
-                              f"{trained.normals}",
+                 "threshold": f"{trained.threshold(scorer):.6g}, above "
+                              f"{100 * trained.specificity:g} % of {trained.normals}",
                  "input": f"image: float32 {[1, *images.shape[1:]]} in 0 to 1",
                  "preprocessing": "grey (ITU-R 601), the whole image stretched to this square by "
                                   "antialiased bilinear resampling, rounded to 0..255, over 255",
                  "output": f"{', '.join(OUTPUTS)}: score; its percentile among normal images; "
                            f"whether it is above the threshold; map, {UNITS.get(scorer, scorer)}"}
         temporary = file.with_name(f".{file.name}")
-        graph = Exported(trained, scorer, threshold).eval().requires_grad_(False)
+        graph = Exported(trained, scorer).eval().requires_grad_(False)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(graph, (images[:1] / 255,))
-            write = write_pt2 if file.suffix == ".pt2" else write_onnx
-            answer = write(program, temporary, about)
+            if file.suffix == ".onnx":
+                answer = write_onnx(program, temporary, about)
+            else:
+                torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
+                answer = torch.export.load(temporary).module()
             found = torch.cat([torch.as_tensor(answer(x[None] / 255)[0]) for x in images])
         spread = trained.scorer.normal_scores[scorer].std()
         away, usual = ((abs(found - scores).max() / spread).item()
@@ -1508,12 +1454,6 @@ def export(run: str | Path, file: str | Path, scorer: str | None = None,
                  f"most {away:.1g} standard deviations of normals away from the program's in fp32, "
                  f"and {usual:.1g} from those in {precision}, as it runs here")
     return file
-
-
-def write_pt2(program: Any, file: Path, about: dict[str, str]) -> Callable:
-    """Write an exported program, with what there is to know in about.json; the one read back."""
-    torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
-    return torch.export.load(file).module()
 
 
 def write_onnx(program: Any, file: Path, about: dict[str, str]) -> Callable:
@@ -1540,16 +1480,10 @@ def write_onnx(program: Any, file: Path, about: dict[str, str]) -> Callable:
 def main() -> None:
     """Do what the command line asks for."""
     given = parse_arguments()
-    asked = {name: given.pop(name) for name in ("image", "calibrate", "export")}
-    run, own = given["runs"][0], {k: given[k] for k in ("specificity", "calibration")}
-    scorer, device, out = given["scorer"], given["device"], given.pop("out")
+    tasks: dict[str, Callable] = {"image": predict, "calibrate": calibrate, "export": export}
     try:
-        if asked["image"] is not None:
-            predict(run, asked["image"], out, scorer, device, **own)
-        elif asked["calibrate"] is not None:
-            calibrate(run, asked["calibrate"], normal=given["normal"], device=device, **own)
-        elif asked["export"] is not None:
-            export(run, asked["export"], scorer, **own)
+        if task := next((name for name in tasks if name in given), None):
+            tasks[task](given.pop("runs")[0], given.pop(task), **given)
         else:
             evaluate(**given)
     except (RuntimeError, MemoryError) as error:

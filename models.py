@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -340,15 +340,14 @@ MODEL_CLASSES: dict[str, type[UNet | ReversedAutoencoder]] = {
 # ----------------------------------------------------------------------------------------------
 # Objectives: what the network sees, and what it is asked for
 
-# Share of a training batch on which U-Net's skip-free decoder is trained too.
-SKIP_FREE_SHARE = 0.25
+SKIP_FREE_SHARE = 0.25  # of a training batch, on which U-Net's skip-free decoder is trained too
 
 
 class Draws:
     """Random numbers for the images of a batch, or for one rank's slice of a global batch.
 
-    Numbers are drawn on the CPU for all `total` images, and those of images start..start+count-1
-    are given: so an image meets the same ones on every device and on any number of ranks.
+    They are drawn on the CPU for all `total` images, and those of images start..start+count-1 are
+    given, [count, *shape]: so an image meets the same ones on every device and any number of ranks.
     """
 
     def __init__(self, generator: torch.Generator, count: int, start: int = 0,
@@ -357,24 +356,24 @@ class Draws:
         self.rows = slice(start, start + count)
 
     def rand(self, *shape: int) -> Tensor:
-        """Uniform in [0,1), float [count, *shape]."""
+        """Uniform in [0,1), float."""
         return torch.rand((self.total, *shape), generator=self.generator)[self.rows]
 
     def randn(self, *shape: int) -> Tensor:
-        """Standard normal, float [count, *shape]."""
+        """Standard normal, float."""
         return torch.randn((self.total, *shape), generator=self.generator)[self.rows]
 
     def randint(self, high: int, *shape: int) -> Tensor:
-        """Uniform in 0..high-1, int64 [count, *shape]."""
+        """Uniform in 0..high-1, int64."""
         return torch.randint(high, (self.total, *shape), generator=self.generator)[self.rows]
 
 
 def augment(images: Tensor, draws: Draws, framing: float = 1) -> Tensor:
-    """Each image turned, moved, scaled, made brighter and of other contrast. Not mirrored: where
-    the heart lies is part of what is normal.
+    """Each image [B,1,H,W] turned, moved, scaled, made brighter and of other contrast. Not
+    mirrored: where the heart lies is part of what is normal.
 
-    float [B,1,H,W] in [0,1] to the same. Rotation up to 5 degrees, shift 5 %, scale 5 %, times
-    `framing`; brightness 0.05, contrast 10 %. What comes in from outside repeats the edge.
+    Rotation up to 5 degrees, shift 5 %, scale 5 %, times `framing`; brightness 0.05, contrast 10 %.
+    What comes in from outside repeats the edge.
     """
     B = len(images)
 
@@ -384,10 +383,8 @@ def augment(images: Tensor, draws: Draws, framing: float = 1) -> Tensor:
     angle, zoom = uniform(framing * math.radians(5)), 1 + uniform(framing * 0.05)
     # Grid coordinates span 2, so this is 5 % of the side.
     dx, dy = uniform(framing * 0.1), uniform(framing * 0.1)
-    theta = torch.stack([
-        torch.stack([angle.cos() * zoom, -angle.sin() * zoom, dx], dim=1),
-        torch.stack([angle.sin() * zoom, angle.cos() * zoom, dy], dim=1),
-    ], dim=1).to(images.device)  # [B,2,3]
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(B, 2, 3).to(images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     edge = 1 - 1 / images.shape[-1]  # border padding, which MPS does not have
     images = F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
@@ -400,17 +397,16 @@ def augment(images: Tensor, draws: Draws, framing: float = 1) -> Tensor:
 def coarse_noise(images: Tensor, draws: Draws) -> Tensor:
     """Zero-mean noise on a coarse grid, smoothly enlarged: [B,1,H,W] like `images`.
 
-    After Kascenas et al., MIDL 2022 (section 3): noise must be coarse, since a network can
-    remove pixel noise without knowing any anatomy. Here every image draws its own standard
-    deviation, uniform in 0-0.25, and its own grid of 4, 8, 16 or 32 cells a side.
+    After Kascenas et al., MIDL 2022 (section 3): pixel noise can be removed without knowing any
+    anatomy. Every image has its own standard deviation, uniform in 0-0.25, and its own grid of 4,
+    8, 16 or 32 cells a side.
     """
     H, W = images.shape[2:]
     choice = draws.randint(4, 1, 1, 1)
     strength = draws.rand(1, 1, 1) * 0.25
     noise = torch.zeros_like(images)
     for i, cells in enumerate((4, 8, 16, 32)):
-        grid = draws.randn(1, cells, cells)
-        grid = (grid * strength * (choice == i)).to(images.device)
+        grid = (draws.randn(1, cells, cells) * strength * (choice == i)).to(images.device)
         # Continued round the edges, so that rolling leaves no seam.
         grid = F.pad(grid, (1, 1, 1, 1), mode="circular")
         high, wide = (round(side * (cells + 2) / cells) for side in (H, W))
@@ -425,9 +421,9 @@ def coarse_noise(images: Tensor, draws: Draws) -> Tensor:
 def soft_shapes(images: Tensor, draws: Draws, count: int) -> Tensor:
     """Soft-edged blobs, `count` for each image, [B,count,H,W] in [0,1] (1 inside).
 
-    Radii of 4-30 % of the image side, stretched, turned, and with lobes: the distance from the
-    centre is changed by smooth noise, so that no outline is an ellipse. An edge falls from 0.73
-    to 0.27 over 2-10 % of the side: harder ones would be found by the edge alone.
+    Radii of 4-30 % of the image side, stretched, turned, and with lobes by smooth noise, so that no
+    outline is an ellipse. An edge falls from 0.73 to 0.27 over 2-10 % of the side: harder ones
+    would be found by the edge alone.
     """
     H, W = images.shape[2:]
 
@@ -452,11 +448,9 @@ def smooth_noise(images: Tensor, draws: Draws, count: int, cells: int) -> Tensor
 
 
 def add_opacities(images: Tensor, draws: Draws) -> Tensor:
-    """One to three bright or dark opacities on 70 % of the images, smooth or grainy.
-
-    Each hides some of the detail beneath, up to all, as fluid in a lung hides its vessels.
-    """
-    count = 3
+    """One to three bright or dark opacities on 70 % of the images, smooth or grainy. Each hides
+    some of the detail beneath, up to all, as fluid in a lung hides its vessels."""
+    count, device = 3, images.device
     shapes = soft_shapes(images, draws, count)
     there = draws.rand(count, 1, 1) < 0.5
     there[:, 0] = True
@@ -464,19 +458,16 @@ def add_opacities(images: Tensor, draws: Draws) -> Tensor:
     strength = (0.08 + 0.42 * draws.rand(count, 1, 1)) * there
     strength = strength * torch.where(draws.rand(count, 1, 1) < 0.65, 1, -1)  # bright more often
     texture = smooth_noise(images, draws, count, max(4, images.shape[-1] // 4))
-    texture = 1 + draws.rand(count, 1, 1).to(images.device) * texture
-    veils = (draws.rand(count, 1, 1) * there).to(images.device) * shapes
-    hidden = 1 - (1 - veils).prod(1, keepdim=True)
-    images = images + hidden * (box_filter(images, window(1 / 8, images.shape[-1])) - images)
-    return images + (strength.to(images.device) * shapes * texture).sum(1, keepdim=True)
+    texture = 1 + draws.rand(count, 1, 1).to(device) * texture
+    hidden = 1 - (1 - (draws.rand(count, 1, 1) * there).to(device) * shapes).prod(1, keepdim=True)
+    images = images + hidden * (box_filter(images, 1 / 8) - images)
+    return images + (strength.to(device) * shapes * texture).sum(1, keepdim=True)
 
 
-def add_foreign_patch(images: Tensor, draws: Draws, clean: Tensor) -> Tensor:
-    """A piece of another image of the batch, shifted, perhaps flipped, on half of the images.
-
-    clean: where pieces are taken from, [B,1,H,W]. One image alone gets none.
-    """
-    B = len(images)
+def add_foreign_patch(images: Tensor, draws: Draws) -> Tensor:
+    """A piece of another of the images [B,1,H,W], shifted, perhaps flipped, on half of them. One
+    image alone gets none."""
+    B, device = len(images), images.device
     shape = soft_shapes(images, draws, 1)
     blend = (0.4 + 0.6 * draws.rand(1, 1, 1)) * (draws.rand(1, 1, 1) < 0.5)
     offset, flip = draws.rand(), torch.where(draws.rand(2) < 0.5, 1.0, -1.0)
@@ -484,19 +475,18 @@ def add_foreign_patch(images: Tensor, draws: Draws, clean: Tensor) -> Tensor:
     if B == 1:
         return images
     partner = (torch.arange(B) + 1 + (offset * (B - 1)).long()) % B
-    theta = torch.zeros(B, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip[:, 0], flip[:, 1], shift
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-    patch = F.grid_sample(clean[partner.to(images.device)], grid, padding_mode="reflection",
+    theta = torch.cat([torch.diag_embed(flip), shift[..., None]], dim=2).to(device)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    patch = F.grid_sample(images[partner.to(device)], grid, padding_mode="reflection",
                           align_corners=False)
-    return images + blend.to(images.device) * shape * (patch - images)
+    return images + blend.to(device) * shape * (patch - images)
 
 
 def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
     """What the network sees of clean images [B,1,H,W] under the objective; same shape, in [0,1].
 
-    heal composes the corruptions: with only one kind in an image a network learns to look for
-    the kind rather than for what a normal image looks like.
+    heal composes the corruptions: with one kind alone a network learns to look for the kind rather
+    than for what a normal image looks like.
     """
     if objective == "plain":
         return images
@@ -508,7 +498,7 @@ def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
 
 def add_lesions(images: Tensor, draws: Draws) -> Tensor:
     """Foreign patches, opacities and veils on images [B,1,H,W]; same shape, may leave [0,1]."""
-    return add_veil(add_opacities(add_foreign_patch(images, draws, images), draws), draws)
+    return add_veil(add_opacities(add_foreign_patch(images, draws), draws), draws)
 
 
 def add_veil(images: Tensor, draws: Draws) -> Tensor:
@@ -519,16 +509,13 @@ def add_veil(images: Tensor, draws: Draws) -> Tensor:
 
     shape = torch.sigmoid((smooth_noise(images, draws, 1, 3) - uniform(-0.5, 1)) * 4)
     shape = shape * (uniform(0, 1) < 0.4)
-    mean = box_filter(images, window(1 / 8, images.shape[-1]))
-    images = images + shape * uniform(0.2, 0.9) * (mean - images)
+    images = images + shape * uniform(0.2, 0.9) * (box_filter(images, 1 / 8) - images)
     return images + shape * uniform(0, 0.25) * (1 - images)
 
 
 def warp(images: Tensor, draws: Draws) -> Tensor:
     """A part of each image displaced by up to a tenth of the side, softly. [B,1,H,W] to the same.
-
-    The lesion that readers are tested on, and that none of them is trained on.
-    """
+    The lesion that readers are tested on, and that none of them is trained on."""
     shape = soft_shapes(images, draws, 1)[:, 0]
     shift = (0.1 + 0.1 * draws.rand(2)) * torch.where(draws.rand(2) < 0.5, 1.0, -1.0)
     theta = torch.eye(2, 3).expand(len(images), 2, 3).to(images.device)
@@ -556,16 +543,13 @@ def draw_lesions(images: Tensor, draws: Draws, vary: bool = True) -> tuple[Tenso
     blur = (2 * draws.rand(1, 1, 1) - 1).to(images.device) / (1 if vary else 2)  # < 0: sharpened
     seen, clean = (x + blur * (box_filter(x, 3) - x) for x in (torch.where(some, seen, clean),
                                                                clean))
-    change = box_filter((seen - clean).abs(), window(1 / 16, images.shape[-1]))
+    change = box_filter((seen - clean).abs(), 1 / 16)
     return seen.clamp(0, 1), (change / LESION_CHANGE).clamp(0, 1)
 
 
 def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error against the clean images, averaged over the model's reconstructions.
-
-    inputs: what the model sees, [B,1,H,W]; images: the same, clean. The loss is computed in fp32
-    whatever the network's precision.
-    """
+    """Mean absolute error of a model's reconstructions of inputs [B,1,H,W] against the clean
+    images, averaged over the reconstructions, in fp32 whatever the network's precision."""
     views = model.reconstructions(inputs, SKIP_FREE_SHARE)
     return torch.stack([F.l1_loss(view.float(), images[: len(view)]) for view in views]).mean()
 
@@ -573,13 +557,7 @@ def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------
 # Scorers: from image and reconstruction to an anomaly map and an anomaly score
 
-SCORERS = {
-    "reader": "share of the image that a small network, the reader, takes for a lesion; it sees "
-              "residuals alone",
-    "zscore": "residual, low-passed at three scales, as per-pixel z-score among training normals",
-    "mse": "squared residual",
-    "ssim": "1 - structural similarity",
-}
+SCORERS = ("reader", "zscore", "mse", "ssim")  # see docs/scoring.md
 DEFAULT_SCORER = "reader"
 BASELINE = "image_reader"  # a reader of the image alone: what can be found without an autoencoder
 READERS = ("reader", BASELINE)
@@ -590,19 +568,20 @@ READER_SIDE = 64  # about the side of what a reader sees and returns; the image 
 READER_BATCH, READER_LR = 16, 3e-3
 LESION_CHANGE = 0.04  # grey change, averaged in a window of 1/16, from which a pixel is all lesion
 
-
 # What another device, place or hand changes in images: mean, standard deviation, share of detail
 # finer than three pixels, correlation with the mean training normal.
 TRAITS = ("brightness", "contrast", "sharpness", "framing")
 
 
 def normals_needed(specificity: float) -> int:
-    """How many normal images a threshold of that specificity takes."""
+    """How many normal images a threshold of that specificity takes. UserError if it is no share."""
+    if not 0 < specificity < 1:
+        raise UserError(f"--specificity {specificity:g}: not between 0 and 1; give a share, "
+                        "such as 0.95")
     return math.ceil(round(specificity / (1 - specificity), 9))
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A batch of images and what a model makes of it: all that the scorers look at. float32."""
 
     images: Tensor  # [B,1,H,W] in [0,1]
@@ -618,14 +597,11 @@ class Output:
         return Output(self.images[:count], self.reconstructions[:count])
 
 
-def window(share: float, size: int) -> int:
-    """About that share of an image's side, as an odd number of pixels."""
-    return 2 * round(share * size / 2) + 1
-
-
-def box_filter(maps: Tensor, side: int) -> Tensor:
-    """Mean over a side x side window (side odd) of maps [B,C,H,W]; at the border over what lies
-    inside."""
+def box_filter(maps: Tensor, side: float) -> Tensor:
+    """Mean over a square window of maps [B,C,H,W]; at the border over what lies inside. side: odd
+    number of pixels, or a share of the image's side, which is rounded to one."""
+    if side < 1:
+        side = 2 * round(side * maps.shape[-1] / 2) + 1
 
     def along(length: int) -> Tensor:
         place = torch.arange(length, device=maps.device)
@@ -645,12 +621,9 @@ def filtered(maps: Tensor, along: Callable[[int], Tensor]) -> Tensor:
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity at every pixel, [B,1,H,W] in [-1,1], for images in [0,1].
-
-    Wang et al. 2004: 11x11 Gaussian window of standard deviation 1.5, K1 = 0.01, K2 = 0.03.
-    Borders are mirrored so that the map has the image's size.
+    """Structural similarity at every pixel, [B,1,H,W] in [-1,1], for images in [0,1]. Wang et al.
+    2004: 11x11 Gaussian window of standard deviation 1.5, K1 = 0.01, K2 = 0.03; borders mirrored.
     """
-
     def gaussian(length: int) -> Tensor:
         place = torch.arange(-5, 6, device=a.device, dtype=a.dtype)
         weights = torch.exp(-place.square() / (2 * 1.5**2))
@@ -665,30 +638,24 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     blurred = filtered(torch.cat([a, b, a * a + b * b, a * b], dim=1), gaussian)
     mu_a, mu_b, squares, product = blurred.split(1, dim=1)
     variances, cov = squares - mu_a**2 - mu_b**2, product - mu_a * mu_b
-    mu_a, mu_b = mu_a + mean_a, mu_b + mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2)) / (
-        (mu_a**2 + mu_b**2 + c1) * (variances + c2)
-    )
+    mu_a, mu_b, c1, c2 = mu_a + mean_a, mu_b + mean_b, 0.01**2, 0.03**2
+    return (2 * mu_a * mu_b + c1) * (2 * cov + c2) / (
+        (mu_a**2 + mu_b**2 + c1) * (variances + c2))
 
 
 def log_contrast(maps: Tensor, scale: float) -> Tensor:
     """Logarithm of local contrast: of the standard deviation of maps [B,C,H,W] in windows of that
     share of the side; same shape."""
     maps = maps - maps.mean((2, 3), keepdim=True)  # squares of small numbers lose fewer digits
-    side = window(scale, maps.shape[-1])
-    squares, means = box_filter(torch.cat([maps.square(), maps]), side).chunk(2)
+    squares, means = box_filter(torch.cat([maps.square(), maps]), scale).chunk(2)
     variance = squares - means.square()
     return (variance.clamp(min=0).sqrt() + 1 / 255).log()  # flat areas: one grey level
 
 
 def exposed_like(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Reconstructions [B,V,H,W] in the brightness and contrast that bring each closest to its image
-    [B,1,H,W].
-
-    Another exposure is no disease. Least squares, the contrast changed by a factor of 0.5 to 2:
-    without a bound, blank or inverted images would be explained away.
-    """
+    """Reconstructions [B,V,H,W] in the brightness and contrast that bring each closest (least
+    squares) to its image [B,1,H,W]: another exposure is no disease. The contrast changes by a
+    factor of 0.5 to 2, or blank and inverted images would be explained away."""
     image, back = (x - x.mean((2, 3), keepdim=True) for x in (images, reconstructions))
     contrast = (image * back).mean((2, 3), keepdim=True) / back.square().mean(
         (2, 3), keepdim=True).clamp(min=1e-6)
@@ -699,19 +666,15 @@ def low_passed(output: Output) -> Tensor:
     """Residuals of all reconstructions, each exposed like the image, averaged in windows of each of
     SCALES: [B,V x scales,H,W]."""
     residual = output.images - exposed_like(output.images, output.reconstructions)
-    sides = (window(scale, residual.shape[-1]) for scale in SCALES)
-    return torch.cat([box_filter(residual, side) for side in sides], dim=1)
+    return torch.cat([box_filter(residual, scale) for scale in SCALES], dim=1)
 
 
 def texture(output: Output) -> Tensor:
     """Log ratio of local contrast between the images and each reconstruction, in windows of each of
-    TEXTURE_SCALES: [B,V x scales,H,W].
-
-    What is hazy or blurred loses contrast. A reconstruction has learnt what belongs there, and
-    keeps it. Residuals, which are means of grey values, hardly see this.
-    """
+    TEXTURE_SCALES: [B,V x scales,H,W]. What is hazy or blurred loses contrast, which a
+    reconstruction keeps. Residuals, which are means of grey values, hardly see this."""
     both = torch.cat([output.images, output.reconstructions], dim=1)
-    logs = [log_contrast(both, scale) for scale in TEXTURE_SCALES]
+    logs = (log_contrast(both, scale) for scale in TEXTURE_SCALES)
     return torch.cat([log[:, :1] - log[:, 1:] for log in logs], dim=1)
 
 
@@ -735,12 +698,12 @@ class Reader(nn.Module):
         self.out = nn.Conv2d(w, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = [self.down[0](x)]
+        skips = [self.down[0](x)]
         for block in self.down[1:]:
-            maps.append(block(F.max_pool2d(maps[-1], 2)))
-        y = maps.pop()
+            skips.append(block(F.max_pool2d(skips[-1], 2)))
+        y = skips.pop()
         for block in self.up:
-            skip = maps.pop()
+            skip = skips.pop()
             y = F.interpolate(y, size=skip.shape[2:], mode="bilinear", align_corners=False)
             y = block(torch.cat([skip, y], dim=1))
         return self.out(y)
@@ -756,16 +719,14 @@ def train_reader(inputs: Tensor, targets: Tensor, config: Config, device: torch.
                  tick: Callable[[int], object]) -> Reader:
     """Train a reader to tell drawn lesions, in a fixed number of steps: none is chosen on labels.
 
-    inputs: what it sees, [n,C,h,w]; targets [n,1,h,w] in [0,1]: how much of a lesion is there.
-    Both of any floating type. Binary cross-entropy, AdamW, one cycle of the learning rate,
-    mirrored at random.
-    tick: called with 1 after each step.
+    inputs: what it sees, [n,C,h,w]; targets [n,1,h,w] in [0,1]: how much of a lesion is there; both
+    of any floating type. tick: called with 1 after each step. Binary cross-entropy, AdamW, one
+    cycle of the learning rate, mirrored at random.
     """
     generator = seeded(config.seed, "reader", 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
-        reader = Reader(inputs.shape[1])
-    reader = reader.to(device).to(memory_format=torch.channels_last)
+        reader = Reader(inputs.shape[1]).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(reader.parameters(), READER_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, READER_LR, config.reader_steps)
     for _ in range(config.reader_steps):
@@ -792,13 +753,12 @@ class AnomalyScorer:
     (`refer_to`). Nothing is fitted to real anomalies.
     """
 
-    CALIBRATED = (
-        "count", "mean", "std", "mean_image", "normal_scores", "normal_traits", "map_tops")
-
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # of each of Z_MAPS, and of squares: float64 [2,C,H,W]
-        self._images = torch.zeros((), dtype=torch.float64)  # their sum, [1,H,W]
+        self.sums: dict[str, Tensor] = {}  # of what is added, and of squares: float64 [2,C,H,W]
         self.count = 0
+        self.mean: dict[str, Tensor] = {}  # of Z_MAPS, [C,H,W]; C = reconstructions x scales
+        self.std: dict[str, Tensor] = {}
+        self.mean_image = torch.empty(0)  # [1,H,W]
         self.readers: dict[str, Reader] = {}
         self.normal_scores: dict[str, Tensor] = {}  # scorer -> sorted float64 [n]
         self.normal_traits = torch.empty(0, len(TRAITS))  # of the same images, as `traits` gives
@@ -806,27 +766,25 @@ class AnomalyScorer:
 
     def add(self, output: Output) -> None:
         """Take in the model's output for a batch of training normals."""
-        for name, (measure, *_) in Z_MAPS.items():
-            maps = measure(output).cpu().double()  # MPS has no float64
-            sums = torch.stack([maps.sum(0), maps.square().sum(0)])
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        self._images = self._images + output.images.cpu().double().sum(0)
+        every = {name: measure(output) for name, (measure, *_) in Z_MAPS.items()}
+        for name, maps in (every | {"image": output.images}).items():
+            maps = maps.cpu().double()  # MPS has no float64
+            self.sums[name] = self.sums.get(name, 0) + torch.stack([
+                maps.sum(0), maps.square().sum(0)])
         self.count += len(output.images)
 
     def finish(self) -> None:
         """Turn what was added into means and deviations."""
-        self.mean_image = (self._images / self.count).float()
-        self.mean, self.std = {}, {}  # of each of Z_MAPS: [C,H,W], C = reconstructions x scales
+        self.mean_image = (self.sums["image"][0] / self.count).float()
         for name, (_, floor, around) in Z_MAPS.items():
-            size = self._sums[name].shape[-1]
-            mean, squares = box_filter(self._sums[name] / self.count, window(around, size))
+            mean, squares = box_filter(self.sums[name] / self.count, around)
             variance = (squares - mean**2).clamp(min=0)
             # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
             # The floor keeps pixels that never vary from ruling the score.
+            smooth = box_filter(variance[None], 1 / 32)[0]
             self.mean[name] = mean.float()
-            smooth = box_filter(variance[None], window(1 / 32, size))[0]
             self.std[name] = smooth.sqrt().clamp(min=floor).float()
-        self._sums, self._images = {}, torch.zeros((), dtype=torch.float64)
+        self.sums = {}
 
     def z(self, output: Output) -> dict[str, Tensor]:
         """Z_MAPS in standard deviations of training normals, each [B,V x scales,H,W]."""
@@ -835,11 +793,8 @@ class AnomalyScorer:
                 for name, (measure, *_) in Z_MAPS.items()}
 
     def reader_inputs(self, output: Output, z: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each of READERS sees of an output, pooled: {reader: [B,C,h,w]}. z: `self.z(output)`.
-
-        Residuals are seen in standard deviations of normal images: by all of Z_MAPS. Of an image
-        its grey values and its local contrast are seen.
-        """
+        """What each of READERS sees, pooled: {reader: [B,C,h,w]}. z: `self.z(output)`. Residuals
+        are seen by all of Z_MAPS, of an image its grey values and its local contrast."""
         x = output.images
         grey = x - x.mean((2, 3), keepdim=True)
         return {"reader": pooled(torch.cat([*z.values()], dim=1).clamp(-8, 8) / 2),
@@ -874,11 +829,9 @@ class AnomalyScorer:
         self.normal_traits = traits
 
     def threshold(self, scorer: str, specificity: float) -> float:
-        """The ceil((n + 1) x specificity)-th smallest of the n scores of normal images.
-
-        A new normal image of the same kind lies at or under it with at least that chance (Vovk et
-        al. 2005, prop. 4.1). Of fewer images than `normals_needed` it is the largest score.
-        """
+        """The ceil((n + 1) x specificity)-th smallest of the n scores of normal images. A new
+        normal image of the same kind lies at or under it with at least that chance (Vovk et al.
+        2005, prop. 4.1). Of fewer images than `normals_needed` it is the largest score."""
         normal = self.normal_scores[scorer]
         rank = math.ceil(round((len(normal) + 1) * specificity, 9))
         return normal[min(rank, len(normal)) - 1].item()
@@ -891,32 +844,27 @@ class AnomalyScorer:
     def state_dict(self) -> dict[str, object]:
         """Everything calibrated, as tensors and plain numbers."""
         readers = {name: reader.state_dict() for name, reader in self.readers.items()}
-        return {name: getattr(self, name) for name in self.CALIBRATED} | {"readers": readers}
+        return {k: v for k, v in vars(self).items() if k != "sums"} | {"readers": readers}
 
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Take in what `state_dict` gave; readers are put on the device."""
-        for name in self.CALIBRATED:
-            setattr(self, name, state[name])
+    def load_state_dict(self, state: dict, device: torch.device) -> "AnomalyScorer":
+        """Take in what `state_dict` gave; readers are put on the device. Gives itself."""
+        vars(self).update(state, readers={})
         for name, weights in state["readers"].items():
-            reader = Reader(weights["down.0.0.weight"].shape[1])
+            reader = self.readers[name] = Reader(weights["down.0.0.weight"].shape[1])
             reader.load_state_dict(weights)
-            self.readers[name] = reader.to(device).to(
-                memory_format=torch.channels_last).eval().requires_grad_(False)
+            reader.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        return self
 
 
 @torch.no_grad()
 def reconstruct_evenly(model: Any, images: Tensor, setup: Setup) -> list[tuple[Output, int]]:
     """The Output of uint8 images [n,1,H,W], READ_AT_ONCE at a time, and how many of each are real:
-    black images fill up the last.
-
-    Kernels add in another order for batches of another size. An image's score would depend on the
-    images beside it.
-    """
+    black images fill up the last. Kernels add in another order for batches of another size, and an
+    image's score would depend on the images beside it."""
     result = []
     with setup.autocast():  # once for all, because it casts the weights
         for part in images.split(READ_AT_ONCE):
-            full = part.new_zeros((READ_AT_ONCE, *part.shape[1:]))
-            full[: len(part)] = part
+            full = F.pad(part, (0, 0, 0, 0, 0, 0, 0, READ_AT_ONCE - len(part)))
             x = to_float(full, setup.device)
             result.append((Output(x, torch.cat(model.reconstructions(x), 1).float()), len(part)))
     return result
@@ -924,16 +872,13 @@ def reconstruct_evenly(model: Any, images: Tensor, setup: Setup) -> list[tuple[O
 
 def score_images(model: Any, scorer: AnomalyScorer, images: Tensor, setup: Setup,
                  ) -> tuple[Output, dict[str, Tensor], dict[str, Tensor]]:
-    """Score uint8 images [n,1,H,W]: (Output, scores, maps), the last two by every scorer.
-
-    A score is the mean of its map [n,1,H,W]: float64 [n] on the CPU.
-    """
+    """Score uint8 images [n,1,H,W]: (Output, scores, maps), the last two by every scorer. A score
+    is the mean of its map [n,1,H,W]: float64 [n] on the CPU."""
     outputs, maps = [], []
     with setup.autocast(), no_autocast(setup.device):  # weights are cast once; scores are fp32
         for output, count in reconstruct_evenly(model, images, setup):
             maps.append({k: m[:count] for k, m in scorer.maps(output).items()})
             outputs.append(output.first(count))
     every = {k: torch.cat([m[k] for m in maps]) for k in maps[0]}
-    return (Output(*(torch.cat([getattr(o, k) for o in outputs])
-                     for k in ("images", "reconstructions"))),
-            {k: m.mean((1, 2, 3)).cpu().double() for k, m in every.items()}, every)
+    whole = Output(*(torch.cat(x) for x in zip(*outputs, strict=True)))
+    return whole, {k: m.mean((1, 2, 3)).cpu().double() for k, m in every.items()}, every

@@ -16,6 +16,7 @@ from kaggle_stand_in import StandIn
 from PIL import Image
 
 import data
+import evaluate
 import train as train_module
 from config import Config
 from train import train
@@ -39,11 +40,13 @@ def no_gpu() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learning curves take a fifth of such a small run's time: they are left out, but in tests of
-    them, in runs that tests share, and in programs that are started."""
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves and pictures take most of the time of such a small run or test: they are left out or
+    blank, but in tests of them, in runs that tests share, and in programs that are started."""
     if not request.node.get_closest_marker("curves"):
         monkeypatch.setattr(train_module, "draw_curves", mock.Mock())
+        monkeypatch.setattr(evaluate, "save_picture",
+                            lambda file, *_, **named: Image.new("L", (1, 1)).save(file))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,16 +31,7 @@ from data import FolderSource, Sample, decode_image, draw_phantom, read_splits
 from models import SCORERS, Setup
 from train import load_checkpoint, train, write_file
 
-
 OTHER_READERS = (ev.IMAGE_ALONE, ev.UNTRAINED)
-
-
-@pytest.fixture(autouse=True)
-def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are drawn only where a test is marked so: it would take most of the time."""
-    if not request.node.get_closest_marker("curves"):
-        monkeypatch.setattr(ev, "save_picture",
-                            lambda file, *_, **named: Image.new("L", (1, 1)).save(file))
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -116,7 +107,7 @@ def test_a_threshold_that_does_not_hold_is_warned_of_where_that_is_no_chance(
     t = scored([0] * of_normals + [1, 1], scores, run)
     t.metrics = ev.measure(t, "mse", np.ones((2, len(scores)))) | {
         "data_fingerprint": run.fingerprint}
-    found = ev.cautions([t])
+    found = [*ev.cautions([t])]
     assert len(found) == bool(says) and (not says or says in found[0])
     if of_normals == 100 and says:  # Brown, Cai and DasGupta 2001, and any textbook
         assert t.metrics["specificity_ci"] == pytest.approx((0.711, 0.867), abs=1e-3)
@@ -685,7 +676,9 @@ def test_an_image_gets_the_same_score_at_calibration_in_a_test_and_alone(
     (lambda run, tmp: ev.evaluate(run, device="gpu"), "--device: 'gpu' is not one of"),
     (lambda run, tmp: ev.parse_arguments(["r", "--samples", "0"]), "--samples: 0 is less than 1"),
     (lambda run, tmp: ev.parse_arguments(["r", "s", "--image", "x"]), "--image: takes one run"),
-    (lambda run, tmp: ev.parse_arguments(["r", "--image", "x", "--split", "val"]), "leave out --d"),
+    (lambda run, tmp: ev.parse_arguments(["r", "--image", "x", "--split", "val"]),
+     "--split: does not go with --image"),
+    (lambda run, tmp: ev.parse_arguments(["r", "--normal", "x"]), "with --calibrate or --data"),
     (lambda run, tmp: ev.parse_arguments(["r", "--out", "x"]), "--out: goes with --image"),
 ])
 def test_bad_input_is_one_clear_line(
@@ -719,38 +712,28 @@ def test_training_data_may_lie_elsewhere_or_be_gone(
     assert len(list((folder / "eval").glob("images*"))) == 2
 
 
-def test_what_only_tells_of_training_may_be_damaged(runs: list[Path], tmp_path: Path) -> None:
-    folder = tmp_path / "unet"
+def test_a_run_that_is_unfinished_is_not_evaluated_and_left_out_of_its_folder(
+        runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    # What only tells of training may be missing, and earlier results may be damaged.
+    folder, unfinished = tmp_path / "unet", tmp_path / "unet-seed1"
     shutil.copytree(runs[0], folder, ignore=shutil.ignore_patterns("eval", "log.csv", "curves.png"))
     (folder / "eval/synthetic").mkdir(parents=True)
     (folder / "eval/synthetic/metrics.json").write_text("{}")
-    ev.evaluate(folder, samples=20)
-    assert (folder / "eval/synthetic/report.html").exists()
-
-
-def test_an_unfinished_run_is_not_evaluated(runs: list[Path], tmp_path: Path) -> None:
-    state, folder = load_checkpoint(runs[0] / "best.pt"), tmp_path / "first"
-    folder.mkdir()
-    write_file(folder / "best.pt", state | {"scorer": None})
-    with pytest.raises(UserError, match=r"training has not finished.*--resume"):
-        ev.evaluate(folder)
-    with pytest.raises(UserError, match=f"not a run folder itself; in it are {folder}$"):
-        ev.evaluate(tmp_path)
-
-
-def test_a_run_that_is_still_trained_is_left_out_of_its_folder_and_named(
-        runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    shutil.copytree(runs[0], tmp_path / "unet")
-    for name, has_best in (("reversed_ae", False), ("unet-seed1", True)):
-        (tmp_path / name).mkdir()
-        shutil.copy(runs[0] / "config.json", tmp_path / name)
-        if has_best:
-            write_file(tmp_path / name / "best.pt",
-                       load_checkpoint(runs[0] / "best.pt") | {"scorer": None})
+    for other in (tmp_path / "reversed_ae", unfinished):
+        other.mkdir()
+        shutil.copy(runs[0] / "config.json", other)
+    write_file(unfinished / "best.pt", load_checkpoint(runs[0] / "best.pt") | {"scorer": None})
     assert len(ev.evaluate(tmp_path, samples=20)) == 1
+    assert (folder / "eval/synthetic/report.html").exists()
     said = capsys.readouterr().out
     assert all(f"careful   left out: {tmp_path / name}: " in said
                for name in ("reversed_ae", "unet-seed1"))
-    shutil.rmtree(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"training has not finished.*--resume"):
+        ev.evaluate(unfinished)
+    shutil.rmtree(folder)
     with pytest.raises(UserError, match=r"no run in .* can be tested"):
+        ev.evaluate(tmp_path)
+    shutil.rmtree(tmp_path / "reversed_ae")
+    unfinished = unfinished.rename(tmp_path / "first")
+    with pytest.raises(UserError, match=f"not a run folder itself; in it are {unfinished}$"):
         ev.evaluate(tmp_path)

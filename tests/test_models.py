@@ -158,17 +158,17 @@ def test_opacities_are_on_most_images_bright_and_dark_and_hide_detail_where_they
 def test_a_foreign_patch_is_on_half_of_the_images_and_comes_from_another_one() -> None:
     levels = torch.linspace(0, 1, 200)
     images = levels[:, None, None, None].expand(200, 1, 64, 64).contiguous()
-    seen = add_foreign_patch(images, draws(200), images)
+    seen = add_foreign_patch(images, draws(200))
     share = changed(images, seen)
     assert 0.35 < (share > 0).float().mean() < 0.65
     assert share.max() < 0.9, "the patch must leave some of the image as it was"
     # With two images, what is pasted into one can only be the other.
     two = torch.zeros(2, 1, 64, 64)
     two[1] = 1
-    pasted = torch.stack([add_foreign_patch(two, draws(2, s), two) for s in range(20)])
+    pasted = torch.stack([add_foreign_patch(two, draws(2, s)) for s in range(20)])
     assert pasted[:, 0].max() > 0.5 and pasted[:, 1].min() < 0.5
     alone = images[:1]
-    assert torch.equal(add_foreign_patch(alone, draws(1, 1), alone), alone)
+    assert torch.equal(add_foreign_patch(alone, draws(1, 1)), alone)
 
 
 @pytest.mark.parametrize("size", [64, 128, 224])

@@ -25,11 +25,10 @@ def run(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(runs[1], tmp_path_factory.mktemp("site") / "reversed_ae"))
 
 
-def draw(first: int, count: int, kind: str = "") -> torch.Tensor:
-    """Normal images of the phantom, perhaps changed: uint8 [count,1,32,32]."""
-    images = np.stack([draw_phantom(first + i, 32)[0] for i in range(count)])
-    images = torch.from_numpy(images)[:, None]
-    return change(images, kind) if kind else images
+def draw(first: int, count: int) -> torch.Tensor:
+    """Normal images of the phantom: uint8 [count,1,32,32]."""
+    images = [draw_phantom(first + i, 32)[0] for i in range(count)]
+    return torch.from_numpy(np.stack(images))[:, None]
 
 
 def save(images: torch.Tensor, folder: Path) -> Path:
@@ -51,22 +50,22 @@ def test_a_threshold_holds_for_new_normal_images_and_says_how_many_it_takes() ->
 
 def test_normals_of_another_site_give_a_threshold_of_its_own(
         run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    site, best = save(draw(5000, 60, "exposure"), tmp_path / "site b"), run / "best.pt"
-    before = best.stat().st_mtime_ns
+    images, best = change(draw(5000, 60), "exposure"), run / "best.pt"
+    site, before = save(images, tmp_path / "site b"), best.stat().st_mtime_ns
     ev.calibrate(run, str(site))
     text = capsys.readouterr().out
     assert "all 60 images there" in text and "now 0.950 (0.861 to 0.990)" in text  # 57 of 60
     assert best.stat().st_mtime_ns == before
     own, there = ev.load_run(run), ev.load_run(run, calibration="site_b")
-    scores = np.sort(own(draw(5000, 60, "exposure"))[2])
+    scores = np.sort(own(images)[2])
     assert there.scorer.threshold("reader", 0.95) == scores[57]  # the 58th of 60
     assert own.scorer.threshold("reader", 0.95) != scores[57]
 
-    new = save(draw(6000, 25, "exposure"), tmp_path / "new")
+    new = save(change(draw(6000, 3), "exposure"), tmp_path / "new")
     rows = ev.predict(run, new, tmp_path / "out", calibration="site_b", specificity=0.9)
     assert {row["threshold"] for row in rows} == {round(float(scores[54]), 6)}
     assert "above 90 % of 60 normal images of calibration site_b" in capsys.readouterr().out
-    save(draw(5000, 60, "exposure"), tmp_path / "mixed" / "normal")
+    save(images, tmp_path / "mixed" / "normal")
     [found] = ev.evaluate(run, data=str(tmp_path / "mixed"), calibration="site_b")
     text = capsys.readouterr().out
     assert found["specificity_at_threshold"] == pytest.approx(58 / 60)
@@ -80,9 +79,8 @@ def test_labels_tell_which_images_a_calibration_takes(
     write_images(tmp_path / "both" / "abnormal", 20)
     images = torch.load(ev.calibrate(run, str(tmp_path / "both"), "labelled"))["images"]
     assert len(images) == 40 and "among the 60 images" in capsys.readouterr().out
-    mixed = save(draw(7000, 40), tmp_path / "mixed")
-    odd = 255 * (torch.rand(3, 1, 32, 32) > 0.5).byte()
-    save(odd, mixed / "odd")
+    mixed = tmp_path / "both" / "normal"
+    save(255 * (torch.rand(3, 1, 32, 32) > 0.5).byte(), mixed / "odd")
     score = ev.TrainedRun.score  # the reader has learnt nothing here
 
     def by_zscore(*given: object) -> tuple:
@@ -109,11 +107,12 @@ def test_labels_tell_which_images_a_calibration_takes(
         .rename(run.parent / "other" / "calibration-o.pt") and "o"), "was made for another run"),
     (lambda run, tmp: ev.predict(run, tmp, specificity=0.999),
      "--specificity 0.999: takes 999 normal images"),
+    (lambda run, tmp: ev.predict(run, tmp, specificity=95), "specificity 95: not between 0 and 1"),
     (lambda run, tmp: ev.export(run, tmp / "model.bin"), "a name that ends in .onnx or .pt2"),
     (lambda run, tmp: ev.export(run, tmp / "gone" / "model.pt2"), "cannot be written"),
-    (lambda run, tmp: ev.parse_arguments(["r", "--specificity", "95"]), "95 is not between 0"),
-    (lambda run, tmp: ev.parse_arguments(["r", "--image", "x", "--export", "y"]), "leave out --ex"),
-    (lambda run, tmp: ev.parse_arguments(["r", "--calibrate", "x", "--data", "y"]), "one run; lea"),
+    (lambda run, tmp: ev.parse_arguments(["r", "--image", "x", "--export", "y"]), "not allowed wi"),
+    (lambda run, tmp: ev.parse_arguments(["r", "--calibrate", "x", "--data", "y"]),
+     "--data: does not go with --calibrate"),
 ])
 def test_what_cannot_be_had_is_one_clear_line(
         run: Path, runs: list[Path], tmp_path: Path, call: object, says: str) -> None:
@@ -128,15 +127,15 @@ def test_images_of_the_same_source_seldom_look_like_drift_and_changed_ones_do(ru
     trained, rng = ev.load_run(run), np.random.RandomState(0)
     own, scorer = draw(8000, 300), trained.scorer
 
-    def measured(images: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-        return scorer.traits(images), trained(images)[2]
+    def measured(images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return scorer.traits(images).numpy(), trained(images)[2]
 
     traits, scores = measured(own)
     alarms = 0
     for _ in range(200):
         one, two = np.split(rng.permutation(300)[:200], [100])
-        scorer.refer_to({"reader": torch.from_numpy(scores[one])}, traits[one])
-        alarms += bool(ev.drift(trained, "reader", traits[two], scores[two]))
+        scorer.refer_to({"reader": torch.from_numpy(scores[one])}, torch.from_numpy(traits[one]))
+        alarms += len([*ev.drift(trained, "reader", traits[two], scores[two])])
     assert alarms <= 10
     for kind in ("exposure", "framing", "sharpness"):
         [text] = ev.drift(trained, "reader", *measured(change(own[100:200], kind)))
@@ -150,14 +149,13 @@ def test_every_test_is_counted(run: Path, capsys: pytest.CaptureFixture) -> None
         assert f"by this run: {times} times" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("suffix", "scorer"), [
-    (".pt2", "reader"), (".pt2", "zscore"), (".onnx", "reader"), (".onnx", "ssim")])
+@pytest.mark.parametrize(("suffix", "scorer"), [(".pt2", "zscore"), (".onnx", "reader")])
 def test_an_export_scores_as_the_program_does(
         run: Path, tmp_path: Path, suffix: str, scorer: str) -> None:
     if suffix == ".onnx":
         pytest.importorskip("onnxscript")
     file = ev.export(run, tmp_path / f"model{suffix}", scorer, 0.9)
-    trained, images = ev.load_run(run), draw(9000, 20)
+    trained, images = ev.load_run(run, specificity=0.9), draw(9000, 20)
     _, maps, scores = trained(images, scorer)
     if suffix == ".pt2":
         about = {"about.json": ""}
@@ -173,7 +171,7 @@ def test_an_export_scores_as_the_program_does(
     assert found[0] == pytest.approx(scores, abs=1e-5)
     assert found[1] == pytest.approx(
         trained.scorer.percentile(scorer, torch.from_numpy(scores)).numpy(), abs=1.01)  # a rank
-    assert np.array_equal(found[2], found[0] > np.float32(trained.threshold(scorer, 0.9)))
+    assert np.array_equal(found[2], found[0] > np.float32(trained.threshold(scorer)))
     assert found[3] == pytest.approx(maps, abs=1e-4)
 
 
