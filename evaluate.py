@@ -109,7 +109,7 @@ import train
 from config import FIELDS, MODELS, Config, flag, load_config, log, on_screen
 from data import (
     ABNORMAL, IMAGE_SUFFIXES, NORMAL, SPLITS, FolderSource, ImageStream, KaggleSource, Sample,
-    Source, decode_image, flow, is_text, open_source, read_splits, same_data)
+    Source, Unlabelled, decode_image, flow, is_text, open_source, read_splits, same_data)
 from models import (
     BASELINE, DEFAULT_SCORER, READ_AT_ONCE, SCORERS, TRAITS, AnomalyScorer, Output, Setup,
     normals_needed)
@@ -1347,12 +1347,10 @@ def calibrate(run: str | Path, folder: str, calibration: str | None = None,
                 trained.config, data=folder, samples=None, normal=normal or trained.config.normal))
             log.info(f"normals   those labelled so among the {len(source.samples):,} images of "
                      f"{source.title}")
-        except UserError as error:
-            if normal or not Path(folder).is_dir():
-                raise
+        except Unlabelled:
             source = NewImages(Path(folder))
-            log.info(f"normals   all {len(source.samples):,} images there, since "
-                     f"{str(error).partition(';')[0]}")
+            log.info(f"normals   all {len(source.samples):,} images in {folder}: no table and no "
+                     "folder there says what they are")
         r = Result(trained, source, [s for s in not_learnt(trained, source, source.samples)
                                      if s.label == NORMAL])
         score_samples(r)

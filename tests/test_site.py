@@ -54,7 +54,7 @@ def test_normals_of_another_site_give_a_threshold_of_its_own(
     site, before = save(images, tmp_path / "site b"), best.stat().st_mtime_ns
     ev.calibrate(run, str(site))
     text = capsys.readouterr().out
-    assert "all 60 images there" in text and "now 0.950 (0.861 to 0.990)" in text  # 57 of 60
+    assert "all 60 images in" in text and "now 0.950 (0.861 to 0.990)" in text  # 57 of 60
     assert best.stat().st_mtime_ns == before
     own, there = ev.load_run(run), ev.load_run(run, calibration="site_b")
     scores = np.sort(own(images)[2])
@@ -80,7 +80,8 @@ def test_labels_tell_which_images_a_calibration_takes(
     images = torch.load(ev.calibrate(run, str(tmp_path / "both"), "labelled"))["images"]
     assert len(images) == 40 and "among the 60 images" in capsys.readouterr().out
     mixed = tmp_path / "both" / "normal"
-    save(255 * (torch.rand(3, 1, 32, 32) > 0.5).byte(), mixed / "odd")
+    for i, odd in enumerate(255 * (torch.rand(3, 32, 32) > 0.5).byte()):
+        Image.fromarray(odd.numpy()).save(mixed / f"odd{i}.png")
     score = ev.TrainedRun.score  # the reader has learnt nothing here
 
     def by_zscore(*given: object) -> tuple:
@@ -99,6 +100,8 @@ def test_labels_tell_which_images_a_calibration_takes(
      "40 normal images can be used; 99 % specificity takes 99 or more"),
     (lambda run, tmp: ev.calibrate(run, str(tmp), "a/b"), "give a name, of letters"),
     (lambda run, tmp: ev.calibrate(run, str(tmp / "gone")), "there is no"),
+    (lambda run, tmp: ev.calibrate(run, str(save(draw(0, 40), tmp / "x" / "ill").parent)),
+     "none of its 40 images is known to be normal; its words: ill 40"),
     (lambda run, tmp: [ev.calibrate(run, str(save(draw(0, 40), tmp / x)), "x") for x in "ab"],
      "is there already; give another name"),
     (lambda run, tmp: ev.predict(run, tmp, calibration="y"), "has none of that name; it has"),
