@@ -689,7 +689,7 @@ class Reader(nn.Module):
     """Tells at every place how much the image looks like one with a lesion drawn on: a small
     U-shaped network of three levels, logits [B,1,h,w] of maps [B,channels,h,w]."""
 
-    def __init__(self, channels: int, width: int = 16) -> None:
+    def __init__(self, channels: int, width: int = 8) -> None:
         super().__init__()
         w = width
         self.down = nn.ModuleList(

@@ -314,11 +314,11 @@ def test_a_reader_learns_where_lesions_are_drawn() -> None:
     truth = torch.zeros(64, 1, 32, 32)
     for i in range(0, 64, 2):
         truth[i, :, i % 20 : i % 20 + 8, 4:16] = 1
-    reader = train_reader(x + 2 * truth, truth, Config(reader_steps=80, seed=3), CPU.device,
+    reader = train_reader(x + 2 * truth, truth, Config(reader_steps=150, seed=3), CPU.device,
                           lambda step: None)
     found = torch.sigmoid(reader(x.flip(0) + 2 * truth))
     assert found[truth == 1].mean() > 0.6 > 0.3 > found[truth == 0].mean()
-    again = train_reader(x + 2 * truth, truth, Config(reader_steps=80, seed=3), CPU.device,
+    again = train_reader(x + 2 * truth, truth, Config(reader_steps=150, seed=3), CPU.device,
                          lambda step: None)
     assert torch.equal(torch.sigmoid(again(x.flip(0) + 2 * truth)), found)
 
