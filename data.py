@@ -152,7 +152,8 @@ class Source:
         return False
 
     def size_of(self, sample: Sample) -> tuple[int, int]:
-        """Width and height of an image in pixels. UserError if it cannot be read."""
+        """Width and height of an image in pixels, as it is shown. UserError if it cannot be read.
+        """
         with self.reading(sample.key), self.open_file(sample.key) as file:
             if file.read(132)[128:] == b"DICM":
                 import pydicom
@@ -161,7 +162,8 @@ class Source:
                 header = pydicom.dcmread(file, stop_before_pixels=True)
                 return header.Columns, header.Rows
             with Image.open(file, formats=FORMATS) as image:
-                return image.size
+                on_its_side = image.getexif().get(0x112, 1) > 4
+                return image.size[::-1] if on_its_side else image.size
 
     def is_image(self, name: str) -> bool:
         """Whether a file of unknown ending begins like an image."""

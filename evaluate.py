@@ -103,6 +103,7 @@ from scipy.stats import betabinom, binomtest, ks_2samp
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import models
 import train
@@ -1456,12 +1457,14 @@ def export(run: str | Path, file: str | Path, scorer: str | None = None,
 
 def write_onnx(program: Any, file: Path, about: dict[str, str]) -> Callable:
     """Write an exported program as ONNX; what runs it, onnxruntime if that is installed. UserError
-    if onnxscript is not."""
+    if onnxscript is not, or PyTorch is older than its use of that."""
     try:
         import onnxscript  # noqa: F401
+        if TorchVersion(torch.__version__) < "2.6":
+            raise ImportError
     except ImportError:
-        raise UserError("--export: ONNX needs a package: pip install onnxscript onnxruntime; a "
-                        "name that ends in .pt2 needs none") from None
+        raise UserError("--export: ONNX needs PyTorch 2.6 or newer, and a package: pip install "
+                        "onnxscript onnxruntime; a name that ends in .pt2 needs neither") from None
     made = torch.onnx.export(program, (), input_names=["image"], output_names=OUTPUTS, dynamo=True,
                              verbose=False)
     made.model.metadata_props.update(about)

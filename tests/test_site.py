@@ -178,6 +178,15 @@ def test_an_export_scores_as_the_program_does(
     assert found[3] == pytest.approx(maps, abs=1e-4)
 
 
+def test_the_map_lies_over_the_image_as_it_is_shown(run: Path, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x112] = 6  # shown on its side
+    Image.new("L", (60, 40), 90).save(tmp_path / "turned.jpg", exif=turned)
+    ev.predict(run, tmp_path, tmp_path / "out")
+    with Image.open(tmp_path / "out" / "turned_overlay.png") as picture:
+        assert picture.size == (40, 60)
+
+
 def test_an_export_that_scores_otherwise_is_not_kept(run: Path, tmp_path: Path) -> None:
     with mock.patch.object(ev.Exported, "forward", lambda self, image: (
             image.mean((1, 2, 3)), image, image, image)), pytest.raises(UserError, match="not k"):
