@@ -646,10 +646,12 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
 def log_contrast(maps: Tensor, scale: float) -> Tensor:
     """Logarithm of local contrast: of the standard deviation of maps [B,C,H,W] in windows of that
     share of the side; same shape."""
-    maps = maps - maps.mean((2, 3), keepdim=True)  # squares of small numbers lose fewer digits
-    squares, means = box_filter(torch.cat([maps.square(), maps]), scale).chunk(2)
-    variance = squares - means.square()
-    return (variance.clamp(min=0).sqrt() + 1 / 255).log()  # flat areas: one grey level
+    # In fp64, which MPS has not: in flat areas rounding would be most of a difference of squares.
+    exact = maps if maps.device.type == "mps" else maps.double()
+    exact = exact - exact.mean((2, 3), keepdim=True)
+    squares, means = box_filter(torch.cat([exact.square(), exact]), scale).chunk(2)
+    variance = (squares - means.square()).clamp(min=0).to(maps.dtype)
+    return (variance.sqrt() + 1 / 255).log()  # flat areas: one grey level
 
 
 def exposed_like(images: Tensor, reconstructions: Tensor) -> Tensor:
