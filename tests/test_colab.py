@@ -13,7 +13,7 @@ from unittest import mock
 import colab
 import matplotlib.font_manager  # makes its cache of fonts, once for all kernels
 import pytest
-from conftest import write_image
+from conftest import write_image, write_images
 
 from evaluate import IMAGE_ALONE, UNTRAINED
 
@@ -157,12 +157,17 @@ def test_the_notebook_uses_runs_in_drive_and_an_upload(pasted: tuple, tmp_path: 
     text = json.dumps(colab.notebook()).replace("/content/drive", str(tmp_path / "drive"))
     kernel = Kernel(tmp_path)
     kernel.run(COLAB.format(image=str(tmp_path / "image.png")))
-    outputs = kernel.run_all(json.loads(text), **SMALL, MOUNT_DRIVE=True, IMAGE="upload")
+    write_images(tmp_path / "normals", 30)
+    outputs = kernel.run_all(json.loads(text), **SMALL, MOUNT_DRIVE=True, IMAGE="upload",
+                             NORMALS=str(tmp_path / "normals"), EXPORT="model.pt2")
     shown = "".join(output.stdout for output in outputs)
     assert f"Results are kept in {tmp_path}/drive/MyDrive/imgae_dx\n" in shown
     assert "epoch 1/5" not in shown and re.search(r"U-Net +0\.\d{3} ", shown)
-    assert [len(output.pictures) for output in outputs[-3:]] == [0, 1, 2]
-    assert "my image.png" in outputs[-1].stdout
+    assert [len(output.pictures) for output in outputs[-4:]] == [0, 1, 2, 0]
+    assert "my image.png" in outputs[-2].stdout
+    for model in MODELS:
+        for name in ("calibration-site.pt", "model.pt2"):
+            assert (tmp_path / "drive/MyDrive/imgae_dx" / model / name).exists()
 
 
 def test_make_colab_writes_a_valid_notebook_that_shows_little_source(tmp_path: Path) -> None:
