@@ -533,8 +533,8 @@ SPLIT_NAMES = {name: split for split, names in {
 # What adds nothing to a name: normal_cases, chest_good, Training Set.
 FILLER = re.compile(
     "(case|image|img|picture|photo|png|jpe?g|dicom|dcm|bmp|tiff?|scan|slice|patient|subject|xray|"
-    "ray|radiograph|film|frame|file|lung|brain|finding|person|session)s?|study|studies|series|x|p|s|"
-    "pat|subj|sub|pid|chest|cxr|class|folder|dir|data|dataset|set|split|group|batch|part")
+    "ray|radiograph|film|frame|file|lung|brain|finding|person|session)s?|study|studies|series|x|p|"
+    "s|pat|subj|sub|pid|chest|cxr|class|folder|dir|data|dataset|set|split|group|batch|part")
 NO_CLASS = re.compile(
     "(pred|prediction|result|heatmap|output|overlay|sample|example|figure|plot|preview|thumbnail|"
     "duplicate|reconstruction)s?|all|tmp|temp|backup|old|misc|inference|submission|demo|trash|"

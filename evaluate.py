@@ -861,9 +861,9 @@ def report(tested: list[Result], groups: dict[str, list[Result]], weights: np.nd
         f"{first.split.capitalize()} images": f"{m['n_normal']:,} normal and {m['n_abnormal']:,} "
         f"abnormal, of {m['n_patients']:,} patients"
         + (f"; {len(first.bad)} could not be read" if first.bad else ""),
-        "Scored before": f"this split, by this run: {first.scored_before} times",
+        "Tested before": f"{first.scored_before} times on this split, by this run",
         "Chosen by": "weights: the lowest loss on corrupted normal validation images; threshold: "
-        f"{first.run.normals}. No abnormal image had a part in either"}
+        f"{first.run.normals}. No abnormal image had a part in either."}
     log.info("\n" + "\n\n".join(["\n".join(map(": ".join, facts.items())),
                                  *itertools.starmap(text_table, tables), *sentences]) + "\n")
     for image, reason in first.bad.items():

@@ -55,7 +55,7 @@ from models import (
     pooled, reconstruct_evenly, score_images, seeded, to_float, train_reader, untrained_model, warp)
 
 FORMAT = 15  # of the checkpoints
-EPOCHS = {"unet": 10, "reversed_ae": 20}  # by default; more find nothing clear more
+EPOCHS = {"unet": 10, "reversed_ae": 20}  # by default; see docs/results.md
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 LEAST_DRAWN, MOST_DRAWN = 512, 2048  # training normals with lesions drawn on, for the readers
 # Settings that a resumed run may change. Any other change makes it another run.

@@ -20,9 +20,9 @@ Trains two autoencoders, a **U-Net** and a **Reversed Autoencoder**, on *normal*
 image is reconstructed as it would look if it were normal. Where the two differ, a heatmap lights
 up, and the image gets an anomaly score. Research use only. Not for diagnosis.
 
-**Runtime → Run all** takes a few minutes. These settings are for a first look: small models, drawn
-chest images, no account, no download, no GPU. For real images take a GPU (Runtime → Change runtime
-type) and `IMAGE_SIZE = 128`, `SAMPLES = None`, `EPOCHS = None`, `WIDTH = 64`."""
+**Runtime → Run all** takes a few minutes. These settings are for a first look: small models,
+drawn chest images, no account, no download, no GPU. For real images take a GPU (Runtime → Change
+runtime type) and `IMAGE_SIZE = 128`, `SAMPLES = None`, `EPOCHS = None`, `WIDTH = 64`."""
 
 # Colab makes a form of the comments `@title` and `@param`, and folds the code away behind it.
 SETTINGS = """\

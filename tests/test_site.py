@@ -149,7 +149,7 @@ def test_every_test_is_counted(run: Path, capsys: pytest.CaptureFixture) -> None
     (run / "eval" / "tests.csv").unlink(missing_ok=True)
     for split, times in (("test", 0), ("val", 0), ("test", 1)):
         ev.evaluate(run, split=split, samples=40)
-        assert f"by this run: {times} times" in capsys.readouterr().out
+        assert f"Tested before: {times} times on this split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("suffix", "scorer"), [(".pt2", "zscore"), (".onnx", "reader")])
