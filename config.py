@@ -76,7 +76,6 @@ class Config:
     image_size: int = setting(128, "images' side in pixels, a multiple of 16", low=16, high=1024)
     latent_dim: int = setting(512, "numbers in the latent", low=1)
     width: int = setting(64, "channels of the first level; smaller is faster and weaker", low=1)
-    dropout: float = setting(0.0, "dropout while training", high=0.9)
     reader_steps: int = setting(600, "steps in which each reader (it gives scores) learns", low=1)
 
     # On what

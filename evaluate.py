@@ -176,8 +176,8 @@ class TrainedRun:
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        found = [(output.reconstruction, maps[by], scores[by]) for output, scores, maps in map(
-            self.score, x.split(8 * READ_AT_ONCE))]
+        found = [(output.reconstructions[:, :1], maps[by], scores[by])
+                 for output, scores, maps in map(self.score, x.split(8 * READ_AT_ONCE))]
         return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
     @torch.no_grad()

@@ -67,18 +67,17 @@ class Setup:
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
     """(device, why it is that one). UserError if the wanted one is not there."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if wanted not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"--device: {wanted!r} is not one of auto, cpu, cuda, mps")
-    if wanted == "cuda" and not cuda:
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device auto")
-    if wanted == "mps" and not mps:
-        raise UserError("--device mps: PyTorch finds no Apple GPU here; use --device auto")
+    there = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    if wanted not in there:
+        raise UserError(f"--device: {wanted!r} is not one of {', '.join(there)}")
+    if not there[wanted]:
+        raise UserError(f"--device {wanted}: PyTorch finds no {wanted} device; use --device auto")
     if wanted != "auto":
         return torch.device(wanted), "as asked"
-    if cuda:
+    if there["cuda"]:
         return torch.device("cuda"), torch.cuda.get_device_name()
-    if mps:
+    if there["mps"]:
         return torch.device("mps"), "Apple GPU, no CUDA device"
     return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
 
@@ -156,23 +155,21 @@ class Linear(nn.Linear):
             return y
 
 
-def conv_block(channels_in: int, channels_out: int, dropout: float) -> nn.Sequential:
-    """Two 3x3 convolutions, each with BatchNorm and ReLU; whole channels are dropped between."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(inplace=True),
-        nn.Dropout2d(dropout),
-        nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(inplace=True),
-    )
+def conv_layer(convolution: nn.Module, channels: int) -> nn.Sequential:
+    """A convolution to that many channels, with BatchNorm and ReLU."""
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
-def two_layers(size_in: int, hidden: int, size_out: int, dropout: float) -> nn.Sequential:
+def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Two 3x3 convolutions, each with BatchNorm and ReLU."""
+    return nn.Sequential(*(
+        conv_layer(nn.Conv2d(i, channels_out, 3, padding=1, bias=False), channels_out)
+        for i in (channels_in, channels_out)))
+
+
+def two_layers(size_in: int, hidden: int, size_out: int) -> nn.Sequential:
     """Two Linear layers with a ReLU between."""
-    return nn.Sequential(Linear(size_in, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout),
-                         Linear(hidden, size_out))
+    return nn.Sequential(Linear(size_in, hidden), nn.ReLU(inplace=True), Linear(hidden, size_out))
 
 
 def to_image(logits: Tensor) -> Tensor:
@@ -186,36 +183,28 @@ class UNet(nn.Module):
     """U-Net with a fully connected bottleneck and two decoders over one encoder.
 
     The decoder with skip connections gives the first reconstruction. The second decoder sees the
-    latent alone, and so cannot copy its input.
-
-    width: channels of the first level; the levels have 1, 2, 4, 8 and 8 times as many.
+    latent alone, and so cannot copy its input. The levels have 1, 2, 4, 8 and 8 times `width`
+    channels.
     """
 
     cpu_micro_batch = 8  # on a CPU more images at a time gain no speed, and take memory
 
-    def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64,
-                 dropout: float = 0.0) -> None:
+    def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64) -> None:
         super().__init__()
         check_image_size("unet", image_size, 16)
         w = width
         self.image_size, self.bottom = image_size, (8 * w, image_size // 16, image_size // 16)
         flat = 8 * w * (image_size // 16) ** 2
         widths = (w, 2 * w, 4 * w, 8 * w, 8 * w)
-        self.down = nn.ModuleList(
-            conv_block(i, o, dropout) for i, o in zip((1, *widths), widths, strict=False)
-        )
+        self.down = nn.ModuleList(map(conv_block, (1, *widths), widths))
         self.to_latent = Linear(flat, latent_dim)
         self.from_latent = Linear(latent_dim, flat)
         # Each level joins the upsampled map with the encoder's map of that level.
-        self.up = nn.ModuleList(
-            conv_block(i, o, dropout)
-            for i, o in ((16 * w, 4 * w), (8 * w, 2 * w), (4 * w, w), (2 * w, w))
-        )
-        pairs = ((8 * w, 8 * w), (8 * w, 4 * w), (4 * w, 2 * w), (2 * w, w))
+        self.up = nn.ModuleList(map(
+            conv_block, (16 * w, 8 * w, 4 * w, 2 * w), (4 * w, 2 * w, w, w)))
         self.skip_free_up = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose2d(i, o, 2, stride=2), conv_block(o, o, dropout))
-            for i, o in pairs
-        )
+            nn.Sequential(nn.ConvTranspose2d(i, o, 2, stride=2), conv_block(o, o))
+            for i, o in ((8 * w, 8 * w), (8 * w, 4 * w), (4 * w, 2 * w), (2 * w, w)))
         self.out = nn.Conv2d(w, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,9 +214,8 @@ class UNet(nn.Module):
     def reconstructions(self, x: Tensor, skip_free_share: float = 1.0) -> list[Tensor]:
         """Both reconstructions from one pass of the encoder: with skips, and skip-free.
 
-        skip_free_share: the skip-free decoder costs 69 % of the rest when trained, so training
-        may run it on the first share of the batch only; its result has that many images, and is
-        left out at 0.
+        skip_free_share: training may run the skip-free decoder, which costs 69 % of the rest, on
+        the first share of the batch only. Its result has that many images, and is left out at 0.
         """
         maps = [self.down[0](x)]  # finest first: [B,w,H,W] ... [B,8w,H/16,W/16]
         for block in self.down[1:]:
@@ -259,38 +247,27 @@ class ReversedAutoencoder(nn.Module):
 
     Strided convolutions and two Linear layers lead down to the latent, two Linear layers and
     three transposed convolutions back up. The reversed-embedding term of that paper (the encoder
-    run once more, on the reconstruction) is not part of the training: it changed no score.
-
-    width: channels of the first level; the encoder's levels have 1, 2, 4 and 8 times as many.
+    run once more, on the reconstruction) is not part of the training: it changed no score. The
+    encoder's levels have 1, 2, 4 and 8 times `width` channels.
     """
 
     cpu_micro_batch = 16  # its activations are few, and every part reads a gigabyte of weights
 
-    def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64,
-                 dropout: float = 0.0) -> None:
+    def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64) -> None:
         super().__init__()
         check_image_size("reversed_ae", image_size, 8)
         w = width
         self.image_size, self.bottom = image_size, (8 * w, image_size // 8, image_size // 8)
         flat, hidden = 8 * w * (image_size // 8) ** 2, 2 * latent_dim
         self.down = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(i, o, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(o),
-                nn.ReLU(inplace=True),
-            )
-            for i, o, stride in ((1, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, 8 * w, 2))
-        )
-        self.to_latent = two_layers(flat, hidden, latent_dim, dropout)
-        self.from_latent = two_layers(latent_dim, hidden, flat, dropout)
+            conv_layer(nn.Conv2d(i, o, 3, stride=stride, padding=1, bias=False), o)
+            for i, o, stride in ((1, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, 8 * w, 2)))
+        self.to_latent = two_layers(flat, hidden, latent_dim)
+        self.from_latent = two_layers(latent_dim, hidden, flat)
         self.up = nn.ModuleList(
-            nn.Sequential(
-                nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1, bias=False),
-                nn.BatchNorm2d(o),
-                nn.ReLU(inplace=True),
-            )
-            for i, o in ((8 * w, 4 * w), (4 * w, 2 * w), (2 * w, w))
-        )
+            conv_layer(nn.ConvTranspose2d(i, o, 3, stride=2, padding=1, output_padding=1,
+                                          bias=False), o)
+            for i, o in ((8 * w, 4 * w), (4 * w, 2 * w), (2 * w, w)))
         self.out = nn.Conv2d(w, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -310,10 +287,8 @@ class ReversedAutoencoder(nn.Module):
 def check_image_size(model: str, image_size: int, multiple: int) -> None:
     """UserError unless the model can halve the side as often as it must."""
     if image_size % multiple or image_size < 2 * multiple:
-        raise UserError(
-            f"--image-size {image_size}: {model} needs a multiple of {multiple}, "
-            f"at least {2 * multiple}"
-        )
+        raise UserError(f"--image-size {image_size}: {model} needs a multiple of {multiple}, at "
+                        f"least {2 * multiple}")
 
 
 def create_model(name: str, config: Config | None = None) -> UNet | ReversedAutoencoder:
@@ -324,7 +299,7 @@ def create_model(name: str, config: Config | None = None) -> UNet | ReversedAuto
     config = config or Config()
     if name not in MODEL_CLASSES:
         raise UserError(f"model {name!r}: not one of {', '.join(MODEL_CLASSES)}")
-    return MODEL_CLASSES[name](config.image_size, config.latent_dim, config.width, config.dropout)
+    return MODEL_CLASSES[name](config.image_size, config.latent_dim, config.width)
 
 
 def untrained_model(config: Config, setup: Setup) -> Any:
@@ -368,21 +343,17 @@ class Draws:
         return torch.randint(high, (self.total, *shape), generator=self.generator)[self.rows]
 
 
-def augment(images: Tensor, draws: Draws, framing: float = 1) -> Tensor:
-    """Each image [B,1,H,W] turned, moved, scaled, made brighter and of other contrast. Not
-    mirrored: where the heart lies is part of what is normal.
-
-    Rotation up to 5 degrees, shift 5 %, scale 5 %, times `framing`; brightness 0.05, contrast 10 %.
-    What comes in from outside repeats the edge.
-    """
+def augment(images: Tensor, draws: Draws) -> Tensor:
+    """Each image [B,1,H,W] turned by up to 10 degrees, shifted and scaled by up to 10 %, in another
+    brightness (0.05) and contrast (10 %). What comes in from outside repeats the edge. Not
+    mirrored: where the heart lies is part of what is normal."""
     B = len(images)
 
     def uniform(spread: float) -> Tensor:
         return (draws.rand() * 2 - 1) * spread
 
-    angle, zoom = uniform(framing * math.radians(5)), 1 + uniform(framing * 0.05)
-    # Grid coordinates span 2, so this is 5 % of the side.
-    dx, dy = uniform(framing * 0.1), uniform(framing * 0.1)
+    angle, zoom = uniform(math.radians(10)), 1 + uniform(0.1)
+    dx, dy = uniform(0.2), uniform(0.2)  # grid coordinates span 2: 10 % of the side
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     theta = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(B, 2, 3).to(images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -425,13 +396,13 @@ def soft_shapes(images: Tensor, draws: Draws, count: int) -> Tensor:
     outline is an ellipse. An edge falls from 0.73 to 0.27 over 2-10 % of the side: harder ones
     would be found by the edge alone.
     """
-    H, W = images.shape[2:]
+    (H, W), device = images.shape[2:], images.device
 
     def uniform(low: float, high: float) -> Tensor:
-        return (low + (high - low) * draws.rand(count, 1, 1)).to(images.device)
+        return (low + (high - low) * draws.rand(count, 1, 1)).to(device)
 
-    y = (torch.arange(H, device=images.device)[:, None] + 0.5) / H - uniform(0.05, 0.95)
-    x = (torch.arange(W, device=images.device) + 0.5) / W - uniform(0.05, 0.95)
+    y = (torch.arange(H, device=device)[:, None] + 0.5) / H - uniform(0.05, 0.95)
+    x = (torch.arange(W, device=device) + 0.5) / W - uniform(0.05, 0.95)
     angle = uniform(0, math.pi)
     radius_u, radius_v = (uniform(math.log(0.04), math.log(0.3)).exp() for _ in range(2))
     u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
@@ -490,9 +461,7 @@ def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
     """
     if objective == "plain":
         return images
-    seen = images
-    if objective == "heal":
-        seen = add_lesions(images, draws)
+    seen = add_lesions(images, draws) if objective == "heal" else images
     return (seen + coarse_noise(images, draws)).clamp(0, 1)
 
 
@@ -529,13 +498,13 @@ def draw_lesions(images: Tensor, draws: Draws, vary: bool = True) -> tuple[Tenso
     """(images with lesions drawn on, how much of a lesion each pixel holds) of normal images.
 
     float [B,1,H,W] in [0,1] to two of the same: what readers learn from. A fifth of the images
-    stays without. vary: framing by twice as much as in training, sharpness from a 3x3 blur to its
-    opposite, and on half of the images exposure (gamma 0.7 to 1.4): these are no diseases. Where
-    images lie and look all alike, only sharpness varies, half as much.
+    stays without. vary: as in training, sharpness from a 3x3 blur to its opposite, and on half of
+    the images exposure (gamma 0.7 to 1.4): these are no diseases. Where images lie and look all
+    alike, only sharpness varies, half as much.
     """
     clean = images
     if vary:
-        clean = augment(images, draws, framing=2)
+        clean = augment(images, draws)
         gamma = (2 * draws.rand(1, 1, 1) - 1) * (draws.rand(1, 1, 1) < 0.5) * math.log(1.4)
         clean = clean ** gamma.exp().to(images.device)
     seen = add_lesions(clean, draws).clamp(0, 1)
@@ -586,11 +555,6 @@ class Output(NamedTuple):
 
     images: Tensor  # [B,1,H,W] in [0,1]
     reconstructions: Tensor  # [B,V,H,W] in [0,1]: every one that the model gives
-
-    @property
-    def reconstruction(self) -> Tensor:
-        """The model's first reconstruction, [B,1,H,W]."""
-        return self.reconstructions[:, :1]
 
     def first(self, count: int) -> "Output":
         """The part that belongs to the first images."""
@@ -694,9 +658,8 @@ class Reader(nn.Module):
     def __init__(self, channels: int, width: int = 8) -> None:
         super().__init__()
         w = width
-        self.down = nn.ModuleList(
-            conv_block(i, o, 0.0) for i, o in ((channels, w), (w, 2 * w), (2 * w, 4 * w)))
-        self.up = nn.ModuleList(conv_block(i, o, 0.0) for i, o in ((6 * w, 2 * w), (3 * w, w)))
+        self.down = nn.ModuleList(map(conv_block, (channels, w, 2 * w), (w, 2 * w, 4 * w)))
+        self.up = nn.ModuleList(map(conv_block, (6 * w, 3 * w), (2 * w, w)))
         self.out = nn.Conv2d(w, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -804,7 +767,7 @@ class AnomalyScorer:
 
     def maps(self, output: Output) -> dict[str, Tensor]:
         """The anomaly map by every scorer and reader that is there: [B,1,H,W], at least 0."""
-        x, y = output.images, output.reconstruction
+        x, y = output.images, output.reconstructions[:, :1]
         z = self.z(output)
         maps = {"zscore": z["zscore"].abs().mean(1, keepdim=True), "mse": (x - y).square(),
                 "ssim": 1 - ssim_map(x, y)}
@@ -852,7 +815,7 @@ class AnomalyScorer:
         """Take in what `state_dict` gave; readers are put on the device. Gives itself."""
         vars(self).update(state, readers={})
         for name, weights in state["readers"].items():
-            reader = self.readers[name] = Reader(weights["down.0.0.weight"].shape[1])
+            reader = self.readers[name] = Reader(weights["down.0.0.0.weight"].shape[1])
             reader.load_state_dict(weights)
             reader.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         return self

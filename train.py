@@ -54,7 +54,7 @@ from models import (
     augment, choose_device, choose_precision, corrupt, create_model, draw_lesions, objective_loss,
     pooled, reconstruct_evenly, score_images, seeded, to_float, train_reader, untrained_model, warp)
 
-FORMAT = 15  # of the checkpoints
+FORMAT = 16  # of the checkpoints
 EPOCHS = {"unet": 10, "reversed_ae": 20}  # by default; see docs/results.md
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 LEAST_DRAWN, MOST_DRAWN = 512, 2048  # training normals with lesions drawn on, for the readers
@@ -503,8 +503,6 @@ def accumulate_gradients(state: TrainingState, inputs: Tensor, images: Tensor,
                          weight: float) -> Tensor:
     """Sum up the gradients of the loss times `weight`, from micro_batch images at a time, over all
     processes; that weighted loss of this process. inputs, clean images: float [B,1,H,W]."""
-    purpose = f"dropout {state.setup.rank}"
-    torch.manual_seed(seeded(state.config.seed, purpose, state.step).initial_seed())
     parts = math.ceil(len(images) / state.micro_batch)
     for norm in state.model.modules():
         if isinstance(norm, nn.BatchNorm2d):  # running statistics move as far, whatever the parts
@@ -660,7 +658,7 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
         moved.append(score_images(model, scorer, warped, setup)[1][DEFAULT_SCORER])
         mean = scorer.mean_image.to(setup.device)
         errors.append(torch.stack([(output.images - x).abs().mean((1, 2, 3))
-                                   for x in (output.reconstruction, mean)]))
+                                   for x in (output.reconstructions[:, :1], mean)]))
     if not scores:
         raise UserError("no validation image could be read")
     normal = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}

@@ -47,7 +47,7 @@ class PlainReversedAE(ReversedAutoencoder):
 
 def plain_model(config: Config) -> nn.Module:
     kind = {"unet": PlainUNet, "reversed_ae": PlainReversedAE}[config.model]
-    model = kind(config.image_size, config.latent_dim, config.width, config.dropout)
+    model = kind(config.image_size, config.latent_dim, config.width)
     for layer in model.modules():
         if isinstance(layer, Linear):
             layer.__class__ = nn.Linear

@@ -27,7 +27,7 @@ def test_every_field_is_a_flag_an_environment_variable_and_a_file_key(tmp_path: 
     samples = {"model": "both", "objective": "plain", "optimizer": "sgd", "check": True,
                "device": "cpu", "precision": "fp32", "data": "x", "output_dir": "y",
                "compile": True, "deterministic": True, "wandb": True,
-               "augment": False, "reuse": True, "resume": "auto", "dropout": 0.5,
+               "augment": False, "reuse": True, "resume": "auto",
                "learning_rate": 0.5, "min_delta": 0.5, "memory_limit_gb": 0.5,
                "normal": "nv,ok", "grey_bits": 12}
     values = {name: samples.get(name, 48) for name in FIELDS}

@@ -297,7 +297,7 @@ def test_out_of_memory_in_mid_run_splits_the_batch_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, model: str
 ) -> None:
     config = tiny(tmp_path / "whole", model=model, data="synthetic", epochs=5, augment=False,
-                  dropout=0.0, micro_batch=16)
+                  micro_batch=16)
     whole, = train(config)
     calls = out_of_memory(monkeypatch, lambda images, call: images > 8 and call > 10, RuntimeError(
         "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to "
@@ -373,7 +373,7 @@ images = torch.randint(256, (7, 1, 32, 32), dtype=torch.uint8,
                        generator=torch.Generator().manual_seed(0))
 results = {}
 for model, micro in (("unet", 7), ("reversed_ae", 2)):
-    config = Config(width=4, image_size=32, latent_dim=8, dropout=0.0, objective="denoise",
+    config = Config(width=4, image_size=32, latent_dim=8, objective="denoise",
                     model=model, optimizer="sgd")
     state = train.new_state(config, setup)
     state.model.eval()  # BatchNorm by its running statistics: the same for every slice

@@ -223,8 +223,8 @@ def test_starting_over_moves_the_old_run_aside(
 ) -> None:
     (folder,) = train(tiny(tmp_path, epochs=1))
     before = (folder / "best.pt").read_bytes()
-    train(tiny(tmp_path, epochs=1, dropout=0.2))
-    train(tiny(tmp_path, epochs=1, dropout=0.3, reuse=True))
+    train(tiny(tmp_path, epochs=1, learning_rate=0.002))
+    train(tiny(tmp_path, epochs=1, learning_rate=0.003, reuse=True))
     assert (tmp_path / "unet.1" / "best.pt").read_bytes() == before
     assert (tmp_path / "unet.2" / "best.pt").exists()
     assert f"moved to {tmp_path / 'unet.1'}" in capsys.readouterr().out
@@ -421,7 +421,7 @@ def test_a_failed_save_leaves_the_old_file(
     (["--image-size", "100"], "--image-size 100: unet needs a multiple of 16"),
     (["--data", "no/such/folder"], "--data no/such/folder: there is nothing at"),
     (["--output-dir", "Makefile/x"], r"--output-dir.* \S*Makefile\S* cannot be written"),
-    (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device"),
+    (["--device", "cuda"], "--device cuda: PyTorch finds no cuda device"),
     (["--resume", "no/such.pt"], "no/such.pt/last.pt: there is no checkpoint there"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(
