@@ -131,7 +131,7 @@ PIXEL_BOUNDS = np.concatenate([[0], np.geomspace(1e-6, 1e4, 20_000), [np.inf]])
 PICTURES = {"scores.png": "ROC curve and histogram of scores",
             "examples.png": "highest, borderline and lowest scores",
             "worst.png": "the worst abnormal images missed, and normal images flagged",
-            "healing.png": "what it makes of corrupted normal images"}
+            "healing.png": "what it makes of lesions drawn on normal images"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1146,14 +1146,14 @@ def draw_cases(r: Result, name: str, title: str, *groups: list[int]) -> None:
 
 
 def draw_healing(r: Result) -> None:
-    """Draw validation normals, corrupted as in training, and what the model makes of them."""
+    """Draw validation normals, lesions drawn on them, and what the model makes of these."""
     config, clean = r.run.config, r.run.some_normals(r.source, "val", 6)
     draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
-    seen = (255 * models.corrupt(clean / 255, config.objective, draws)).round().byte()
-    corrupted, *rows = picture_rows(r, seen)
-    rows = [Row("normal", clean[:, 0].numpy() / 255), corrupted._replace(beside="corrupted"), *rows]
-    save_picture(r.folder / "healing.png", f"{r.run.name}, objective {config.objective}", rows,
-                 r.scorer, r.run.scorer.map_tops[r.scorer])
+    seen, there = models.draw_lesions(clean / 255, draws, vary=False)
+    drawn, *rows = picture_rows(r, (255 * seen).round().byte(), (), list(there[:, 0].numpy() > 0.5))
+    rows = [Row("normal", clean[:, 0].numpy() / 255), drawn._replace(beside="lesions drawn"), *rows]
+    save_picture(r.folder / "healing.png", f"{r.run.name}: normal images with lesions drawn on",
+                 rows, r.scorer, r.run.scorer.map_tops[r.scorer])
 
 
 def draw_comparison(tested: list[Result], file: Path) -> None:
