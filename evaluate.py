@@ -1429,35 +1429,34 @@ def export(run: str | Path, file: str | Path, scorer: str | None = None,
                                   "antialiased bilinear resampling, rounded to 0..255, over 255",
                  "output": f"{', '.join(OUTPUTS)}: score; its percentile among normal images; "
                            f"whether it is above the threshold; map, {UNITS.get(scorer, scorer)}"}
-        temporary = file.with_name(f".{file.name}")
         graph = Exported(trained, scorer).eval().requires_grad_(False)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(graph, (images[:1] / 255,))
             if file.suffix == ".onnx":
-                answer = write_onnx(program, temporary, about)
+                content, answer = to_onnx(program, about)
             else:
-                torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
-                answer = torch.export.load(temporary).module()
+                made = io.BytesIO()
+                torch.export.save(program, made, extra_files={"about.json": json.dumps(about)})
+                content, answer = made.getvalue(), torch.export.load(made).module()
             found = torch.cat([torch.as_tensor(answer(x[None] / 255)[0]) for x in images])
         spread = trained.scorer.normal_scores[scorer].std()
         away, usual = ((abs(found - scores).max() / spread).item()
                        for scores in (in_fp32, as_it_runs))
         if not away <= 1e-3:
-            temporary.unlink()
             raise UserError(f"--export {file}: not kept, since its scores are up to {away:.2g} "
                             "standard deviations of normals away from the program's")
-        os.replace(temporary, file)
-        log.info(f"written   {file}: {file.stat().st_size / 1e6:.1f} MB; image -> "
+        train.write_file(file, content)
+        log.info(f"written   {file}: {len(content) / 1e6:.1f} MB; image -> "
                  f"{', '.join(OUTPUTS)}\nchecked   on {len(images)} validation images: scores at "
                  f"most {away:.1g} standard deviations of normals away from the program's in fp32, "
                  f"and {usual:.1g} from those in {precision}, as it runs here")
     return file
 
 
-def write_onnx(program: Any, file: Path, about: dict[str, str]) -> Callable:
-    """Write an exported program as ONNX; what runs it, onnxruntime if that is installed. UserError
-    if onnxscript is not, or PyTorch is older than its use of that."""
+def to_onnx(program: Any, about: dict[str, str]) -> tuple[bytes, Callable]:
+    """(an exported program as ONNX, what runs it: onnxruntime if that is installed). UserError if
+    onnxscript is not, or PyTorch is older than its use of that."""
     try:
         import onnxscript  # noqa: F401
         if TorchVersion(torch.__version__) < "2.6":
@@ -1468,14 +1467,14 @@ def write_onnx(program: Any, file: Path, about: dict[str, str]) -> Callable:
     made = torch.onnx.export(program, (), input_names=["image"], output_names=OUTPUTS, dynamo=True,
                              verbose=False)
     made.model.metadata_props.update(about)
-    made.save(file, external_data=False)
+    content = made.model_proto.SerializeToString()
     try:
         import onnxruntime
     except ImportError:
         log.warning("careful   onnxruntime is not installed: what was written has not been run")
-        return program.module()
-    session = onnxruntime.InferenceSession(file)
-    return lambda image: session.run(None, {"image": image.numpy()})
+        return content, program.module()
+    session = onnxruntime.InferenceSession(content)
+    return content, lambda image: session.run(None, {"image": image.numpy()})
 
 
 def main() -> None:

@@ -116,15 +116,15 @@ def progress(total: int, label: str, initial: int = 0, show: bool = True,
 # Files of a run
 
 
-def write_file(path: Path, content: str | dict) -> None:
-    """Write a text or a checkpoint, whole or not at all. UserError if that fails."""
+def write_file(path: Path, content: str | bytes | dict) -> None:
+    """Write a text, bytes or a checkpoint, whole or not at all. UserError if that fails."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
-            if isinstance(content, str):
-                f.write(content.encode())
-            else:
+            if isinstance(content, dict):
                 torch.save(content, f)
+            else:
+                f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -132,8 +132,8 @@ def write_file(path: Path, content: str | dict) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path}: cannot be written ({reason_of(error)}). Is the disk full, or has "
-                        "the folder gone? What was there before is untouched: mend it and go on "
-                        "with --resume") from None
+                        "the folder gone? What was there before is untouched: mend it and start "
+                        "again, a training with --resume") from None
 
 
 def load_checkpoint(path: Path) -> dict:
