@@ -86,7 +86,8 @@ class Config:
     samples: int | None = setting(None, "training images; default: all, 400 on the phantom", low=2)
     grey_bits: int | None = setting(None, "bits in use of 16-bit images; default: found from them",
                                     low=8, high=16)
-    augment: bool = setting(True, "small random shifts, turns, scales, brightness and contrast")
+    augment: bool | None = setting(None, "random shifts, turns, scales, brightness and contrast; "
+                                   "default: on, but off on the phantom")
     memory_limit_gb: float = setting(4.0, "most memory for images, those cached for later epochs "
                                      "included; what does not fit is read again", high=100_000)
 
@@ -219,7 +220,7 @@ def parse_config(argv: list[str] | None = None, description: str = "",
     for name, f in FIELDS.items():
         about = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
         more: dict[str, typing.Any] = {"metavar": "|".join(f.metadata["choices"]) or None}
-        if f.type is bool:
+        if bool in (f.type, *typing.get_args(f.type)):
             more = {"action": argparse.BooleanOptionalAction}
         elif name == "resume":
             more = {"nargs": "?", "const": "auto", "metavar": "PATH"}

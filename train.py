@@ -706,6 +706,7 @@ def prepare(config: Config) -> tuple[Setup, list[Config], Loaders]:
         config, model=model, seed=config.seed + i, seeds=1,
         epochs=config.epochs or (3 if phantom else EPOCHS[model]),
         samples=config.samples or (PHANTOM_SAMPLES if phantom else None),
+        augment=not phantom if config.augment is None else config.augment,  # phantoms lie all alike
         # Absolute, so that the run can be evaluated from anywhere.
         data=os.path.abspath(config.data) if os.path.exists(config.data) and not phantom
         else config.data) for i in range(config.seeds) for model in models]
