@@ -1456,7 +1456,7 @@ def export(run: str | Path, file: str | Path, scorer: str | None = None,
 
 def to_onnx(program: Any, about: dict[str, str]) -> tuple[bytes, Callable]:
     """(an exported program as ONNX, what runs it: onnxruntime if that is installed). UserError if
-    onnxscript is not, or PyTorch is older than its use of that."""
+    onnxscript is not, PyTorch is older than its use of that, or the model is larger than a file."""
     try:
         import onnxscript  # noqa: F401
         if TorchVersion(torch.__version__) < "2.6":
@@ -1464,6 +1464,8 @@ def to_onnx(program: Any, about: dict[str, str]) -> tuple[bytes, Callable]:
     except ImportError:
         raise UserError("--export: ONNX needs PyTorch 2.6 or newer, and a package: pip install "
                         "onnxscript onnxruntime; a name that ends in .pt2 needs neither") from None
+    if sum(weight.nbytes for weight in program.state_dict.values()) > 2e9:
+        raise UserError("--export: an ONNX file holds at most 2 GB; give a name that ends in .pt2")
     made = torch.onnx.export(program, (), input_names=["image"], output_names=OUTPUTS, dynamo=True,
                              verbose=False)
     made.model.metadata_props.update(about)

@@ -498,9 +498,9 @@ def draw_lesions(images: Tensor, draws: Draws, vary: bool = True) -> tuple[Tenso
     """(images with lesions drawn on, how much of a lesion each pixel holds) of normal images.
 
     float [B,1,H,W] in [0,1] to two of the same: what readers learn from. A fifth of the images
-    stays without. vary: as in training, sharpness from a 3x3 blur to its opposite, and on half of
-    the images exposure (gamma 0.7 to 1.4): these are no diseases. Where images lie and look all
-    alike, only sharpness varies, half as much.
+    stays without. vary: all are moved as in training, and blurred (3x3) or sharpened, and half of
+    them get another exposure (gamma 0.7 to 1.4): these are no diseases. Where images lie and look
+    all alike, only sharpness varies, half as much.
     """
     clean = images
     if vary:

@@ -118,7 +118,7 @@ def progress(total: int, label: str, initial: int = 0, show: bool = True,
 
 def write_file(path: Path, content: str | bytes | dict) -> None:
     """Write a text, bytes or a checkpoint, whole or not at all. UserError if that fails."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
             if isinstance(content, dict):

@@ -27,7 +27,8 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = {"width": 4, "image_size": 32, "latent_dim": 8, "samples": 64, "epochs": 2,
-        "batch_size": 16, "reader_steps": 2, "device": "cpu", "precision": "fp32"}
+        "batch_size": 16, "reader_steps": 2, "device": "cpu", "precision": "fp32",
+        "augment": True}
 
 
 @pytest.fixture(scope="session", autouse=True)

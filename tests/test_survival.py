@@ -162,7 +162,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
             program.communicate(timeout=rng.uniform(0, 1))
         program.kill()
         program.communicate()
-    half_written = train_module.run_folder(config) / "last.tmp"
+    half_written = train_module.run_folder(config) / "last.pt.tmp"
     for _ in range(20):  # in the middle of a save; seen and killed, it may have been renamed
         half_written.unlink(missing_ok=True)
         program = go_on()
