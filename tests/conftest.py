@@ -70,7 +70,8 @@ def tiny(tmp: Path, **settings: object) -> Config:
 
 def flags_of(config: Config) -> list[str]:
     """What to type for that configuration."""
-    return [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config).items()
+    return [f"--{k.replace('_', '-')}" + f"={v}" * (v is not True)
+            for k, v in dataclasses.asdict(config).items()
             if k == "data" or v != getattr(Config, k)]
 
 
