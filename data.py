@@ -152,8 +152,7 @@ class Source:
         return False
 
     def size_of(self, sample: Sample) -> tuple[int, int]:
-        """Width and height of an image in pixels, as it is shown. UserError if it cannot be read.
-        """
+        """Width and height in pixels, as the image is shown. UserError if it cannot be read."""
         with self.reading(sample.key), self.open_file(sample.key) as file:
             if file.read(132)[128:] == b"DICM":
                 import pydicom

@@ -72,7 +72,8 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
     if wanted not in there:
         raise UserError(f"--device: {wanted!r} is not one of {', '.join(there)}")
     if not there[wanted]:
-        raise UserError(f"--device {wanted}: PyTorch finds no {wanted} device; use --device auto")
+        raise UserError(f"--device {wanted}: PyTorch finds no {wanted.upper()} device here; use "
+                        "--device auto")
     if wanted != "auto":
         return torch.device(wanted), "as asked"
     if there["cuda"]:

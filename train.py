@@ -133,7 +133,7 @@ def write_file(path: Path, content: str | bytes | dict) -> None:
             temporary.unlink()
         raise UserError(f"{path}: cannot be written ({reason_of(error)}). Is the disk full, or has "
                         "the folder gone? What was there before is untouched: mend it and start "
-                        "again, a training with --resume") from None
+                        "again, or go on with --resume") from None
 
 
 def load_checkpoint(path: Path) -> dict:

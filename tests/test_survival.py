@@ -245,7 +245,7 @@ def test_a_file_that_may_not_grow_ends_the_run_and_keeps_the_checkpoint(tmp_path
     kept = bytes_of(folder)
     errors = ended(start(tiny(tmp_path, epochs=3), "--resume", limit=200_000), 2)
     assert len(errors.strip().splitlines()) == 1
-    assert "cannot be written" in errors and "a training with --resume" in errors
+    assert "cannot be written" in errors and "go on with --resume" in errors
     assert bytes_of(folder) == kept and not list(folder.glob("*.tmp"))
 
 

@@ -421,7 +421,7 @@ def test_a_failed_save_leaves_the_old_file(
     (["--image-size", "100"], "--image-size 100: unet needs a multiple of 16"),
     (["--data", "no/such/folder"], "--data no/such/folder: there is nothing at"),
     (["--output-dir", "Makefile/x"], r"--output-dir.* \S*Makefile\S* cannot be written"),
-    (["--device", "cuda"], "--device cuda: PyTorch finds no cuda device"),
+    (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device"),
     (["--resume", "no/such.pt"], "no/such.pt/last.pt: there is no checkpoint there"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(
