@@ -71,8 +71,8 @@ class Config:
 
     # What is trained
     model: str = setting("unet", "which autoencoder; both: one after the other", (*MODELS, "both"))
-    objective: str = setting("heal", "heal: undo noise and drawn lesions; denoise: "
-                             "undo coarse noise; plain: reproduce the input", OBJECTIVES)
+    objective: str | None = setting(None, "heal (U-Net's default): undo noise and lesions; denoise "
+                                    "(Reversed AE's): undo noise; plain: copy", OBJECTIVES)
     image_size: int = setting(128, "images' side in pixels, a multiple of 16", low=16, high=1024)
     latent_dim: int = setting(512, "numbers in the latent", low=1)
     width: int = setting(64, "channels of the first level; smaller is faster and weaker", low=1)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from config import Config, UserError
+from config import OBJECTIVES, Config, UserError
 
 # ----------------------------------------------------------------------------------------------
 # Device, precision, processes
@@ -188,11 +188,12 @@ class UNet(nn.Module):
     channels.
     """
 
+    epochs, objective = 10, "heal"  # by default; see docs/results.md
+    multiple = 16  # pixels, of which the side holds two or more
     cpu_micro_batch = 8  # on a CPU more images at a time gain no speed, and take memory
 
     def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64) -> None:
         super().__init__()
-        check_image_size("unet", image_size, 16)
         w = width
         self.image_size, self.bottom = image_size, (8 * w, image_size // 16, image_size // 16)
         flat = 8 * w * (image_size // 16) ** 2
@@ -252,11 +253,11 @@ class ReversedAutoencoder(nn.Module):
     encoder's levels have 1, 2, 4 and 8 times `width` channels.
     """
 
+    epochs, objective, multiple = 20, "denoise", 8
     cpu_micro_batch = 16  # its activations are few, and every part reads a gigabyte of weights
 
     def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64) -> None:
         super().__init__()
-        check_image_size("reversed_ae", image_size, 8)
         w = width
         self.image_size, self.bottom = image_size, (8 * w, image_size // 8, image_size // 8)
         flat, hidden = 8 * w * (image_size // 8) ** 2, 2 * latent_dim
@@ -285,13 +286,6 @@ class ReversedAutoencoder(nn.Module):
         return [self.forward(x)]
 
 
-def check_image_size(model: str, image_size: int, multiple: int) -> None:
-    """UserError unless the model can halve the side as often as it must."""
-    if image_size % multiple or image_size < 2 * multiple:
-        raise UserError(f"--image-size {image_size}: {model} needs a multiple of {multiple}, at "
-                        f"least {2 * multiple}")
-
-
 def create_model(name: str, config: Config | None = None) -> UNet | ReversedAutoencoder:
     """The model called `unet` or `reversed_ae`, freshly initialised, on the CPU.
 
@@ -300,7 +294,11 @@ def create_model(name: str, config: Config | None = None) -> UNet | ReversedAuto
     config = config or Config()
     if name not in MODEL_CLASSES:
         raise UserError(f"model {name!r}: not one of {', '.join(MODEL_CLASSES)}")
-    return MODEL_CLASSES[name](config.image_size, config.latent_dim, config.width)
+    kind, side = MODEL_CLASSES[name], config.image_size
+    if side % kind.multiple or side < 2 * kind.multiple:
+        raise UserError(f"--image-size {side}: {name} needs a multiple of {kind.multiple}, at "
+                        f"least {2 * kind.multiple}")
+    return kind(side, config.latent_dim, config.width)
 
 
 def untrained_model(config: Config, setup: Setup) -> Any:
@@ -335,13 +333,13 @@ class Draws:
         """Uniform in [0,1), float."""
         return torch.rand((self.total, *shape), generator=self.generator)[self.rows]
 
+    def uniform(self, images: Tensor, low: float, high: float, count: int = 1) -> Tensor:
+        """Uniform in [low,high), [B,count,1,1] where the images [B,...] are."""
+        return (low + (high - low) * self.rand(count, 1, 1)).to(images.device)
+
     def randn(self, *shape: int) -> Tensor:
         """Standard normal, float."""
         return torch.randn((self.total, *shape), generator=self.generator)[self.rows]
-
-    def randint(self, high: int, *shape: int) -> Tensor:
-        """Uniform in 0..high-1, int64."""
-        return torch.randint(high, (self.total, *shape), generator=self.generator)[self.rows]
 
 
 def augment(images: Tensor, draws: Draws) -> Tensor:
@@ -374,7 +372,7 @@ def coarse_noise(images: Tensor, draws: Draws) -> Tensor:
     8, 16 or 32 cells a side.
     """
     H, W = images.shape[2:]
-    choice = draws.randint(4, 1, 1, 1)
+    choice = torch.randint(4, (draws.total, 1, 1, 1), generator=draws.generator)[draws.rows]
     strength = draws.rand(1, 1, 1) * 0.25
     noise = torch.zeros_like(images)
     for i, cells in enumerate((4, 8, 16, 32)):
@@ -397,19 +395,17 @@ def soft_shapes(images: Tensor, draws: Draws, count: int) -> Tensor:
     outline is an ellipse. An edge falls from 0.73 to 0.27 over 2-10 % of the side: harder ones
     would be found by the edge alone.
     """
-    (H, W), device = images.shape[2:], images.device
-
-    def uniform(low: float, high: float) -> Tensor:
-        return (low + (high - low) * draws.rand(count, 1, 1)).to(device)
-
-    y = (torch.arange(H, device=device)[:, None] + 0.5) / H - uniform(0.05, 0.95)
-    x = (torch.arange(W, device=device) + 0.5) / W - uniform(0.05, 0.95)
-    angle = uniform(0, math.pi)
-    radius_u, radius_v = (uniform(math.log(0.04), math.log(0.3)).exp() for _ in range(2))
+    place = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
+    y = place[:, None] - draws.uniform(images, 0.05, 0.95, count)
+    x = place - draws.uniform(images, 0.05, 0.95, count)
+    angle = draws.uniform(images, 0, math.pi, count)
+    radius_u, radius_v = (
+        draws.uniform(images, math.log(0.04), math.log(0.3), count).exp() for _ in range(2))
     u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     distance = ((u / radius_u).square() + (v / radius_v).square()).sqrt()
-    distance = distance + uniform(0, 0.6) * smooth_noise(images, draws, count, 6)
-    edge = uniform(0.01, 0.05) / torch.minimum(radius_u, radius_v)
+    uneven = draws.uniform(images, 0, 0.6, count)
+    distance = distance + uneven * smooth_noise(images, draws, count, 6)
+    edge = draws.uniform(images, 0.01, 0.05, count) / torch.minimum(radius_u, radius_v)
     return torch.sigmoid((1 - distance) / edge)
 
 
@@ -424,8 +420,7 @@ def add_opacities(images: Tensor, draws: Draws) -> Tensor:
     some of the detail beneath, up to all, as fluid in a lung hides its vessels."""
     count, device = 3, images.device
     shapes = soft_shapes(images, draws, count)
-    there = draws.rand(count, 1, 1) < 0.5
-    there[:, 0] = True
+    there = draws.rand(count, 1, 1) < torch.tensor([1, 0.5, 0.5]).view(count, 1, 1)
     there &= draws.rand(1, 1, 1) < 0.7
     strength = (0.08 + 0.42 * draws.rand(count, 1, 1)) * there
     strength = strength * torch.where(draws.rand(count, 1, 1) < 0.65, 1, -1)  # bright more often
@@ -456,10 +451,8 @@ def add_foreign_patch(images: Tensor, draws: Draws) -> Tensor:
 
 def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
     """What the network sees of clean images [B,1,H,W] under the objective; same shape, in [0,1].
-
-    heal composes the corruptions: with one kind alone a network learns to look for the kind rather
-    than for what a normal image looks like.
-    """
+    heal composes corruptions: of one kind alone a network learns the kind, not what is normal."""
+    assert objective in OBJECTIVES, objective
     if objective == "plain":
         return images
     seen = add_lesions(images, draws) if objective == "heal" else images
@@ -474,13 +467,20 @@ def add_lesions(images: Tensor, draws: Draws) -> Tensor:
 def add_veil(images: Tensor, draws: Draws) -> Tensor:
     """Haze over much of an image, on two fifths of the images: detail gives way to the local mean,
     and the grey value rises. [B,1,H,W] in [0,1] to the same."""
-    def uniform(low: float, high: float) -> Tensor:
-        return (low + (high - low) * draws.rand(1, 1, 1)).to(images.device)
+    shape = smooth_noise(images, draws, 1, 3) - draws.uniform(images, -0.5, 1)
+    shape = torch.sigmoid(4 * shape) * (draws.uniform(images, 0, 1) < 0.4)
+    smooth = box_filter(images, 1 / 8)
+    images = images + shape * draws.uniform(images, 0.2, 0.9) * (smooth - images)
+    return images + shape * draws.uniform(images, 0, 0.25) * (1 - images)
 
-    shape = torch.sigmoid((smooth_noise(images, draws, 1, 3) - uniform(-0.5, 1)) * 4)
-    shape = shape * (uniform(0, 1) < 0.4)
-    images = images + shape * uniform(0.2, 0.9) * (box_filter(images, 1 / 8) - images)
-    return images + shape * uniform(0, 0.25) * (1 - images)
+
+def add_consolidation(images: Tensor, draws: Draws) -> Tensor:
+    """A blob that gets up to as bright as the brightest around it, on 70 % of the images, as lung
+    that is full of fluid is as bright as the heart beside it. [B,1,H,W] in [0,1] to the same."""
+    shape = soft_shapes(images, draws, 1) * (draws.uniform(images, 0, 1) < 0.7)
+    bright = F.interpolate(F.adaptive_max_pool2d(images, 4), size=images.shape[2:],
+                           mode="bilinear", align_corners=False)
+    return images + shape * draws.uniform(images, 0.3, 1) * (bright - images)
 
 
 def warp(images: Tensor, draws: Draws) -> Tensor:
@@ -501,19 +501,18 @@ def draw_lesions(images: Tensor, draws: Draws, vary: bool = True) -> tuple[Tenso
     float [B,1,H,W] in [0,1] to two of the same: what readers learn from. A fifth of the images
     stays without. vary: all are moved as in training, and blurred (3x3) or sharpened, and half of
     them get another exposure (gamma 0.7 to 1.4): these are no diseases. Where images lie and look
-    all alike, only sharpness varies, half as much.
+    all alike, only sharpness varies, half as much, and nothing is consolidated.
     """
-    clean = images
     if vary:
-        clean = augment(images, draws)
-        gamma = (2 * draws.rand(1, 1, 1) - 1) * (draws.rand(1, 1, 1) < 0.5) * math.log(1.4)
-        clean = clean ** gamma.exp().to(images.device)
-    seen = add_lesions(clean, draws).clamp(0, 1)
-    some = (draws.rand(1, 1, 1) < 0.8).to(images.device)
-    blur = (2 * draws.rand(1, 1, 1) - 1).to(images.device) / (1 if vary else 2)  # < 0: sharpened
-    seen, clean = (x + blur * (box_filter(x, 3) - x) for x in (torch.where(some, seen, clean),
-                                                               clean))
-    change = box_filter((seen - clean).abs(), 1 / 16)
+        images = augment(images, draws)
+        gamma = draws.uniform(images, -1, 1) * (draws.uniform(images, 0, 1) < 0.5) * math.log(1.4)
+        images = images ** gamma.exp()
+    seen = add_lesions(images, draws).clamp(0, 1)
+    seen = add_consolidation(seen, draws) if vary else seen
+    seen = torch.where(draws.uniform(images, 0, 1) < 0.8, seen, images)
+    blur = draws.uniform(images, -1, 1) / (1 if vary else 2)  # < 0: sharpened
+    seen, images = (x + blur * (box_filter(x, 3) - x) for x in (seen, images))
+    change = box_filter((seen - images).abs(), 1 / 16)
     return seen.clamp(0, 1), (change / LESION_CHANGE).clamp(0, 1)
 
 

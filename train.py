@@ -50,12 +50,12 @@ from data import (
     PHANTOM_SAMPLES, ImageStream, KaggleSource, Loaders, Source, create_dataloaders, describe,
     describe_memory, same_data, write_splits)
 from models import (
-    BASELINE, DEFAULT_SCORER, READ_AT_ONCE, READER_BATCH, READERS, AnomalyScorer, Draws, Setup,
-    augment, choose_device, choose_precision, corrupt, create_model, draw_lesions, objective_loss,
-    pooled, reconstruct_evenly, score_images, seeded, to_float, train_reader, untrained_model, warp)
+    BASELINE, DEFAULT_SCORER, MODEL_CLASSES, READ_AT_ONCE, READER_BATCH, READERS, AnomalyScorer,
+    Draws, Setup, augment, choose_device, choose_precision, corrupt, create_model, draw_lesions,
+    objective_loss, pooled, reconstruct_evenly, score_images, seeded, to_float, train_reader,
+    untrained_model, warp)
 
-FORMAT = 16  # of the checkpoints
-EPOCHS = {"unet": 10, "reversed_ae": 20}  # by default; see docs/results.md
+FORMAT = 17  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 LEAST_DRAWN, MOST_DRAWN = 512, 2048  # training normals with lesions drawn on, for the readers
 # Settings that a resumed run may change. Any other change makes it another run.
@@ -704,7 +704,8 @@ def prepare(config: Config) -> tuple[Setup, list[Config], Loaders]:
     models = MODELS if config.model == "both" else (config.model,)
     configs = [dataclasses.replace(
         config, model=model, seed=config.seed + i, seeds=1,
-        epochs=config.epochs or (3 if phantom else EPOCHS[model]),
+        epochs=config.epochs or (3 if phantom else MODEL_CLASSES[model].epochs),
+        objective=config.objective or MODEL_CLASSES[model].objective,
         samples=config.samples or (PHANTOM_SAMPLES if phantom else None),
         augment=not phantom if config.augment is None else config.augment,  # phantoms lie all alike
         # Absolute, so that the run can be evaluated from anywhere.

@@ -12,9 +12,9 @@ from config import OBJECTIVES, Config, UserError
 from data import draw_phantom
 from models import (
     MODEL_CLASSES, READERS, SCALES, SCORERS, TEXTURE_SCALES, AnomalyScorer, Draws, Linear, Output,
-    Setup, add_foreign_patch, add_opacities, augment, box_filter, coarse_noise, corrupt,
-    create_model, draw_lesions, exposed_like, low_passed, objective_loss, reconstruct_evenly,
-    score_images, soft_shapes, ssim_map, texture, to_float, train_reader, warp)
+    Setup, add_consolidation, add_foreign_patch, add_opacities, augment, box_filter, coarse_noise,
+    corrupt, create_model, draw_lesions, exposed_like, low_passed, objective_loss,
+    reconstruct_evenly, score_images, soft_shapes, ssim_map, texture, to_float, train_reader, warp)
 
 CPU = Setup(torch.device("cpu"))
 SIZES = {"unet": 54_986_305, "reversed_ae": 272_717_697}
@@ -334,6 +334,17 @@ def test_drawn_lesions_are_marked_where_they_change_the_image() -> None:
     moved = warp(images, Draws(gen(3), 40))
     changed = (moved - images).abs().amax((1, 2, 3))
     assert (changed > 0.02).all() and ((moved - images).abs() < 0.02).float().mean() > 0.5
+
+
+def test_consolidation_brightens_dark_places_up_to_what_is_bright_nearby() -> None:
+    images = torch.full((200, 1, 64, 64), 0.2)
+    images[..., 24:40] = 0.8  # a bright band, as the heart between the lungs
+    seen = add_consolidation(images, draws(200))
+    change = seen - images
+    assert change.min() > -1e-6 and seen.max() < 0.8 + 1e-6
+    assert 0.5 < (changed(images, seen) > 0).float().mean() < 0.9  # 70 %, less those on the band
+    near, far = change[..., 16:24], change[..., :4]
+    assert near.max() > 0.4 and far.max() < 0.01
 
 
 def test_calibration_is_mean_and_deviation_of_the_low_passed_residual() -> None:

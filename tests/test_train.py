@@ -19,7 +19,7 @@ import train as train_module
 from config import Config, UserError, command, load_config, parse_config, run_command
 from data import read_splits
 from models import Setup, create_model, objective_loss
-from train import learning_rate_at, load_checkpoint, train, write_file
+from train import learning_rate_at, load_checkpoint, prepare, train, write_file
 
 TIMED = ("images_per_second", "data_wait", "seconds", "device_mb")  # in log.csv
 
@@ -115,6 +115,18 @@ def test_a_run_leaves_what_it_promises_and_says_where(
     lines = (folder / "run.log").read_text().splitlines()
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO    settings ", lines[0])
     assert sum("epoch 2/2" in line for line in lines) == 1
+
+
+def test_what_is_left_open_depends_on_the_model_and_on_the_data(xrays: Path) -> None:
+    left_open = Config(model="both", image_size=32, device="cpu")
+    own = dataclasses.replace(left_open, data=str(xrays))
+    for config, epochs, augmented in ((own, (10, 20), True), (left_open, (3, 3), False)):
+        _, found, _ = prepare(config)
+        assert tuple(c.epochs for c in found) == epochs
+        assert [c.objective for c in found] == ["heal", "denoise"]
+        assert all(c.augment is augmented for c in found)
+    _, (asked,), _ = prepare(dataclasses.replace(own, model="unet", objective="plain", epochs=1))
+    assert (asked.objective, asked.epochs) == ("plain", 1)
 
 
 @pytest.mark.parametrize("settings", [
@@ -292,7 +304,7 @@ def test_early_stopping_keeps_the_best_and_a_worse_epoch_never_replaces_it(
 def test_the_validation_loss_is_the_objective_on_the_same_corruption_each_time(
     tmp_path: Path
 ) -> None:
-    config = tiny(tmp_path)
+    config = tiny(tmp_path, objective="heal")
     state = train_module.new_state(config, Setup(torch.device("cpu")))
     loaders = data_module.create_dataloaders(config)
     first, second = (train_module.validate(state, loaders.val) for _ in range(2))
