@@ -32,7 +32,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 MODELS = ("unet", "reversed_ae")
-OBJECTIVES = ("heal", "denoise", "plain")
+OBJECTIVES = ("denoise", "heal", "plain")
 log = logging.getLogger("imgae_dx")  # what the program tells; `on_screen` shows it
 
 
@@ -71,8 +71,8 @@ class Config:
 
     # What is trained
     model: str = setting("unet", "which autoencoder; both: one after the other", (*MODELS, "both"))
-    objective: str | None = setting(None, "heal (U-Net's default): undo noise and lesions; denoise "
-                                    "(Reversed AE's): undo noise; plain: copy", OBJECTIVES)
+    objective: str = setting("denoise", "denoise: undo coarse noise; heal: undo noise and drawn "
+                             "lesions; plain: reproduce the input", OBJECTIVES)
     image_size: int = setting(128, "images' side in pixels, a multiple of 16", low=16, high=1024)
     latent_dim: int = setting(512, "numbers in the latent", low=1)
     width: int = setting(64, "channels of the first level; smaller is faster and weaker", low=1)

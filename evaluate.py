@@ -168,15 +168,15 @@ class TrainedRun:
 
     def __call__(self, images: np.ndarray | Tensor, scorer: str = DEFAULT_SCORER,
                  ) -> tuple[np.ndarray, ...]:
-        """(reconstructions, anomaly maps, both [n,1,H,W], scores [n]) of images [n,1,H,W], uint8,
-        or float in [0,1]; H = W = config.image_size. UserError if they are not."""
+        """(reconstructions without skip connections, anomaly maps, both [n,1,H,W], scores [n]) of
+        images [n,1,H,W], uint8 or float in [0,1]; H = W = config.image_size. UserError if not."""
         x, side, by = torch.as_tensor(images).cpu(), self.config.image_size, scorer_called(scorer)
         if x.is_floating_point() and x.numel() and x.min() >= 0 and x.max() <= 1:
             x = (255 * x).round().byte()
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        found = [(output.reconstructions[:, :1], maps[by], scores[by])
+        found = [(output.last().reconstructions, maps[by], scores[by])
                  for output, scores, maps in map(self.score, x.split(8 * READ_AT_ONCE))]
         return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
@@ -1112,7 +1112,7 @@ def picture_rows(r: Result, images: Tensor, above: Sequence[str] = (),
     output, scores, maps = r.run.score(images)
     views = torch.cat([output.images, output.reconstructions, maps[r.scorer]], 1).cpu().numpy()
     seen, *backs, found = views.swapaxes(0, 1)
-    names = itertools.chain(["reconstruction"], itertools.repeat("the same,\nwithout skips"))
+    names = ["reconstruction\nwith skips", "reconstruction"][-len(backs):]
     told = [f"score {score:.3g}" for score in scores[r.scorer].tolist()]
     return [Row("image", seen, above), *map(Row, names, backs),
             Row("anomaly map", seen, told, found, masks)]
@@ -1127,7 +1127,7 @@ def tested_rows(r: Result, positions: Sequence[int]) -> tuple[Row, Row, Row]:
         raise UserError(f"--data {r.source.spec}: {key} was scored, but cannot be read again for "
                         f"its picture ({reason})")
     above = [f"{s.key.rpartition('/')[2][-18:]}\n{describe_sample(s)}" for s in samples]
-    image, back, *_, map_ = picture_rows(r, torch.cat(images), above, [*map(r.mask, samples)])
+    image, *_, back, map_ = picture_rows(r, torch.cat(images), above, [*map(r.mask, samples)])
     return image, back, map_
 
 

@@ -188,7 +188,7 @@ class UNet(nn.Module):
     channels.
     """
 
-    epochs, objective = 10, "heal"  # by default; see docs/results.md
+    epochs = 10  # by default; see docs/results.md
     multiple = 16  # pixels, of which the side holds two or more
     cpu_micro_batch = 8  # on a CPU more images at a time gain no speed, and take memory
 
@@ -211,14 +211,10 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction [B,1,H,W] by the decoder with skip connections."""
-        return self.reconstructions(x, skip_free_share=0.0)[0]
+        return self.reconstructions(x)[0]
 
-    def reconstructions(self, x: Tensor, skip_free_share: float = 1.0) -> list[Tensor]:
-        """Both reconstructions from one pass of the encoder: with skips, and skip-free.
-
-        skip_free_share: training may run the skip-free decoder, which costs 69 % of the rest, on
-        the first share of the batch only. Its result has that many images, and is left out at 0.
-        """
+    def reconstructions(self, x: Tensor) -> list[Tensor]:
+        """Both reconstructions from one pass of the encoder: with skips, and skip-free."""
         maps = [self.down[0](x)]  # finest first: [B,w,H,W] ... [B,8w,H/16,W/16]
         for block in self.down[1:]:
             maps.append(block(F.max_pool2d(maps[-1], 2)))
@@ -235,13 +231,10 @@ class UNet(nn.Module):
                     y.register_hook(lambda g: g.contiguous(memory_format=torch.channels_last))
                 y = torch.cat([skip, y], dim=1)
             y = block(y)
-        result = [to_image(self.out(y))]
-        if skip_free_share > 0:
-            z = bottom[: max(1, round(len(y) * skip_free_share))]
-            for block in self.skip_free_up:
-                z = block(z)
-            result.append(to_image(self.out(z)))
-        return result
+        z = bottom
+        for block in self.skip_free_up:
+            z = block(z)
+        return [to_image(self.out(y)), to_image(self.out(z))]
 
 
 class ReversedAutoencoder(nn.Module):
@@ -253,7 +246,7 @@ class ReversedAutoencoder(nn.Module):
     encoder's levels have 1, 2, 4 and 8 times `width` channels.
     """
 
-    epochs, objective, multiple = 20, "denoise", 8
+    epochs, multiple = 20, 8
     cpu_micro_batch = 16  # its activations are few, and every part reads a gigabyte of weights
 
     def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64) -> None:
@@ -281,7 +274,7 @@ class ReversedAutoencoder(nn.Module):
             y = block(y)
         return to_image(self.out(y))
 
-    def reconstructions(self, x: Tensor, skip_free_share: float = 1.0) -> list[Tensor]:
+    def reconstructions(self, x: Tensor) -> list[Tensor]:
         """[forward(x)]: the one that this model gives, in the form that U-Net gives its two."""
         return [self.forward(x)]
 
@@ -313,8 +306,6 @@ MODEL_CLASSES: dict[str, type[UNet | ReversedAutoencoder]] = {
 
 # ----------------------------------------------------------------------------------------------
 # Objectives: what the network sees, and what it is asked for
-
-SKIP_FREE_SHARE = 0.25  # of a training batch, on which U-Net's skip-free decoder is trained too
 
 
 class Draws:
@@ -519,8 +510,8 @@ def draw_lesions(images: Tensor, draws: Draws, vary: bool = True) -> tuple[Tenso
 def objective_loss(model: Any, inputs: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error of a model's reconstructions of inputs [B,1,H,W] against the clean
     images, averaged over the reconstructions, in fp32 whatever the network's precision."""
-    views = model.reconstructions(inputs, SKIP_FREE_SHARE)
-    return torch.stack([F.l1_loss(view.float(), images[: len(view)]) for view in views]).mean()
+    views = model.reconstructions(inputs)
+    return torch.stack([F.l1_loss(view.float(), images) for view in views]).mean()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -559,6 +550,11 @@ class Output(NamedTuple):
     def first(self, count: int) -> "Output":
         """The part that belongs to the first images."""
         return Output(self.images[:count], self.reconstructions[:count])
+
+    def last(self) -> "Output":
+        """That with the last reconstruction alone, which is made from the latent alone: no skip
+        connection has copied an anomaly into it."""
+        return Output(self.images, self.reconstructions[:, -1:])
 
 
 def box_filter(maps: Tensor, side: float) -> Tensor:
@@ -721,7 +717,7 @@ class AnomalyScorer:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # of what is added, and of squares: float64 [2,C,H,W]
         self.count = 0
-        self.mean: dict[str, Tensor] = {}  # of Z_MAPS, [C,H,W]; C = reconstructions x scales
+        self.mean: dict[str, Tensor] = {}  # of Z_MAPS, [C,H,W]; C = scales
         self.std: dict[str, Tensor] = {}
         self.mean_image = torch.empty(0)  # [1,H,W]
         self.readers: dict[str, Reader] = {}
@@ -731,7 +727,7 @@ class AnomalyScorer:
 
     def add(self, output: Output) -> None:
         """Take in the model's output for a batch of training normals."""
-        every = {name: measure(output) for name, (measure, *_) in Z_MAPS.items()}
+        every = {name: measure(output.last()) for name, (measure, *_) in Z_MAPS.items()}
         for name, maps in (every | {"image": output.images}).items():
             maps = maps.cpu().double()  # MPS has no float64
             self.sums[name] = self.sums.get(name, 0) + torch.stack([
@@ -752,8 +748,8 @@ class AnomalyScorer:
         self.sums = {}
 
     def z(self, output: Output) -> dict[str, Tensor]:
-        """Z_MAPS in standard deviations of training normals, each [B,V x scales,H,W]."""
-        device = output.images.device
+        """Z_MAPS in standard deviations of training normals, each [B,scales,H,W]."""
+        device, output = output.images.device, output.last()
         return {name: (measure(output) - self.mean[name].to(device)) / self.std[name].to(device)
                 for name, (measure, *_) in Z_MAPS.items()}
 

@@ -658,7 +658,7 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
         moved.append(score_images(model, scorer, warped, setup)[1][DEFAULT_SCORER])
         mean = scorer.mean_image.to(setup.device)
         errors.append(torch.stack([(output.images - x).abs().mean((1, 2, 3))
-                                   for x in (output.reconstructions[:, :1], mean)]))
+                                   for x in (output.last().reconstructions, mean)]))
     if not scores:
         raise UserError("no validation image could be read")
     normal = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
@@ -705,7 +705,6 @@ def prepare(config: Config) -> tuple[Setup, list[Config], Loaders]:
     configs = [dataclasses.replace(
         config, model=model, seed=config.seed + i, seeds=1,
         epochs=config.epochs or (3 if phantom else MODEL_CLASSES[model].epochs),
-        objective=config.objective or MODEL_CLASSES[model].objective,
         samples=config.samples or (PHANTOM_SAMPLES if phantom else None),
         augment=not phantom if config.augment is None else config.augment,  # phantoms lie all alike
         # Absolute, so that the run can be evaluated from anywhere.

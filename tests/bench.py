@@ -70,8 +70,7 @@ class Scale:
     scored: int = 24
 
     def config(self, **settings: object) -> Config:
-        return Config(**({"device": "cpu", "epochs": 1, "augment": True, "objective": "heal"}
-                        | self.sizes | settings))
+        return Config(**({"device": "cpu", "epochs": 1, "augment": True} | self.sizes | settings))
 
 
 QUICK = Scale(True, TINY, 4, 1, TINY, 12, 10, 64, 96, 16)

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from models import (
-    SKIP_FREE_SHARE, Draws, Linear, ReversedAutoencoder, UNet, augment, corrupt)
+from models import Draws, Linear, ReversedAutoencoder, UNet, augment, corrupt
 
 
 class PlainUNet(UNet):
-    """The U-Net; `forward` gives both reconstructions, the skip-free one of the first few."""
+    """The U-Net; `forward` gives both reconstructions."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
@@ -27,7 +26,7 @@ class PlainUNet(UNet):
         for block, skip in zip(self.up, maps[-2::-1], strict=True):
             y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
             y = block(torch.cat([skip, y], dim=1))
-        z = bottom[: max(1, round(len(y) * SKIP_FREE_SHARE))]
+        z = bottom
         for block in self.skip_free_up:
             z = block(z)
         return [torch.sigmoid(self.out(y)), torch.sigmoid(self.out(z))]
@@ -66,10 +65,10 @@ def plain_training(model: nn.Module, device: torch.device,
     def step(images: Tensor) -> float:
         random = draws(next(numbers), len(images))
         images = augment(images.to(device).float() / 255, random)
-        inputs = corrupt(images, "heal", random)
+        inputs = corrupt(images, "denoise", random)
         optimizer.zero_grad()
         views = model(inputs)
-        loss = sum(F.l1_loss(view, images[: len(view)]) for view in views) / len(views)
+        loss = sum(F.l1_loss(view, images) for view in views) / len(views)
         loss.backward()
         optimizer.step()
         return loss.item()

@@ -367,7 +367,6 @@ import torch, torch.distributed as dist
 import models, train
 from config import Config
 torch.set_num_threads(1)
-models.SKIP_FREE_SHARE = 1.0  # a quarter of each slice would be other images than of the whole
 setup = train.join_processes(Config(device="cpu", precision="fp32"))
 images = torch.randint(256, (7, 1, 32, 32), dtype=torch.uint8,
                        generator=torch.Generator().manual_seed(0))
