@@ -86,8 +86,8 @@ class Config:
     samples: int | None = setting(None, "training images; default: all, 400 on the phantom", low=2)
     grey_bits: int | None = setting(None, "bits in use of 16-bit images; default: found from them",
                                     low=8, high=16)
-    augment: bool | None = setting(None, "random shifts, turns, scales, brightness and contrast; "
-                                   "default: on, but off on the phantom")
+    augment: bool | None = setting(None, "random shifts, turns, scales, brightness, contrast; for "
+                                   "readers more; default: on, but off on the phantom")
     memory_limit_gb: float = setting(4.0, "most memory for images, those cached for later epochs "
                                      "included; what does not fit is read again", high=100_000)
 

@@ -168,7 +168,7 @@ class TrainedRun:
 
     def __call__(self, images: np.ndarray | Tensor, scorer: str = DEFAULT_SCORER,
                  ) -> tuple[np.ndarray, ...]:
-        """(reconstructions without skip connections, anomaly maps, both [n,1,H,W], scores [n]) of
+        """(reconstructions that the scorer sees, anomaly maps, both [n,1,H,W], scores [n]) of
         images [n,1,H,W], uint8 or float in [0,1]; H = W = config.image_size. UserError if not."""
         x, side, by = torch.as_tensor(images).cpu(), self.config.image_size, scorer_called(scorer)
         if x.is_floating_point() and x.numel() and x.min() >= 0 and x.max() <= 1:
@@ -176,7 +176,7 @@ class TrainedRun:
         if x.dtype != torch.uint8 or x.shape != (len(x), 1, side, side) or not len(x):
             raise UserError(f"images: [n,1,{side},{side}] in uint8, or float in [0,1], is wanted, "
                             f"not this {x.dtype} of shape {list(x.shape)}")
-        found = [(output.last().reconstructions, maps[by], scores[by])
+        found = [(output.seen_by(by).reconstructions, maps[by], scores[by])
                  for output, scores, maps in map(self.score, x.split(8 * READ_AT_ONCE))]
         return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
@@ -1106,13 +1106,14 @@ def describe_sample(sample: Sample) -> str:
 
 
 def picture_rows(r: Result, images: Tensor, above: Sequence[str] = (),
-                 masks: Sequence[np.ndarray | None] = ()) -> list[Row]:
-    """Make rows of uint8 images [n,1,H,W]: the images with texts above, each reconstruction, and
-    the maps with scores above and lesions outlined."""
+                 masks: Sequence[np.ndarray | None] = (), every: bool = False) -> list[Row]:
+    """Make rows of uint8 images [n,1,H,W]: the images with texts above, the reconstruction that the
+    scorer sees (or every one), and the maps with scores above and lesions outlined."""
     output, scores, maps = r.run.score(images)
+    output = output if every else output.seen_by(r.scorer)
     views = torch.cat([output.images, output.reconstructions, maps[r.scorer]], 1).cpu().numpy()
     seen, *backs, found = views.swapaxes(0, 1)
-    names = ["reconstruction\nwith skips", "reconstruction"][-len(backs):]
+    names = [*["another\nreconstruction"] * (len(backs) - 1), "reconstruction"]
     told = [f"score {score:.3g}" for score in scores[r.scorer].tolist()]
     return [Row("image", seen, above), *map(Row, names, backs),
             Row("anomaly map", seen, told, found, masks)]
@@ -1127,7 +1128,7 @@ def tested_rows(r: Result, positions: Sequence[int]) -> tuple[Row, Row, Row]:
         raise UserError(f"--data {r.source.spec}: {key} was scored, but cannot be read again for "
                         f"its picture ({reason})")
     above = [f"{s.key.rpartition('/')[2][-18:]}\n{describe_sample(s)}" for s in samples]
-    image, *_, back, map_ = picture_rows(r, torch.cat(images), above, [*map(r.mask, samples)])
+    image, back, map_ = picture_rows(r, torch.cat(images), above, [*map(r.mask, samples)])
     return image, back, map_
 
 
@@ -1150,7 +1151,8 @@ def draw_healing(r: Result) -> None:
     config, clean = r.run.config, r.run.some_normals(r.source, "val", 6)
     draws = models.Draws(models.seeded(config.seed, "picture", 0), len(clean))
     seen, there = models.draw_lesions(clean / 255, draws, vary=False)
-    drawn, *rows = picture_rows(r, (255 * seen).round().byte(), (), list(there[:, 0].numpy() > 0.5))
+    drawn, *rows = picture_rows(r, (255 * seen).round().byte(), (),
+                                list(there[:, 0].numpy() > 0.5), every=True)
     rows = [Row("normal", clean[:, 0].numpy() / 255), drawn._replace(beside="lesions drawn"), *rows]
     save_picture(r.folder / "healing.png", f"{r.run.name}: normal images with lesions drawn on",
                  rows, r.scorer, r.run.scorer.map_tops[r.scorer])

@@ -189,7 +189,7 @@ class UNet(nn.Module):
     """
 
     epochs = 10  # by default; see docs/results.md
-    multiple = 16  # pixels, of which the side holds two or more
+    multiple = 16  # the image side is a multiple of this, at least twice it
     cpu_micro_batch = 8  # on a CPU more images at a time gain no speed, and take memory
 
     def __init__(self, image_size: int = 128, latent_dim: int = 512, width: int = 64) -> None:
@@ -325,7 +325,7 @@ class Draws:
         return torch.rand((self.total, *shape), generator=self.generator)[self.rows]
 
     def uniform(self, images: Tensor, low: float, high: float, count: int = 1) -> Tensor:
-        """Uniform in [low,high), [B,count,1,1] where the images [B,...] are."""
+        """Uniform in [low,high), [B,count,1,1] on the device of the images [B,...]."""
         return (low + (high - low) * self.rand(count, 1, 1)).to(images.device)
 
     def randn(self, *shape: int) -> Tensor:
@@ -442,7 +442,7 @@ def add_foreign_patch(images: Tensor, draws: Draws) -> Tensor:
 
 def corrupt(images: Tensor, objective: str, draws: Draws) -> Tensor:
     """What the network sees of clean images [B,1,H,W] under the objective; same shape, in [0,1].
-    heal composes corruptions: of one kind alone a network learns the kind, not what is normal."""
+    heal: lesions, then noise; denoise: noise alone; plain: nothing."""
     assert objective in OBJECTIVES, objective
     if objective == "plain":
         return images
@@ -466,8 +466,9 @@ def add_veil(images: Tensor, draws: Draws) -> Tensor:
 
 
 def add_consolidation(images: Tensor, draws: Draws) -> Tensor:
-    """A blob that gets up to as bright as the brightest around it, on 70 % of the images, as lung
-    that is full of fluid is as bright as the heart beside it. [B,1,H,W] in [0,1] to the same."""
+    """On 70 % of the images a soft blob, 30 to 100 % of the way to the largest grey values nearby
+    (of 4x4 cells, smoothly joined): lung full of fluid looks as bright as the heart. [B,1,H,W] in
+    [0,1] to the same."""
     shape = soft_shapes(images, draws, 1) * (draws.uniform(images, 0, 1) < 0.7)
     bright = F.interpolate(F.adaptive_max_pool2d(images, 4), size=images.shape[2:],
                            mode="bilinear", align_corners=False)
@@ -492,7 +493,7 @@ def draw_lesions(images: Tensor, draws: Draws, vary: bool = True) -> tuple[Tenso
     float [B,1,H,W] in [0,1] to two of the same: what readers learn from. A fifth of the images
     stays without. vary: all are moved as in training, and blurred (3x3) or sharpened, and half of
     them get another exposure (gamma 0.7 to 1.4): these are no diseases. Where images lie and look
-    all alike, only sharpness varies, half as much, and nothing is consolidated.
+    all alike, only sharpness varies, half as much, and no consolidations are drawn.
     """
     if vary:
         images = augment(images, draws)
@@ -551,10 +552,11 @@ class Output(NamedTuple):
         """The part that belongs to the first images."""
         return Output(self.images[:count], self.reconstructions[:count])
 
-    def last(self) -> "Output":
-        """That with the last reconstruction alone, which is made from the latent alone: no skip
-        connection has copied an anomaly into it."""
-        return Output(self.images, self.reconstructions[:, -1:])
+    def seen_by(self, scorer: str) -> "Output":
+        """The same with only the reconstruction that the scorer sees. `mse` and `ssim` see the
+        first, the others the last: no skip connection has copied an anomaly into that one."""
+        number = slice(0, 1) if scorer in ("mse", "ssim") else slice(-1, None)
+        return Output(self.images, self.reconstructions[:, number])
 
 
 def box_filter(maps: Tensor, side: float) -> Tensor:
@@ -727,7 +729,7 @@ class AnomalyScorer:
 
     def add(self, output: Output) -> None:
         """Take in the model's output for a batch of training normals."""
-        every = {name: measure(output.last()) for name, (measure, *_) in Z_MAPS.items()}
+        every = {name: measure(output.seen_by(name)) for name, (measure, *_) in Z_MAPS.items()}
         for name, maps in (every | {"image": output.images}).items():
             maps = maps.cpu().double()  # MPS has no float64
             self.sums[name] = self.sums.get(name, 0) + torch.stack([
@@ -749,7 +751,7 @@ class AnomalyScorer:
 
     def z(self, output: Output) -> dict[str, Tensor]:
         """Z_MAPS in standard deviations of training normals, each [B,scales,H,W]."""
-        device, output = output.images.device, output.last()
+        device, output = output.images.device, output.seen_by(DEFAULT_SCORER)
         return {name: (measure(output) - self.mean[name].to(device)) / self.std[name].to(device)
                 for name, (measure, *_) in Z_MAPS.items()}
 
@@ -763,7 +765,7 @@ class AnomalyScorer:
 
     def maps(self, output: Output) -> dict[str, Tensor]:
         """The anomaly map by every scorer and reader that is there: [B,1,H,W], at least 0."""
-        x, y = output.images, output.reconstructions[:, :1]
+        x, y = output.seen_by("mse")
         z = self.z(output)
         maps = {"zscore": z["zscore"].abs().mean(1, keepdim=True), "mse": (x - y).square(),
                 "ssim": 1 - ssim_map(x, y)}

@@ -656,9 +656,9 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
         draws = Draws(seeded(config.seed, "warp", number), len(images))
         warped = (255 * warp(to_float(images, torch.device("cpu")), draws)).round().byte()
         moved.append(score_images(model, scorer, warped, setup)[1][DEFAULT_SCORER])
-        mean = scorer.mean_image.to(setup.device)
+        mean, own = scorer.mean_image.to(setup.device), output.seen_by(DEFAULT_SCORER)
         errors.append(torch.stack([(output.images - x).abs().mean((1, 2, 3))
-                                   for x in (output.last().reconstructions, mean)]))
+                                   for x in (own.reconstructions, mean)]))
     if not scores:
         raise UserError("no validation image could be read")
     normal = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
@@ -670,10 +670,10 @@ def refer_to_normals(scorer: AnomalyScorer, model: nn.Module, loaders: Loaders, 
     size = sum(p.numel() for p in scorer.readers[DEFAULT_SCORER].parameters())
     log.info(f"reader    {size:,} parameters; AUROC {told:.3f} for parts moved in validation "
              "images, a kind of lesion that it was not trained on")
-    own, of_mean = torch.cat(errors, dim=1).mean(1).tolist()
-    if own >= of_mean:
+    error, of_mean = torch.cat(errors, dim=1).mean(1).tolist()
+    if error >= of_mean:
         log.warning(f"careful   {type(model).__name__}'s reconstructions of validation images are "
-                    f"no better than the mean training image (mean error {own:.4f}, {of_mean:.4f})")
+                    f"no better than the mean training image (error {error:.4f}, {of_mean:.4f})")
 
 
 @on_screen()

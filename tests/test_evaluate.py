@@ -584,7 +584,10 @@ def test_arrays_give_reconstructions_maps_and_scores(runs: list[Path]) -> None:
     images = np.stack([draw_phantom(i, 32)[0] for i in range(70)])[:, None]
     reconstruction, anomaly_map, score = run(images, "zscore")
     assert reconstruction.shape == anomaly_map.shape == images.shape and score.shape == (70,)
-    _, scores, maps = run.score(torch.from_numpy(images[:3]))
+    output, scores, maps = run.score(torch.from_numpy(images[:3]))
+    with_skips, from_latent = output.reconstructions.numpy().swapaxes(0, 1)[:, :, None]
+    assert np.array_equal(reconstruction[:3], from_latent)
+    assert np.array_equal(run(images[:3], "mse")[0], with_skips)
     assert np.array_equal(score[:3], scores["zscore"])
     assert np.array_equal(anomaly_map[:3], maps["zscore"])
     again = run(torch.from_numpy(images[:3]).float() / 255, "zscore")

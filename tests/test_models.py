@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import models
 from config import OBJECTIVES, Config, UserError
 from data import draw_phantom
 from models import (
@@ -187,7 +188,10 @@ def test_the_loss_is_the_mean_absolute_error_against_the_clean_image() -> None:
     images, noisy = torch.rand(2, 4, 1, 32, 32, generator=gen())
     copy = SimpleNamespace(reconstructions=lambda x: [x])
     assert objective_loss(copy, images, images) == 0
-    assert torch.allclose(objective_loss(copy, noisy, images), (noisy - images).abs().mean())
+    error = (noisy - images).abs().mean()
+    assert torch.allclose(objective_loss(copy, noisy, images), error)
+    half_right = SimpleNamespace(reconstructions=lambda x: [images, x])
+    assert torch.allclose(objective_loss(half_right, noisy, images), error / 2)
 
 
 @pytest.mark.parametrize("objective", ["denoise", "heal"])
@@ -334,7 +338,15 @@ def test_drawn_lesions_are_marked_where_they_change_the_image() -> None:
     assert (changed > 0.02).all() and ((moved - images).abs() < 0.02).float().mean() > 0.5
 
 
-def test_consolidation_brightens_dark_places_up_to_what_is_bright_nearby() -> None:
+def test_only_images_that_vary_get_consolidations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "add_consolidation", lambda images, draws: 0 * images + 1)
+    images = torch.full((20, 1, 32, 32), 0.5)
+    white = [(draw_lesions(images, draws(20), vary)[0] > 0.99).all(3).all(2).sum()
+             for vary in (True, False)]
+    assert white[0] >= 8 and white[1] == 0
+
+
+def test_consolidation_brightens_dark_places_towards_what_is_bright_nearby() -> None:
     images = torch.full((200, 1, 64, 64), 0.2)
     images[..., 24:40] = 0.8  # a bright band, as the heart between the lungs
     seen = add_consolidation(images, draws(200))
@@ -369,7 +381,7 @@ def test_maps_and_scores_by_definition() -> None:
     maps = {"mse": (x - y) ** 2, "ssim": 1 - ssim_map(x, y), "zscore": z.abs().mean(1, True)}
     got, ratio = scorer.maps(both), scorer.z(both)["texture"]
     assert got.keys() == {*SCORERS, *READERS}
-    logs = texture(both.last()) - scorer.mean["texture"]
+    logs = texture(both.seen_by("reader")) - scorer.mean["texture"]
     assert torch.allclose(ratio, logs / scorer.std["texture"])
     for name, map_ in maps.items():
         assert torch.allclose(got[name], map_, atol=1e-5), name

@@ -129,7 +129,7 @@ def test_what_is_left_open_depends_on_the_model_and_on_the_data(xrays: Path) -> 
 
 
 @pytest.mark.parametrize("settings", [
-    {"model": "reversed_ae"}, {"objective": "plain"}, {"precision": "bf16"},
+    {"model": "reversed_ae"}, {"objective": "plain"}, {"objective": "heal"}, {"precision": "bf16"},
     {"precision": "fp16"},
     {"optimizer": "adam"}, {"optimizer": "adamw", "augment": False},
     {"optimizer": "sgd", "learning_rate": 0.01}])
