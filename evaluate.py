@@ -1113,7 +1113,7 @@ def picture_rows(r: Result, images: Tensor, above: Sequence[str] = (),
     output = output if every else output.seen_by(r.scorer)
     views = torch.cat([output.images, output.reconstructions, maps[r.scorer]], 1).cpu().numpy()
     seen, *backs, found = views.swapaxes(0, 1)
-    names = [*["another\nreconstruction"] * (len(backs) - 1), "reconstruction"]
+    names = [f"reconstruction{f' {i}' * (len(backs) > 1)}" for i in range(1, len(backs) + 1)]
     told = [f"score {score:.3g}" for score in scores[r.scorer].tolist()]
     return [Row("image", seen, above), *map(Row, names, backs),
             Row("anomaly map", seen, told, found, masks)]
