@@ -642,10 +642,8 @@ def texture(output: Output) -> Tensor:
 
 
 # What is compared with training normals, pixel by pixel: {name: (its maps, least standard
-# deviation, window in which normals are averaged, as a share of the side)}. The least deviations
-# are one grey level of 255, and 5 % of local contrast. Where a patient lies varies: of local
-# contrast, what is usual nearby counts.
-Z_MAPS = {"zscore": (low_passed, 1 / 255, 0), "texture": (texture, 0.05, 1 / 4)}
+# deviation)}. The least deviations are one grey level of 255, and 5 % of local contrast.
+Z_MAPS = {"zscore": (low_passed, 1 / 255), "texture": (texture, 0.05)}
 
 
 class Reader(nn.Module):
@@ -728,7 +726,7 @@ class AnomalyScorer:
 
     def add(self, output: Output) -> None:
         """Take in the model's output for a batch of training normals."""
-        every = {name: measure(output.seen_by(name)) for name, (measure, *_) in Z_MAPS.items()}
+        every = {name: measure(output.seen_by(name)) for name, (measure, _) in Z_MAPS.items()}
         for name, maps in (every | {"image": output.images}).items():
             maps = maps.cpu().double()  # MPS has no float64
             self.sums[name] = self.sums.get(name, 0) + torch.stack([
@@ -738,8 +736,8 @@ class AnomalyScorer:
     def finish(self) -> None:
         """Turn what was added into means and deviations."""
         self.mean_image = (self.sums["image"][0] / self.count).float()
-        for name, (_, floor, around) in Z_MAPS.items():
-            mean, squares = box_filter(self.sums[name] / self.count, around)
+        for name, (_, floor) in Z_MAPS.items():
+            mean, squares = self.sums[name] / self.count
             variance = (squares - mean**2).clamp(min=0)
             # A pixel's own variance over a few hundred images is rough: smoothed over neighbours.
             # The floor keeps pixels that never vary from ruling the score.
@@ -752,15 +750,17 @@ class AnomalyScorer:
         """Z_MAPS in standard deviations of training normals, each [B,scales,H,W]."""
         device, output = output.images.device, output.seen_by(DEFAULT_SCORER)
         return {name: (measure(output) - self.mean[name].to(device)) / self.std[name].to(device)
-                for name, (measure, *_) in Z_MAPS.items()}
+                for name, (measure, _) in Z_MAPS.items()}
 
     def reader_inputs(self, output: Output, z: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each of READERS sees, pooled: {reader: [B,C,h,w]}. z: `self.z(output)`. Residuals
-        are seen by all of Z_MAPS, of an image its grey values and its local contrast."""
-        x = output.images
-        grey = x - x.mean((2, 3), keepdim=True)
-        return {"reader": pooled(torch.cat([*z.values()], dim=1).clamp(-8, 8) / 2),
-                BASELINE: pooled(torch.cat([grey, log_contrast(x, 1 / 16) / 2], dim=1))}
+        are seen by all of Z_MAPS, beside the reconstruction's local contrast: normal images, too,
+        miss detail where much is expected. Of an image grey values and local contrast are seen."""
+        x, back = output.images, output.seen_by(DEFAULT_SCORER).reconstructions
+        expected, found = (log_contrast(u, 1 / 16) / 2 for u in (back, x))
+        residuals = torch.cat([*z.values()], dim=1).clamp(-8, 8) / 2
+        return {"reader": pooled(torch.cat([residuals, expected], dim=1)),
+                BASELINE: pooled(torch.cat([x - x.mean((2, 3), keepdim=True), found], dim=1))}
 
     def maps(self, output: Output) -> dict[str, Tensor]:
         """The anomaly map by every scorer and reader that is there: [B,1,H,W], at least 0."""

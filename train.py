@@ -55,7 +55,7 @@ from models import (
     objective_loss, pooled, reconstruct_evenly, score_images, seeded, to_float, train_reader,
     untrained_model, warp)
 
-FORMAT = 17  # of the checkpoints
+FORMAT = 18  # of the checkpoints
 CALIBRATION_IMAGES = 512  # training normals that the scorer is calibrated on, at most
 LEAST_DRAWN, MOST_DRAWN = 512, 2048  # training normals with lesions drawn on, for the readers
 # Settings that a resumed run may change. Any other change makes it another run.
@@ -978,7 +978,7 @@ def check(config: Config) -> None:
         weights = sum(t.nbytes for t in state.model.state_dict().values())
         moments = sum(t.nbytes for m in state.optimizer.state.values() for t in m.values())
         need += config.seeds * (3 * weights + 2 * moments)  # last.pt twice, while it is written
-        blank = torch.zeros(READER_BATCH, 10, each.image_size, each.image_size)
+        blank = torch.zeros(READER_BATCH, 6, each.image_size, each.image_size)
         began = time.monotonic()
         train_reader(pooled(blank), pooled(blank[:, :1]), dataclasses.replace(each, reader_steps=3),
                      setup.device, lambda step: None)

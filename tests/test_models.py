@@ -389,6 +389,24 @@ def test_maps_and_scores_by_definition() -> None:
         assert got[name].shape == x.shape and 0 <= got[name].min() <= got[name].max() <= 1
 
 
+def test_readers_see_residuals_and_the_contrast_of_what_was_expected() -> None:
+    scorer = calibrated(32)
+    x, y, q = torch.rand(3, 2, 1, 32, 32, generator=gen(6))
+    both = Output(x, torch.cat([q, y], 1))
+    z = scorer.z(both)
+    got, alone = (scorer.reader_inputs(both, z)[name] for name in READERS)
+    for map_, shown in ((got[1, -1], y), (alone[1, -1], x)):  # 1/16, and odd
+        logs = np.log(local_deviation(shown[1, 0].double().numpy(), 3) + 1 / 255)
+        assert np.allclose(2 * map_.numpy(), logs, atol=1e-4)
+    residuals = torch.cat([z["zscore"], z["texture"]], 1).clamp(-8, 8)
+    assert torch.allclose(2 * got[:, :-1], residuals)
+    # Nothing of what skip connections returned; of the image alone, nothing that a model returned.
+    other = Output(x, torch.cat([y, y], 1))
+    assert torch.equal(scorer.reader_inputs(other, scorer.z(other))["reader"], got)
+    other = Output(x, torch.cat([q, q], 1))
+    assert torch.equal(scorer.reader_inputs(other, z)[READERS[1]], alone)
+
+
 def test_exposure_is_no_anomaly_but_a_blank_or_inverted_image_is_one() -> None:
     x = torch.rand(4, 1, 16, 16, generator=gen(1))
     views = torch.cat([x + 0.05 * torch.randn(4, 1, 16, 16, generator=gen(2)), x.flip(2)], 1)
