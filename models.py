@@ -753,9 +753,9 @@ class AnomalyScorer:
                 for name, (measure, _) in Z_MAPS.items()}
 
     def reader_inputs(self, output: Output, z: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each of READERS sees, pooled: {reader: [B,C,h,w]}. z: `self.z(output)`. Residuals
-        are seen by all of Z_MAPS, beside the reconstruction's local contrast: normal images, too,
-        miss detail where much is expected. Of an image grey values and local contrast are seen."""
+        """What each of READERS sees, pooled: {reader: [B,C,h,w]}. z: `self.z(output)`, which
+        `reader` sees beside the reconstruction's local contrast: where much detail is expected,
+        normal images miss some, too. BASELINE sees the image's grey values and local contrast."""
         x, back = output.images, output.seen_by(DEFAULT_SCORER).reconstructions
         expected, found = (log_contrast(u, 1 / 16) / 2 for u in (back, x))
         residuals = torch.cat([*z.values()], dim=1).clamp(-8, 8) / 2

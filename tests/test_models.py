@@ -357,7 +357,7 @@ def test_consolidation_brightens_dark_places_towards_what_is_bright_nearby() -> 
     assert near.max() > 0.4 and far.max() < 0.01
 
 
-def test_calibration_is_mean_and_deviation_of_the_low_passed_residual() -> None:
+def test_calibration_is_mean_and_deviation_at_every_pixel() -> None:
     scorer, residual = calibrated(), normal_residual(50, 16, 3)
     views = output(residual).reconstructions
     assert scorer.count == 50 and len(scorer.mean["zscore"]) == len(SCALES)
@@ -368,6 +368,8 @@ def test_calibration_is_mean_and_deviation_of_the_low_passed_residual() -> None:
         assert torch.allclose(scorer.mean["zscore"][i], seen.mean(0)[0], atol=1e-6)
         expected = seen.std(0).mean().item()
         assert scorer.std["zscore"][i].mean().item() == pytest.approx(expected, rel=0.1)
+    ratios = texture(output(residual).seen_by("reader"))
+    assert torch.allclose(scorer.mean["texture"], ratios.mean(0), atol=1e-5)
 
 
 def test_maps_and_scores_by_definition() -> None:
