@@ -406,7 +406,7 @@ def test_readers_see_residuals_and_the_contrast_of_what_was_expected() -> None:
     other = Output(x, torch.cat([y, y], 1))
     assert torch.equal(scorer.reader_inputs(other, scorer.z(other))["reader"], got)
     other = Output(x, torch.cat([q, q], 1))
-    assert torch.equal(scorer.reader_inputs(other, z)[READERS[1]], alone)
+    assert torch.equal(scorer.reader_inputs(other, z)[models.BASELINE], alone)
 
 
 def test_exposure_is_no_anomaly_but_a_blank_or_inverted_image_is_one() -> None:
