@@ -6,6 +6,8 @@ from pathlib import Path
 
 import bench
 import pytest
+from config import Config
+from data import open_source
 
 
 @pytest.mark.drill
@@ -26,6 +28,9 @@ def test_every_row_can_be_computed_and_the_fast_step_learns_what_the_plain_one_l
     for name, row in rows.items():
         if "memory" not in name:  # which not every system tells
             assert math.isfinite(row.ours) and row.ours >= 0 and row.target, name
+    for suffix in ("jpg", "png"):  # copies would be left out here, and read by the other side
+        config = Config(data=str(bench.image_folder(bench.QUICK, suffix)))
+        assert len(open_source(config).samples) == bench.QUICK.files
     for model in bench.MODELS:  # from the same weights, on the same images, corrupted alike
         row = rows[f"loss.{model}"]
         assert row.ours < 0.01 < row.theirs, model
