@@ -336,7 +336,7 @@ def image_folder(scale: Scale, suffix: str) -> Path:
         return folder
     (begun / "normal").mkdir(parents=True, exist_ok=True)
     for i in range(scale.files):
-        image = Image.fromarray(draw_phantom(i // 50, scale.side)[0]).rotate(i % 50 / 5)
+        image = Image.fromarray(draw_phantom(i // 50, scale.side)[0]).rotate(i % 50)
         image.save(begun / "normal" / f"{i:03d}.{suffix}", quality=90)
     return begun.rename(folder)
 
